@@ -1,0 +1,66 @@
+# Every target makes the virtual environment it needs; a second run finds it ready.
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist loadfile
+
+.PHONY: help demo test check parity bench clean
+
+help:
+	@echo "make demo    install, and answer a prompt with the embedded model on eight simulated devices"
+	@echo "make test    the tests (TESTS=tests/test_config.py for a part, WORKERS=4 for more processes)"
+	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
+	@echo "make parity  the comparisons with torch, transformers and mistral-common"
+	@echo "make bench   the quick benchmarks"
+	@echo "make clean   remove $(VENV) and the caches"
+	@echo "PYTHON=python3.12 picks the interpreter, VENV=folder the environment"
+
+demo: $(STAMP)-core
+	$(PY) -m mixtral_jax.sample --mesh 1x8 --chat --prompt "What is 12 + 30?"
+
+test: $(STAMP)-test
+	$(PYTEST) $(TESTS)
+
+check: $(STAMP)-check
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports
+	$(PY) -m pytest -q tests/test_guards.py
+
+parity: $(STAMP)-parity
+	$(PYTEST) -m parity $(TESTS)
+
+bench: $(STAMP)-core
+	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \
+	  echo "== $$script"; $(PY) $$script --quick; \
+	done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of extras, older than pyproject.toml whenever that changes.
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP)-core: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable .
+	@touch $@
+
+$(STAMP)-test: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+$(STAMP)-check: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable ".[test,check]"
+	@touch $@
+
+$(STAMP)-parity: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable ".[test,parity]"
+	@touch $@

@@ -1,0 +1,80 @@
+"""What every command shares: options from a dataclass, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from mixtral_jax.errors import INTERNAL, INTERRUPTED, IO_ERROR, USAGE, MixtralError
+
+Options = TypeVar("Options")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run(
+    main: Callable[[Options], int],
+    options_type: type[Options],
+    prog: str,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses the command line, runs ``main`` and turns what it raises into an exit code.
+
+    Errors are one line on stderr, ``error: ...``; with ``--debug`` (a field ``debug`` of the
+    options) a traceback precedes it.
+
+    Args:
+        main: the command; returns its exit code.
+        options_type: a frozen dataclass, whose docstrings are the help texts.
+        prog: how the command is called, for the help text.
+        argv: arguments; those of the process unless given.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: code 0 after ``--help``.
+    """
+    try:
+        # --flag without a --no-flag beside it; a sequence is its option repeated.
+        plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
+        options = tyro.cli(options_type, prog=prog, args=argv, config=plain)
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        return USAGE
+    try:
+        return main(options)
+    except MixtralError as error:
+        return _fail(options, str(error), error.code)
+    except KeyboardInterrupt:
+        return _fail(options, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output went away; leave nothing for the interpreter to flush.
+        with contextlib.suppress(OSError):
+            sys.stdout = io.StringIO()
+        return IO_ERROR
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            return _fail(options, f"the disk is full: {error}", IO_ERROR)
+        return _fail(options, _internal(error), INTERNAL)
+    except Exception as error:
+        return _fail(options, _internal(error), INTERNAL)
+
+
+def _internal(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"internal: {type(error).__name__}: {first}; fix: run with --debug and report it"
+
+
+def _fail(options: object, line: str, code: int) -> int:
+    if getattr(options, "debug", False):
+        traceback.print_exc()
+    print(f"error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,320 @@
+"""What a Mixtral is: ModelConfig, the published presets, and reading it from config.json.
+
+Values of the presets: the config.json files of mistralai/Mixtral-8x7B-v0.1 and 8x22B-v0.1 and
+their Instruct versions. Both spellings of transformers are read (v4: ``rope_theta``,
+``torch_dtype``; v5: ``rope_parameters``, ``dtype``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, MixtralError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Several repackings of Mixtral publish the window of Mistral 7B; the model was trained without one.
+MISPUBLISHED_WINDOW = 4096
+
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A MixtralForCausalLM configuration. Field names are those of transformers.
+
+    Counts are counts, sizes are channels. ``sliding_window`` is in tokens, None for full attention.
+    ``dtype`` is the dtype of the published weights.
+
+    Raises:
+        MixtralError: exit code 78, if the fields contradict each other.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        for name in _POSITIVE:
+            _check_count(name, getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
+            _refuse(
+                "num_attention_heads",
+                f"a multiple of num_key_value_heads ({self.num_key_value_heads})",
+                self.num_attention_heads,
+            )
+        if self.head_dim % 2:
+            _refuse("head_dim", "an even number (RoPE rotates pairs)", self.head_dim)
+        if self.num_experts_per_tok > self.num_local_experts:
+            _refuse(
+                "num_experts_per_tok",
+                f"at most num_local_experts ({self.num_local_experts})",
+                self.num_experts_per_tok,
+            )
+        if self.sliding_window is not None:
+            _check_count("sliding_window", self.sliding_window)
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            _check_number(name, getattr(self, name))
+        for token_id in (self.bos_token_id, *self.eos_token_ids):
+            if not _is_integer(token_id) or not 0 <= token_id < self.vocab_size:
+                _refuse("bos/eos token id", f"an id below {self.vocab_size}", token_id)
+        if not isinstance(self.tie_word_embeddings, bool):
+            _refuse("tie_word_embeddings", "true or false", self.tie_word_embeddings)
+        if self.dtype not in DTYPES:
+            _refuse("dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head: G = H // K."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
+
+
+def _refuse(name: str, expected: str, got: object) -> None:
+    raise MixtralError(
+        f"config field {name}",
+        expected=expected,
+        got=repr(got),
+        fix="correct config.json",
+        code=BAD_CONFIG,
+    )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not _is_integer(value) or value < 1:
+        _refuse(name, "a positive integer", value)
+
+
+def _check_number(name: str, value: Any) -> None:
+    is_number = isinstance(value, float) or _is_integer(value)
+    if not is_number or not (math.isfinite(value) and value > 0):
+        _refuse(name, "a positive number", value)
+
+
+_8X7B = ModelConfig()
+_8X22B = ModelConfig(
+    hidden_size=6144,
+    intermediate_size=16384,
+    num_hidden_layers=56,
+    num_attention_heads=48,
+    max_position_embeddings=65536,
+)
+PRESETS: dict[str, ModelConfig] = {
+    "mixtral-8x7b": _8X7B,
+    "mixtral-8x7b-instruct": _8X7B,
+    "mixtral-8x22b": _8X22B,
+    "mixtral-8x22b-instruct": dataclasses.replace(_8X22B, vocab_size=32768),
+    # The embedded model of mixtral_jax/data/tiny (a test compares the two).
+    "tiny": ModelConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        max_position_embeddings=2048,
+        rope_theta=1e4,
+    ),
+}
+
+# Keys of config.json that would change the maths if they said something else.
+_FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "model_type": ("mixtral",)}
+_ALIASES = {"torch_dtype": "dtype"}
+# Our own key: a window of 4096 that was asked for, kept when it is written and read again.
+_DELIBERATE = "sliding_window_is_deliberate"
+
+
+def config_from_dict(
+    raw: Mapping[str, Any],
+    *,
+    source: str = "config.json",
+    sliding_window: int | None = None,
+    note: Note = lambda line: None,
+) -> ModelConfig:
+    """Reads a config.json mapping in the old or the new spelling.
+
+    Args:
+        raw: the parsed file.
+        source: the file's name, for error lines.
+        sliding_window: tokens; asks for this window whatever the file says.
+        note: called with one line when a published value is not followed.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        MixtralError: exit code 78 where a field is missing, wrong, or asks for other maths.
+    """
+    raw = dict(raw)
+    for old, new in _ALIASES.items():
+        if raw.get(new) is None:
+            raw[new] = raw.get(old)
+    for key, allowed in _FIXED.items():
+        if raw.get(key, allowed[0]) not in allowed:
+            raise MixtralError(
+                f"{source} field {key}",
+                expected=" or ".join(map(repr, allowed)),
+                got=repr(raw[key]),
+                fix="only MixtralForCausalLM checkpoints are supported",
+                code=BAD_CONFIG,
+            )
+    missing = [name for name in _REQUIRED if raw.get(name) is None]
+    if missing:
+        raise MixtralError(
+            f"{source} lacks {', '.join(missing)}",
+            fix="use the config.json that was published with the weights",
+            code=BAD_CONFIG,
+        )
+    values: dict[str, Any] = {name: raw[name] for name in _REQUIRED}
+    for name, value in values.items():
+        _check_count(name, value)
+    defaults = {
+        "num_key_value_heads": raw["num_attention_heads"],
+        "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
+    }
+    for name, default in defaults.items():
+        values[name] = default if raw.get(name) is None else raw[name]
+    values["rope_theta"] = _rope_theta(raw, source)
+    values["sliding_window"] = _window(raw, sliding_window, source, note)
+    eos = raw.get("eos_token_id", 2)
+    eos = [] if eos is None else eos
+    values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
+    for name in ("rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id"):
+        if raw.get(name) is not None:
+            values[name] = raw[name]
+    values["dtype"] = str(raw.get("dtype") or "float32").removeprefix("torch.")
+    return ModelConfig(**values)
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
+
+
+def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        _refuse("rope_parameters", "a JSON object", rope)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise MixtralError(
+            f"{source} field rope_type",
+            expected="'default'",
+            got=repr(kind),
+            fix="scaled RoPE is not part of the Mixtral family",
+            code=BAD_CONFIG,
+        )
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    if theta is None:
+        raise MixtralError(
+            f"{source} lacks rope_theta",
+            fix="use the config.json that was published with the weights (Mixtral: 1000000.0)",
+            code=BAD_CONFIG,
+        )
+    _check_number("rope_theta", theta)
+    return float(theta)
+
+
+def _window(raw: Mapping[str, Any], asked: int | None, source: str, note: Note) -> Any:
+    # Any: a value that is no window at all is refused by ModelConfig.
+    if asked is not None:
+        return asked
+    window = raw.get("sliding_window")
+    if isinstance(window, str) and window.isdecimal():
+        window = int(window)
+    if window == MISPUBLISHED_WINDOW and raw.get(_DELIBERATE) is not True:
+        note(
+            f"{source}: sliding_window {MISPUBLISHED_WINDOW} is a known publishing mistake for "
+            f"Mixtral and is ignored; pass --sliding-window {MISPUBLISHED_WINDOW} to ask for it"
+        )
+        return None
+    return window
+
+
+def read_config(
+    folder: str | Path, *, sliding_window: int | None = None, note: Note = lambda line: None
+) -> ModelConfig:
+    """Reads ``config.json`` of a checkpoint folder; arguments as in ``config_from_dict``.
+
+    Raises:
+        MixtralError: exit code 66 without the file, 65 if it is no JSON object, 78 if unusable.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise MixtralError(
+            f"no config.json in {folder}",
+            fix="name a checkpoint folder, or 'tiny' for the embedded model",
+            code=INPUT_NOT_FOUND,
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise MixtralError(f"{path} is not JSON: {error}", code=BAD_DATA) from None
+    if not isinstance(raw, dict):
+        raise MixtralError(
+            f"{path}", expected="a JSON object", got=type(raw).__name__, code=BAD_DATA
+        )
+    return config_from_dict(raw, source=str(path), sliding_window=sliding_window, note=note)
+
+
+def config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a configuration, readable by transformers 4 and 5."""
+    values = dataclasses.asdict(config)
+    eos = list(values.pop("eos_token_ids"))
+    dtype = values.pop("dtype")
+    if config.sliding_window == MISPUBLISHED_WINDOW:
+        values[_DELIBERATE] = True
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        **values,
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,106 @@
+"""``python -m mixtral_jax.convert SRC DST``: converts a Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from mixtral_jax import cli
+from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
+from mixtral_jax.errors import INTERRUPTED, OK, MixtralError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ConvertOptions):
+    """Converts published Mixtral weights (a Hugging Face folder) to this project's format.
+
+    Run the same command again after any interruption: it resumes.
+    """
+
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """The Hugging Face folder."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """The folder to make; work goes on in DST.partial until all is done."""
+    json: bool = False
+    """Print one JSON line on stdout and nothing else there."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(options: Options) -> int:
+    """Converts, with a progress bar on stderr, and prints the report on stdout."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    fields = [field.name for field in dataclasses.fields(ConvertOptions)]
+    console = Console(stderr=True, soft_wrap=True)
+    bar = Progress(
+        TextColumn("converting"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar, _resumable():
+        task = bar.add_task("convert", total=None)
+        report = convert(
+            options.src,
+            options.dst,
+            ConvertOptions(**{name: getattr(options, name) for name in fields}),
+            note=lambda line: console.print(f"note: {line}", markup=False, highlight=False),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
+    return OK
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        fix = "run the same command again to resume"
+        raise MixtralError("interrupted", fix=fix, code=INTERRUPTED) from None
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _table(report: ConvertReport) -> str:
+    rate = report.bytes / max(report.seconds, 1e-9)
+    rows = {
+        "parameters": f"{report.parameters:,}",
+        "tensors": f"{report.tensors:,}",
+        "bytes": f"{report.bytes:,}",
+        "seconds": f"{report.seconds:.1f} ({rate / 1e6:,.0f} MB/s)",
+        "peak memory": f"{report.peak_rss_bytes / 1e6:,.0f} MB anonymous",
+        "digest": report.digest,
+    }
+    return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
+
+
+if __name__ == "__main__":
+    import jax
+
+    # Conversion needs no accelerator, and must not take one from a job that does.
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(cli.run(main, Options, "python -m mixtral_jax.convert"))

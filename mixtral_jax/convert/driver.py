@@ -1,0 +1,308 @@
+"""convert(): a published checkpoint to a folder of ours, atomically and in bounded memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from mixtral_jax.config import read_config
+from mixtral_jax.convert.journal import Journal
+from mixtral_jax.convert.leaves import (
+    WEIGHTS,
+    HuggingFaceLeaves,
+    OrbaxLeaves,
+    check_leaf,
+    config_content,
+    is_checkpoint,
+)
+from mixtral_jax.convert.manifest import (
+    NAME,
+    LeafRecord,
+    Manifest,
+    read_manifest,
+    sync_folder,
+    write_durably,
+)
+from mixtral_jax.convert.memory import PeakMemory
+from mixtral_jax.convert.orbax import disk_full, is_disk_full, read_leaf, write_leaf
+from mixtral_jax.convert.reader import FLOATS
+from mixtral_jax.convert.transfer import digest_leaf, fetch_leaf
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, IO_ERROR, OUTPUT_EXISTS, MixtralError
+from mixtral_jax.model.transformer import LeafSpec, leaf_specs
+
+Dtype: TypeAlias = Literal["keep", "float32", "bfloat16", "float16"]
+Note: TypeAlias = Callable[[str], None]
+Progress: TypeAlias = Callable[[int, int], None]
+
+WORK_SUFFIX = ".partial"
+JOURNAL_NAME, OUTPUT_NAME = "journal.jsonl", "output"
+# Small files that travel with the weights. config.json is written, not copied.
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.model.v1",
+    "tokenizer.model.v3",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",
+)
+MAX_COMPANION_BYTES = 64 << 20
+# For metadata, the journal and small files, beyond the weights themselves.
+DISK_SLACK_BYTES = 64 << 20
+THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """How to convert."""
+
+    format: Literal["orbax"] = "orbax"
+    """Format of the weights in the output folder."""
+    dtype: Dtype = "keep"
+    """Store the weights in this dtype."""
+    verify: bool = False
+    """Read every leaf back through Orbax and compare digests."""
+    allow_nonfinite: bool = False
+    """Accept NaN and infinite weights."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertReport:
+    """What was converted. ``peak_rss_bytes`` is anonymous memory of the process."""
+
+    parameters: int
+    tensors: int
+    bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    digest: str
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    note: Note = lambda line: None,
+    progress: Progress = lambda done, total: None,
+) -> ConvertReport:
+    """Converts a Hugging Face folder.
+
+    Works in ``<dst>.partial`` and renames when all is done, so ``dst`` is absent or complete. After
+    any interruption the same call resumes and redoes at most one leaf. Memory stays below twice
+    the largest leaf plus 512 MB.
+
+    Args:
+        src: a Hugging Face folder, in the original or the fused layout.
+        dst: the folder to make.
+        options: how; the defaults keep the dtype.
+        note: called with one line for each thing a person should know.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        MixtralError: exit codes 65 (bad source), 66 (no source), 73 (``dst`` is something else, or
+            the work folder is of another conversion), 74 (disk), 78 (config.json).
+    """
+    src, dst = Path(src), Path(dst)
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        manifest = _Conversion(src, dst, options or ConvertOptions(), note, progress).run()
+    return ConvertReport(
+        parameters=manifest.parameters,
+        tensors=len(manifest.leaves),
+        bytes=manifest.bytes,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=memory.bytes,
+        digest=manifest.digest,
+    )
+
+
+class _Conversion:
+    def __init__(
+        self, src: Path, dst: Path, options: ConvertOptions, note: Note, progress: Progress
+    ):
+        if is_checkpoint(src) == "orbax":
+            raise MixtralError(
+                f"{src} is converted already",
+                fix="name the Hugging Face folder that it was made from",
+                code=BAD_DATA,
+            )
+        if not src.is_dir():
+            raise MixtralError(f"no such folder: {src}", code=INPUT_NOT_FOUND)
+        self.src, self.dst, self.options, self.note = src, dst, options, note
+        self.work = dst.with_name(dst.name + WORK_SUFFIX)
+        self.output = self.work / OUTPUT_NAME
+        self.config = read_config(src, note=note)
+        self.specs: Mapping[str, LeafSpec] = leaf_specs(self.config)
+        self._progress = progress
+        self._done = self._total = 0
+        self._counting = threading.Lock()
+
+    def run(self) -> Manifest:
+        leaves = HuggingFaceLeaves(self.src, self.specs, note=self.note)
+        try:
+            self.fingerprint = self._fingerprint(leaves)
+            finished = self._finished_already()
+            if finished is not None:
+                return finished
+            self._check_disk(leaves)
+            self.work.mkdir(exist_ok=True)
+            journal = Journal(self.work / JOURNAL_NAME, self.fingerprint)
+            try:
+                return self._convert(leaves, journal)
+            finally:
+                journal.close()
+        except OSError as error:
+            if is_disk_full(error):
+                raise disk_full(self.work) from error
+            raise
+        finally:
+            leaves.close()
+
+    def _fingerprint(self, leaves: HuggingFaceLeaves) -> dict[str, Any]:
+        return {
+            "files": leaves.checkpoint.fingerprint,
+            "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
+            "format": self.options.format,
+            "dtype": self.options.dtype,
+        }
+
+    def _finished_already(self) -> Manifest | None:
+        """The manifest of ``dst`` if an earlier run of the same conversion completed it."""
+        if not self.dst.exists() or (self.dst.is_dir() and not any(self.dst.iterdir())):
+            return None
+        if (self.dst / NAME).is_file():
+            manifest = read_manifest(self.dst)
+            if manifest.fingerprint == self.fingerprint:
+                OrbaxLeaves(self.dst, self.specs)
+                shutil.rmtree(self.work, ignore_errors=True)
+                self.note(f"{self.dst} is complete already; nothing to do")
+                return manifest
+        raise MixtralError(
+            f"{self.dst} exists and is not this conversion",
+            fix="choose another destination, or delete it",
+            code=OUTPUT_EXISTS,
+        )
+
+    def _dtype(self, leaves: HuggingFaceLeaves, leaf: str) -> np.dtype:
+        if self.options.dtype == "keep":
+            return leaves.dtype(leaf)
+        return next(dtype for dtype in FLOATS.values() if dtype.name == self.options.dtype)
+
+    def _num_bytes(self, leaves: HuggingFaceLeaves, leaf: str) -> int:
+        return math.prod(self.specs[leaf].shape) * self._dtype(leaves, leaf).itemsize
+
+    def _check_disk(self, leaves: HuggingFaceLeaves) -> None:
+        needed = sum(self._num_bytes(leaves, leaf) for leaf in self.specs) + DISK_SLACK_BYTES
+        weights = self.output / WEIGHTS
+        if weights.is_dir():
+            present = (path for path in weights.rglob("*") if path.is_file())
+            needed -= sum(path.stat().st_size for path in present)
+        place = self.dst.absolute().parent
+        if not place.is_dir():
+            raise MixtralError(
+                f"no such folder: {place}", fix=f"mkdir -p {place}", code=INPUT_NOT_FOUND
+            )
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise MixtralError(
+                f"not enough disk space in {place}: {needed} bytes needed, {free} free",
+                fix=f"free {needed - free} bytes, or choose a destination on another disk",
+                code=IO_ERROR,
+            )
+
+    def _convert(self, leaves: HuggingFaceLeaves, journal: Journal) -> Manifest:
+        (self.output / WEIGHTS).mkdir(parents=True, exist_ok=True)
+        self._total = sum(
+            math.prod(self.specs[leaf].shape) * leaves.dtype(leaf).itemsize for leaf in self.specs
+        )
+        records: dict[str, LeafRecord] = {}
+        if journal.finished:
+            self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
+        with ThreadPoolExecutor(THREADS) as pool:
+            for leaf, spec in self.specs.items():
+                record = journal.finished.get(leaf)
+                if record and not check_leaf(self.output, leaf, spec.shape, record):
+                    records[leaf] = record
+                    self._advance(math.prod(spec.shape) * leaves.dtype(leaf).itemsize)
+                    continue
+                records[leaf] = self._convert_leaf(leaves, leaf, pool)
+                journal.record(leaf, records[leaf])
+        manifest = Manifest(
+            fingerprint=self.fingerprint,
+            leaves=records,
+            parameters=sum(math.prod(spec.shape) for spec in self.specs.values()),
+            bytes=sum(self._num_bytes(leaves, leaf) for leaf in self.specs),
+        )
+        self._finish(manifest)
+        return manifest
+
+    def _convert_leaf(
+        self, leaves: HuggingFaceLeaves, leaf: str, pool: ThreadPoolExecutor
+    ) -> LeafRecord:
+        value = np.empty(self.specs[leaf].shape, self._dtype(leaves, leaf))
+        record = fetch_leaf(
+            leaves,
+            leaf,
+            value,
+            allow_nonfinite=self.options.allow_nonfinite,
+            pool=pool,
+            progress=self._advance,
+        )
+        write_leaf(self.output, leaf, value)
+        if self.options.verify:
+            del value
+            if digest_leaf(leaf, read_leaf(self.output, leaf), pool) != record:
+                raise MixtralError(
+                    f"{self.output / WEIGHTS / leaf} does not read back as it was written",
+                    fix="check the disk and the memory of this machine",
+                    code=IO_ERROR,
+                )
+        return record
+
+    def _advance(self, num_bytes: int) -> None:
+        with self._counting:
+            self._done += num_bytes
+            self._progress(self._done, self._total)
+
+    def _finish(self, manifest: Manifest) -> None:
+        for name in COMPANIONS:
+            path = self.src / name
+            if path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
+                write_durably(self.output / name, path.read_bytes())
+        content = config_content(self.src)
+        for key in ("dtype", "torch_dtype"):
+            if key in content or key == "torch_dtype":
+                content[key] = _main_dtype(manifest)
+        write_durably(self.output / "config.json", json.dumps(content, indent=2).encode())
+        manifest.write(self.output)
+        sync_folder(self.output)
+        with contextlib.suppress(FileNotFoundError):
+            self.dst.rmdir()
+        os.rename(self.output, self.dst)
+        sync_folder(self.dst.absolute().parent)
+        shutil.rmtree(self.work)
+
+
+def _main_dtype(manifest: Manifest) -> str:
+    """The dtype of most weights (norms and routers may differ)."""
+    sizes: dict[str, int] = {}
+    for leaf in manifest.leaves.values():
+        sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + math.prod(leaf.shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])

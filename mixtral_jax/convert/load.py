@@ -1,0 +1,216 @@
+"""Reads a checkpoint folder onto a mesh: each process reads what its devices hold, once.
+
+Both kinds of folder are read with positioned reads into host memory, proved, cast and handed to the
+devices piece by piece. A replicated leaf is read once per process, not once per device.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.convert.leaves import Leaves, OrbaxLeaves, open_leaves
+from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
+from mixtral_jax.convert.transfer import sha256
+from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.weights import ExpertSlots, Weight
+
+ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
+Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
+Layout: TypeAlias = Literal["slots", "stacked"]
+# (leaf, ids of the devices that hold what was read) -> bytes read from the checkpoint.
+Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
+# Leaves in flight at a time; each costs its local bytes of host memory.
+THREADS = min(4, os.cpu_count() or 1)
+_ALIGNMENT = 64  # bytes: JAX adopts host memory so aligned on the CPU instead of copying it
+
+
+def load_weights(
+    folder: str | Path,
+    config: ModelConfig,
+    *,
+    sharding_of: ShardingOf,
+    dtype: str | None = None,
+    expert_shards: int = 1,
+    layout: Layout = "slots",
+    verify: bool = True,
+    progress: Callable[[int], None] | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    reads: Reads | None = None,
+) -> dict[str, Weight]:
+    """Loads every leaf of the model.
+
+    Args:
+        folder: a folder that ``convert`` wrote, or a Hugging Face folder.
+        config: the model's configuration.
+        sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
+            dim is on the expert axis, which fits the stack and each slot.
+        dtype: cast to this on the host, piece by piece; None keeps what is stored.
+        expert_shards: size of the expert axis; must divide the number of experts.
+        layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``.
+        verify: prove the bytes of a converted folder against its manifest, chunk by chunk. Where
+            devices hold parts of a chunk, the whole chunk is read for it, once per process.
+        progress: called with bytes read, from several threads.
+        note: called with one line for each thing a person should know.
+        reads: counts bytes read by leaf and devices.
+
+    Returns:
+        The leaves by path.
+
+    Raises:
+        MixtralError: exit code 66 without a checkpoint; 65 if it does not fit the configuration
+            or its bytes are not those that were written, naming the tensor.
+    """
+    if config.num_local_experts % expert_shards:
+        raise ValueError(f"{expert_shards} expert shards do not divide {config.num_local_experts}")
+    specs = leaf_specs(config)
+    leaves = open_leaves(folder, specs, note=note)
+    loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
+
+    def load(path: str) -> Weight:
+        return loader.leaf(
+            path,
+            specs[path].shape,
+            sharding_of(path),
+            expert_shards=expert_shards,
+            layout=layout,
+        )
+
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            # Large leaves first, so that no thread is left alone with one at the end.
+            order = sorted(specs, key=lambda path: -int(np.prod(specs[path].shape)))
+            found = dict(zip(order, pool.map(load, order), strict=True))
+    finally:
+        leaves.close()
+    return {path: found[path] for path in specs}
+
+
+Bounds: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class _Loader:
+    def __init__(
+        self,
+        leaves: Leaves,
+        *,
+        dtype: str | None,
+        verify: bool,
+        progress: Callable[[int], None] | None,
+        reads: Reads | None,
+    ):
+        self.leaves = leaves
+        self.dtype = dtype
+        self.verify = verify and isinstance(leaves, OrbaxLeaves)
+        self.progress = progress
+        self.reads = reads
+        self._counting = threading.Lock()
+
+    def leaf(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        sharding: jax.sharding.Sharding,
+        *,
+        expert_shards: int,
+        layout: Layout,
+    ) -> Weight:
+        if not EXPERT_LEAF.fullmatch(path):
+            return _Array(self, shape, [Chunk(path, None)]).place(sharding)
+        experts = [Chunk(path, e) for e in range(shape[0])]
+        if layout == "stacked":
+            return _Array(self, shape, experts).place(sharding)
+        num_slots = shape[0] // expert_shards
+        shape = (expert_shards, *shape[1:])
+        slots = (_Array(self, shape, experts[i::num_slots]) for i in range(num_slots))
+        return ExpertSlots(tuple(slot.place(sharding) for slot in slots))
+
+    def read(
+        self, chunk: Chunk, start: int, stop: int, out: np.ndarray, devices: list[Device]
+    ) -> None:
+        """Reads rows of a chunk for ``devices``; when verifying, the rows are always all rows."""
+        self.leaves.read_rows(chunk, start, stop, out)
+        with self._counting:
+            if self.reads is not None:
+                self.reads[chunk.leaf, tuple(sorted(d.id for d in devices))] += out.nbytes
+            if self.progress is not None:
+                self.progress(out.nbytes)
+        if self.verify and sha256(out) != self.leaves.digest(chunk):
+            name = chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
+            raise MixtralError(
+                f"{name}: its bytes are not those that were written (its sha256 differs)",
+                fix="convert the checkpoint again; the disk may be failing",
+                code=BAD_DATA,
+            )
+
+
+class _Array:
+    """One array to be placed; with experts, row r of dim 0 is ``chunks[r]``."""
+
+    def __init__(self, loader: _Loader, shape: tuple[int, ...], chunks: list[Chunk]):
+        self.loader, self.shape, self.chunks = loader, shape, chunks
+        self.stacked = chunks[0].expert is not None
+        self.chunk_shape = shape[1:] if self.stacked else shape
+        self.stored = loader.leaves.dtype(chunks[0].leaf)
+        self.dtype = np.dtype(jnp.dtype(loader.dtype)) if loader.dtype else self.stored
+        # Chunks that devices share parts of, read once for all of them.
+        self.shared: dict[Chunk, np.ndarray] = {}
+
+    def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
+        holders: dict[Bounds, list[Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+            assert index is not None
+            bounds = tuple(s.indices(size)[:2] for s, size in zip(index, self.shape, strict=True))
+            holders.setdefault(bounds, []).append(device)
+        shards = []
+        for bounds, devices in holders.items():
+            piece = self._piece(bounds, devices)
+            shards += [jax.device_put(piece, device) for device in devices]
+        return jax.make_array_from_single_device_arrays(
+            self.shape, sharding, shards, dtype=self.dtype
+        )
+
+    def _piece(self, bounds: Bounds, devices: list[Device]) -> np.ndarray:
+        piece = _aligned_empty(tuple(stop - start for start, stop in bounds), self.dtype)
+        if not self.stacked:
+            self._fill(piece, self.chunks[0], bounds, devices)
+        else:
+            for row, chunk in zip(piece, self.chunks[slice(*bounds[0])], strict=True):
+                self._fill(row, chunk, bounds[1:], devices)
+        return piece
+
+    def _fill(self, out: np.ndarray, chunk: Chunk, bounds: Bounds, devices: list[Device]) -> None:
+        (start, stop), *columns = bounds
+        whole_rows = all(
+            part == (0, size) for part, size in zip(columns, self.chunk_shape[1:], strict=True)
+        )
+        whole = whole_rows and (start, stop) == (0, self.chunk_shape[0])
+        if whole or (whole_rows and not self.loader.verify):
+            rows = out if self.stored == self.dtype else np.empty(out.shape, self.stored)
+            self.loader.read(chunk, start, stop, rows, devices)
+        else:
+            if chunk not in self.shared:
+                self.shared[chunk] = np.empty(self.chunk_shape, self.stored)
+                self.loader.read(chunk, 0, self.chunk_shape[0], self.shared[chunk], devices)
+            rows = self.shared[chunk][start:stop][(slice(None), *(slice(*c) for c in columns))]
+        if rows is not out:
+            with np.errstate(over="ignore", invalid="ignore"):
+                out[...] = rows
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    offset = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[offset : offset + num_bytes].view(dtype).reshape(shape)

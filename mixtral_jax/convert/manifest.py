@@ -1,0 +1,133 @@
+"""manifest.json: what a converted folder holds, with a digest per chunk and one for the whole.
+
+``digest`` covers, for each leaf in order of its path, the path, the shape, the dtype and the sha256
+of each chunk's bytes, and nothing else: checkpoints that differ in names, layout or number of files
+but hold the same weights have the same digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixtral_jax.convert.reader import parse_json
+from mixtral_jax.errors import BAD_DATA, MixtralError
+
+NAME = "manifest.json"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafRecord:
+    """A finished leaf: its shape, dtype name, and the sha256 (hex) of each chunk in order."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A finished conversion.
+
+    Attributes:
+        fingerprint: the source and the options that it was made from.
+        leaves: by path.
+        parameters: number of weights.
+        bytes: of all leaves.
+    """
+
+    fingerprint: Mapping[str, Any]
+    leaves: Mapping[str, LeafRecord]
+    parameters: int
+    bytes: int
+
+    @property
+    def digest(self) -> str:
+        """The digest of the weights, whatever they were read from."""
+        return fold(self.leaves)
+
+    def write(self, folder: Path) -> None:
+        """Writes manifest.json, durably."""
+        content = {
+            "version": VERSION,
+            "digest": self.digest,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "fingerprint": self.fingerprint,
+            "leaves": {path: dataclasses.asdict(leaf) for path, leaf in self.leaves.items()},
+        }
+        write_durably(folder / NAME, json.dumps(content, indent=1).encode())
+
+
+def fold(leaves: Mapping[str, LeafRecord]) -> str:
+    """One sha256 (hex) over all leaves."""
+    total = hashlib.sha256()
+    for path in sorted(leaves):
+        leaf = leaves[path]
+        line = json.dumps([path, list(leaf.shape), leaf.dtype, list(leaf.chunks)])
+        total.update(line.encode() + b"\n")
+    return total.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads and proves manifest.json.
+
+    Raises:
+        MixtralError: exit code 65 if it is of another version, unreadable or altered.
+    """
+    path = folder / NAME
+    raw = parse_json(path.read_bytes(), path)
+    if raw.get("version") != VERSION:
+        raise MixtralError(
+            f"{path} version",
+            expected=VERSION,
+            got=raw.get("version"),
+            fix="convert the checkpoint again",
+            code=BAD_DATA,
+        )
+    try:
+        leaves = {
+            name: LeafRecord(
+                shape=tuple(leaf["shape"]), dtype=leaf["dtype"], chunks=tuple(leaf["chunks"])
+            )
+            for name, leaf in raw["leaves"].items()
+        }
+        manifest = Manifest(
+            fingerprint=raw["fingerprint"],
+            leaves=leaves,
+            parameters=raw["parameters"],
+            bytes=raw["bytes"],
+        )
+        intact = manifest.digest == raw["digest"]
+    except (KeyError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise MixtralError(
+            f"{path} does not agree with its own digest: it was altered",
+            fix="convert the checkpoint again",
+            code=BAD_DATA,
+        )
+    return manifest
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Writes a small file so that it survives a crash right after."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the entries of a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

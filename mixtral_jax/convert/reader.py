@@ -1,0 +1,330 @@
+"""Reads safetensors files defensively, with positioned reads only.
+
+Never mapped: a mapped file that is truncated meanwhile kills the process. Every offset is proved
+to lie inside the file before a byte of data is read. Format:
+https://huggingface.co/docs/safetensors (an 8-byte length, a JSON header, the data).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+
+# The format allows 100 MB; the largest Mixtral header is 0.2 MB, and parsing must stay under 2 s.
+MAX_HEADER_BYTES = 32_000_000
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+# safetensors dtype -> bytes per element. What Mixtral weights may be is in FLOATS.
+_WIDTHS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+FLOATS: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """Where one tensor lies. ``start`` and ``stop`` are bytes from the beginning of the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row: the last dim of a matrix, one element of a vector."""
+        rows = math.prod(self.shape[:-1] or self.shape)
+        return (self.stop - self.start) // rows if rows else 0
+
+
+class SafetensorsFile:
+    """One open file with a proved header.
+
+    Args:
+        path: a regular file (or a link to one).
+
+    Raises:
+        MixtralError: exit code 66 if it is not there, 65 naming the file if it is not sound.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise MixtralError(
+                f"no such file: {path}",
+                fix="download the checkpoint again; every shard of its index is needed",
+                code=INPUT_NOT_FOUND,
+            ) from None
+        try:
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise _bad(path, "not a regular file")
+            self.size = status.st_size
+            header = _read_header(self._fd, path, self.size)
+            self.header_digest = hashlib.sha256(header).hexdigest()
+            self.tensors = _parse_header(header, path, self.size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._fd)
+
+    def read_into(self, out: memoryview, offset: int) -> None:
+        """Fills ``out`` (writable bytes) from ``offset`` of the file.
+
+        Raises:
+            MixtralError: exit code 65 if the file has become shorter than its header says.
+        """
+        read_exactly(self._fd, out, offset, self.path)
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, shared with it."""
+    return memoryview(cast(Any, array.view(np.uint8).reshape(-1)))
+
+
+def read_exactly(fd: int, out: memoryview, offset: int, path: Path) -> None:
+    """Fills ``out`` (writable bytes) from ``offset`` of an open file, or raises exit code 65."""
+    done = 0
+    while done < len(out):
+        got = os.preadv(fd, [out[done:]], offset + done)
+        if got == 0:
+            raise _bad(path, f"truncated: it ends at byte {offset + done}")
+        done += got
+
+
+def _bad(path: Path | str, why: str) -> MixtralError:
+    return MixtralError(f"{path}: {why}", fix="download or convert it again", code=BAD_DATA)
+
+
+def _read_header(fd: int, path: Path, size: int) -> bytes:
+    if size < 8:
+        raise _bad(path, f"not a safetensors file: {size} bytes")
+    (length,) = struct.unpack("<Q", os.pread(fd, 8, 0))
+    if length > MAX_HEADER_BYTES:
+        raise _bad(path, f"header length {length}, at most {MAX_HEADER_BYTES} are accepted")
+    if length + 8 > size:
+        raise _bad(path, f"truncated: header of {length} bytes in a file of {size}")
+    header = bytearray(length)
+    read_exactly(fd, memoryview(header), 8, path)
+    return bytes(header)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"duplicate key {twice!r}")
+    return found
+
+
+def parse_json(text: bytes, path: Path) -> dict[str, Any]:
+    """Parses a JSON object of a file that may lie: duplicate keys and deep nesting are refused."""
+    try:
+        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"unreadable JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise _bad(path, "JSON: expected an object")
+    return found
+
+
+def _parse_header(header: bytes, path: Path, size: int) -> dict[str, Tensor]:
+    entries = parse_json(header, path)
+    entries.pop("__metadata__", None)
+    base = 8 + len(header)
+    tensors = {name: _parse_entry(name, entry, path, base, size) for name, entry in entries.items()}
+    end = base
+    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
+        if tensor.start != end:
+            kind = "overlaps its neighbour" if tensor.start < end else "leaves a hole before it"
+            raise _bad(path, f"tensor {tensor.name!r} {kind}")
+        end = tensor.stop
+    if end != size:
+        raise _bad(path, f"header accounts for {end} bytes, the file has {size}")
+    return tensors
+
+
+def _parse_entry(name: str, entry: Any, path: Path, base: int, size: int) -> Tensor:
+    where = f"tensor {name[:200]!r}"
+    if "\0" in name or not isinstance(entry, dict):
+        raise _bad(path, f"{where} is not described by an object")
+    dtype = entry.get("dtype")
+    if not isinstance(dtype, str) or dtype not in _WIDTHS or len(entry) != 3:
+        raise _bad(path, f"{where}: unknown dtype or fields")
+    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or len(shape) > 8 or offsets is None or len(offsets) != 2:
+        raise _bad(path, f"{where}: shape and data_offsets must be lists of sizes")
+    start, stop = offsets
+    if not start <= stop <= size - base:
+        raise _bad(path, f"{where}: bytes {start}..{stop} of {size - base}")
+    if math.prod(shape) * _WIDTHS[dtype] != stop - start:
+        raise _bad(path, f"{where}: {dtype}{shape} does not take {stop - start} bytes")
+    return Tensor(
+        name=name,
+        file=path.name,
+        dtype=dtype,
+        shape=tuple(shape),
+        start=base + start,
+        stop=base + stop,
+    )
+
+
+def _sizes(value: Any) -> list[int] | None:
+    sound = isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in value
+    )
+    return value if sound else None
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face folder: one file, or shards named by an index.
+
+    Shards must be plain names inside the folder. A link is followed only as the Hugging Face
+    cache makes them: to a regular file in the snapshot's own ``../../blobs``, or in the folder.
+
+    Attributes:
+        tensors: every tensor by name.
+        problems: what is wrong with the accounting of tensors to files, for one joint error.
+        fingerprint: file name -> size and header digest.
+
+    Raises:
+        MixtralError: exit code 66 without weights, 65 for unsound files.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.problems: list[str] = []
+        self._files: dict[str, SafetensorsFile] = {}
+        weight_map = _read_index(self.folder)
+        names = _weight_files(self.folder) if weight_map is None else set(weight_map.values())
+        try:
+            for name in sorted(names):
+                self._files[name] = SafetensorsFile(_safe_path(self.folder, name))
+            self.tensors = self._account(weight_map)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Identifies the source without reading its data."""
+        return {
+            name: {"bytes": file.size, "header_sha256": file.header_digest}
+            for name, file in self._files.items()
+        }
+
+    def _account(self, weight_map: Mapping[str, str] | None) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for file_name, file in self._files.items():
+            for name, tensor in file.tensors.items():
+                if weight_map is not None and weight_map.get(name) != file_name:
+                    self.problems.append(f"{name} in {file_name} is not listed there by the index")
+                else:
+                    tensors[name] = tensor
+        for name in sorted((weight_map or {}).keys() - tensors.keys()):
+            self.problems.append(f"{name} is listed by the index but not in {weight_map[name]}")  # type: ignore[index]
+        return tensors
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Reads rows of a tensor, all dims but the last flattened, into a contiguous array."""
+        tensor = self.tensors[name]
+        width = tensor.row_bytes
+        view = bytes_of(out)
+        assert len(view) == (stop - start) * width
+        assert tensor.start + stop * width <= tensor.stop
+        self._files[tensor.file].read_into(view, tensor.start + start * width)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return None
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise _bad(path, f"larger than {MAX_HEADER_BYTES} bytes")
+    weight_map = parse_json(path.read_bytes(), path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _bad(path, "weight_map: expected an object of tensor -> file")
+    for name in weight_map.values():
+        plain = isinstance(name, str) and name.endswith(".safetensors")
+        if not plain or any(part in name for part in ("/", "\\", "\0")) or name.startswith(".."):
+            raise _bad(path, f"weight_map names {name!r}, not a plain .safetensors file name")
+    return weight_map
+
+
+def _weight_files(folder: Path) -> set[str]:
+    if (folder / SINGLE_NAME).exists():
+        return {SINGLE_NAME}
+    if not folder.is_dir():
+        raise MixtralError(f"no such folder: {folder}", code=INPUT_NOT_FOUND)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise MixtralError(
+            f"{folder / pickles[0]} is a pickle, which can run code when read, and is refused",
+            fix='resave as safetensors: python -c "from transformers import AutoModelForCausalLM '
+            f"as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\"",
+            code=BAD_DATA,
+        )
+    raise MixtralError(
+        f"no {SINGLE_NAME} or {INDEX_NAME} in {folder}",
+        fix="name a Hugging Face checkpoint folder",
+        code=INPUT_NOT_FOUND,
+    )
+
+
+def _safe_path(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.is_symlink():
+        home = folder.resolve()
+        target = path.resolve()
+        blobs = home.parent.parent / "blobs"
+        if target.parent not in (home, blobs):
+            raise _bad(path, f"a link that leaves the checkpoint, to {target}")
+    return path

@@ -1,0 +1,1 @@
+"""Tokens out: sampling, the two jitted steps, and the generation loop."""

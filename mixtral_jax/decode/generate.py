@@ -1,0 +1,222 @@
+"""Generation: prompts of token ids in, tokens out, chunk by chunk.
+
+The batch is padded to a bucket of rows and the cache to a bucket of slots, so that other prompts
+and budgets meet the programs already compiled. Text (detokenizing, stop strings) belongs to the
+caller, who may end a row between two chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.decode import steps
+from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.decode.timing import Stopwatch
+from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
+from mixtral_jax.model.cache import num_slots
+from mixtral_jax.model.placement import Placement
+from mixtral_jax.model.transformer import Mixtral
+
+LENGTH_BUCKET = 128
+MIN_ROWS = 2  # a product of one row differs from the same row among two in its last bit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One row: a prompt, its options, and which of its samples this is."""
+
+    prompt_ids: tuple[int, ...]
+    options: SamplingOptions
+    sample_id: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Tokens written since the last chunk, per row, with their log-probabilities."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+    """What a generation reports while and after it runs.
+
+    ``is_bad`` marks rows that ended because their logits were NaN; ``dropped`` counts expert
+    assignments left out per layer; seconds are wall time, compilation apart.
+    """
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0
+    dropped: list[int] = dataclasses.field(default_factory=list)
+    is_bad: list[bool] = dataclasses.field(default_factory=list)
+
+
+def check_token_ids(rows: Sequence[Sequence[int]], config: ModelConfig) -> None:
+    """Refuses ids past the vocabulary: JAX would clamp them silently.
+
+    Raises:
+        MixtralError: exit code 65, or 64 for an empty row.
+    """
+    for row, ids in enumerate(rows):
+        if not ids:
+            raise MixtralError(f"prompt {row} is empty", fix="give it a token", code=USAGE)
+        wrong = [i for i in ids if not 0 <= i < config.vocab_size]
+        if wrong:
+            expected = f"0 to {config.vocab_size - 1}"
+            got = wrong[0]
+            raise MixtralError(f"prompt {row}, token id", expected=expected, got=got, code=BAD_DATA)
+
+
+def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
+    """Refuses, before anything is traced, what the model cannot hold.
+
+    Raises:
+        MixtralError: exit code 65 for ids, 64 for lengths past ``max_position_embeddings``.
+    """
+    check_token_ids([request.prompt_ids for request in requests], config)
+    for row, request in enumerate(requests):
+        length, budget = len(request.prompt_ids), request.options.max_new_tokens
+        if length + budget > config.max_position_embeddings:
+            raise MixtralError(
+                f"prompt {row}",
+                expected=f"prompt and new tokens within {config.max_position_embeddings}",
+                got=f"{length} + {budget}",
+                fix="shorten the prompt or lower --max-new-tokens",
+                code=USAGE,
+            )
+
+
+def row_bucket(num_rows: int, data: int = 1) -> int:
+    """Rows that a batch is padded to: a power of two, at least MIN_ROWS, for each data shard."""
+    per_shard = max(MIN_ROWS, -(-num_rows // data))
+    return data * (1 << (per_shard - 1).bit_length())
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class Generation:
+    """A batch being generated, chunk by chunk, until every row is done.
+
+    Args:
+        model: weights, placed.
+        requests: one per row; any number.
+        placement: where the model lies.
+        data_shards: size of the data axis; rows are padded to divide it.
+        prefill_chunk: prompt tokens read per call at most, at absolute multiples of it.
+
+    Raises:
+        MixtralError: before anything is traced, if a request cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: Mixtral,
+        requests: Sequence[Request],
+        *,
+        placement: Placement,
+        data_shards: int = 1,
+        prefill_chunk: int = 512,
+    ):
+        check_requests(requests, model.config)
+        self.model, self.placement = model, placement
+        self.requests = list(requests)
+        self.progress = Progress()
+        self.rows = row_bucket(len(requests), data_shards)
+        longest = max(len(request.prompt_ids) for request in requests)
+        chunk = 16
+        while chunk < min(prefill_chunk, longest - 1):
+            chunk *= 2
+        self.chunk = min(chunk, prefill_chunk)
+        self._stopped = np.zeros((self.rows,), np.bool_)
+
+    def stop(self, row: int) -> None:
+        """Ends a row before the next chunk."""
+        self._stopped[row] = True
+
+    def _state(self) -> steps.DecodeState:
+        config = self.model.config
+        total = max(len(r.prompt_ids) + r.options.max_new_tokens for r in self.requests)
+        total = _round_up(total, LENGTH_BUCKET)
+        last = [r.prompt_ids[-1] for r in self.requests]
+        fill = self.rows - len(last)
+        return steps.empty_state(
+            config,
+            jnp.asarray(last + [0] * fill, jnp.int32),
+            jnp.asarray([False] * len(last) + [True] * fill),
+            slots=num_slots(config, total=total, chunk=self.chunk),
+            dtype=self.model.embed_tokens.get_value().dtype,
+            placement=self.placement,
+        )
+
+    def _prefill(self, state: steps.DecodeState) -> steps.DecodeState:
+        before_last = [np.asarray(r.prompt_ids[:-1], np.int32) for r in self.requests]
+        longest = max(map(len, before_last))
+        for start in range(0, longest, self.chunk):
+            tokens = np.zeros((self.rows, self.chunk), np.int32)
+            counts = np.zeros((self.rows,), np.int32)
+            for row, ids in enumerate(before_last):
+                part = ids[start : start + self.chunk]
+                tokens[row, : len(part)] = part
+                counts[row] = len(part)
+            state = steps.prefill(self.model, state, tokens, counts, placement=self.placement)
+        return state
+
+    def _limits(self) -> steps.Limits:
+        budget = [r.options.max_new_tokens for r in self.requests]
+        budget += [0] * (self.rows - len(budget))
+        eos_ids = np.asarray(self.model.config.eos_token_ids, np.int32)
+        return steps.Limits(np.asarray(budget, np.int32), self._stopped.copy(), eos_ids)
+
+    def chunks(self, steps_per_chunk: int = steps.STEPS_PER_CALL) -> Iterator[Chunk]:
+        """Generates; ``steps_per_chunk`` tokens per row at most between two looks from outside."""
+        progress = self.progress
+        watch = Stopwatch()
+        state = jax.block_until_ready(self._prefill(self._state()))
+        progress.prefill_seconds, progress.compile_seconds = watch.read()
+        progress.prefill_tokens = sum(len(r.prompt_ids) - 1 for r in self.requests)
+        padding = [self.requests[0]] * (self.rows - len(self.requests))
+        padded = self.requests + padding
+        rows = row_sampling(
+            [r.options for r in padded],
+            [r.sample_id for r in padded],
+            self.model.config.vocab_size,
+        )
+        num = len(self.requests)
+        is_done = False
+        while not is_done:
+            watch = Stopwatch()
+            state, emitted = steps.decode_step(
+                self.model,
+                state,
+                rows,
+                self._limits(),
+                np.int32(steps_per_chunk),
+                placement=self.placement,
+            )
+            tokens, logprobs, counts, done, bad, dropped = jax.device_get(
+                (*emitted, state.is_done, state.is_bad, state.dropped)
+            )
+            seconds, compiling = watch.read()
+            progress.decode_seconds += seconds
+            progress.compile_seconds += compiling
+            progress.decode_tokens += int(counts[:num].sum())
+            progress.dropped = dropped.tolist()
+            progress.is_bad = bad[:num].tolist()
+            is_done = bool(done.all())
+            yield Chunk(
+                token_ids=[tokens[b, : counts[b]].tolist() for b in range(num)],
+                logprobs=[logprobs[b, : counts[b]].tolist() for b in range(num)],
+            )
+            is_done |= bool((done | self._stopped).all())

@@ -1,0 +1,40 @@
+"""Wall time with compilation set apart."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+
+_PREFIX = "/jax/core/compile/"  # tracing, lowering and compiling all report under it
+
+
+class _CompileClock:
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self, event: str, duration: float, **_: object) -> None:
+        if event.startswith(_PREFIX):
+            self.seconds += duration
+
+
+@functools.cache
+def _clock() -> _CompileClock:
+    clock = _CompileClock()
+    jax.monitoring.register_event_duration_secs_listener(clock)
+    return clock
+
+
+class Stopwatch:
+    """Seconds since it was made, split into compiling and the rest."""
+
+    def __init__(self):
+        self._compiled = _clock().seconds
+        self._started = time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        """(seconds without compilation, seconds of compilation)."""
+        total = time.perf_counter() - self._started
+        compiling = min(_clock().seconds - self._compiled, total)
+        return total - compiling, compiling

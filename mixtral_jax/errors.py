@@ -1,0 +1,43 @@
+"""One-line errors for people, and the exit codes that scripts may rely on."""
+
+from __future__ import annotations
+
+OK = 0
+USAGE = 64
+BAD_DATA = 65
+INPUT_NOT_FOUND = 66
+INTERNAL = 70
+OUTPUT_EXISTS = 73
+IO_ERROR = 74
+INTERRUPTED = 75
+PEER_LOST = 76
+BAD_CONFIG = 78
+
+
+class MixtralError(ValueError):
+    """A fault that a person can mend, told in one line.
+
+    Args:
+        what: what went wrong, and the file or tensor it concerns.
+        expected: what would have been right.
+        got: what was found instead.
+        fix: what the reader can do about it.
+        code: the exit code of the command line (one of the constants of this module).
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        fix: str | None = None,
+        code: int = BAD_CONFIG,
+    ):
+        line = what
+        if expected is not None:
+            line += f": expected {expected}, got {got}"
+        if fix is not None:
+            line += f"; fix: {fix}"
+        super().__init__(line)
+        self.code = code

@@ -1,0 +1,324 @@
+"""The Python API: ``load`` a checkpoint onto a mesh and generate, chat, stream or score."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mixtral_jax.chat import encode_chat
+from mixtral_jax.config import ModelConfig, read_config
+from mixtral_jax.convert.load import load_weights
+from mixtral_jax.decode.completion import Batch, Completion
+from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
+from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.decode.steps import STEPS_PER_CALL
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.model.placement import Placement
+from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
+from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
+from mixtral_jax.sharding.place import weight_shardings
+from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
+
+EMBEDDED = "tiny"
+EMBEDDED_FOLDER = Path(__file__).parent / "data" / "tiny"
+
+# Tokens between two looks at stop strings, or two pieces of a stream.
+STEPS_PER_LOOK = 8
+
+Message = Mapping[str, Any]
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """Where a model lies and how its rows reach their experts.
+
+    Attributes:
+        mesh: ``1x8`` (data x expert), ``2x4x2`` (and tensor) or ``data=2,expert=4``; all
+            accelerators on the expert axis, if None.
+        dtype: of weights and activations; the checkpoint's, if None (the embedded model: float32).
+        dispatch: ``auto`` chooses by the number of rows (see sharding/dispatch.py).
+        capacity_factor: rows offered per expert by all_to_all, as a multiple of a balanced load.
+        overflow: beyond the capacity, ``exact`` falls back to a dropless path, ``drop`` drops and
+            reports.
+        sliding_window: tokens; asks for a window that the checkpoint's config does not have.
+        verify: check the digests of a converted checkpoint while it loads.
+    """
+
+    mesh: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dispatch: Method = "auto"
+    capacity_factor: float = DispatchOptions.capacity_factor
+    overflow: Overflow = DispatchOptions.overflow
+    sliding_window: int | None = None
+    verify: bool = True
+
+
+def load(
+    checkpoint: str | Path = EMBEDDED,
+    *,
+    note: Callable[[str], None] = _silent,
+    progress: Callable[[int], None] | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """Loads a checkpoint straight onto a mesh, each device reading only its own experts.
+
+    Args:
+        checkpoint: a folder written by ``convert``, a Hugging Face folder, or ``"tiny"``.
+        note: called with one line where something is not as published or asked.
+        progress: called with the number of bytes just read, from several threads.
+        **options: fields of LoadOptions.
+
+    Raises:
+        MixtralError: with the exit code of the command line.
+    """
+    asked = LoadOptions(**options)
+    dispatch = DispatchOptions(
+        method=asked.dispatch, capacity_factor=asked.capacity_factor, overflow=asked.overflow
+    )
+    spec = None if asked.mesh is None else MeshSpec.parse(asked.mesh)
+    is_embedded = str(checkpoint) == EMBEDDED
+    folder = EMBEDDED_FOLDER if is_embedded else Path(checkpoint)
+    if not folder.is_dir():
+        raise MixtralError(
+            f"checkpoint {checkpoint}",
+            expected="a folder, or 'tiny' for the embedded model",
+            got="no such folder",
+            code=INPUT_NOT_FOUND,
+        )
+    config = read_config(folder, sliding_window=asked.sliding_window, note=note)
+    dtype = asked.dtype or ("float32" if is_embedded else None)
+    if spec is not None:
+        spec = spec.fit(config)
+        simulate_on_cpu(spec, note)
+    spec = spec or default_spec(config)
+    mesh = spec.build()
+    shardings = weight_shardings(leaf_specs(config), mesh)
+    leaves = load_weights(
+        folder,
+        config,
+        sharding_of=lambda path: shardings[path],
+        dtype=dtype,
+        expert_shards=spec.expert,
+        verify=asked.verify,
+        progress=progress,
+    )
+    has_tokenizer = find_tokenizer(folder) is not None
+    return LanguageModel(
+        assemble(config, leaves),
+        tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
+        placement=MeshPlacement(mesh, dispatch),
+        spec=spec,
+        note=note,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("placement",))
+def score(
+    model: Mixtral, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], *, placement: Placement
+) -> Float[Array, "B T V"]:
+    """Teacher-forced logits, f32."""
+    return model(tokens, valid, placement=placement)
+
+
+class LanguageModel:
+    """A model on its mesh, with its tokenizer.
+
+    Attributes:
+        config: sizes.
+        tokenizer: None where the checkpoint has none; only text needs one.
+    """
+
+    def __init__(
+        self,
+        model: Mixtral,
+        *,
+        tokenizer: Tokenizer | None,
+        placement: Placement,
+        spec: MeshSpec,
+        note: Callable[[str], None] = _silent,
+    ):
+        self.model, self.placement, self.spec = model, placement, spec
+        self.config: ModelConfig = model.config
+        self.tokenizer = tokenizer
+        self._note = note
+        if tokenizer is not None and tokenizer.vocab_size > self.config.vocab_size:
+            raise MixtralError(
+                "tokenizer",
+                expected=f"at most {self.config.vocab_size} pieces (the model's vocabulary)",
+                got=tokenizer.vocab_size,
+                fix="use the tokenizer that was published with the weights",
+            )
+
+    def logits(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """Teacher-forced logits.
+
+        Args:
+            token_ids: ints ``[B, T]``; rows of equal length.
+
+        Returns:
+            float32 numpy ``[B, T, V]``.
+
+        Raises:
+            MixtralError: for ids outside the vocabulary, or logits that are NaN.
+        """
+        rows = [tuple(int(i) for i in row) for row in token_ids]
+        if len({len(row) for row in rows}) != 1:
+            raise MixtralError("token_ids: expected rows of one length", code=USAGE)
+        longest = self.config.max_position_embeddings
+        if len(rows[0]) > longest:
+            got = len(rows[0])
+            raise MixtralError("token_ids", expected=f"at most {longest}", got=got, code=USAGE)
+        check_token_ids(rows, self.config)
+        B, T = row_bucket(len(rows), self.spec.data), -(-len(rows[0]) // 16) * 16
+        tokens = np.zeros((B, T), np.int32)
+        valid = np.zeros((B, T), np.bool_)
+        tokens[: len(rows), : len(rows[0])] = rows
+        valid[: len(rows), : len(rows[0])] = True
+        logits = score(self.model, tokens, valid, placement=self.placement)
+        return np.asarray(jax.device_get(logits))[: len(rows), : len(rows[0])]
+
+    def generate(
+        self,
+        prompts: Sequence[str] | None = None,
+        *,
+        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        options: SamplingOptions | None = None,
+        **fields: Any,
+    ) -> list[Completion]:
+        """Generates for a batch of prompts.
+
+        Args:
+            prompts: texts; one <s> is put before each.
+            prompt_token_ids: ids instead, used as they are.
+            options: of every row; or give its ``fields``.
+            **fields: of SamplingOptions (``max_new_tokens=64``, ``temperature=0.7``, ...).
+
+        Returns:
+            ``num_samples`` completions for each prompt, in order.
+        """
+        options = _options(options, fields)
+        if (prompts is None) == (prompt_token_ids is None):
+            raise MixtralError("generate: give prompts or prompt_token_ids", code=USAGE)
+        if prompts is not None:
+            tokenizer = self._require_tokenizer()
+            ids = [tokenizer.encode(prompt) for prompt in prompts]
+            return self.complete(self.batch(ids, options, prompts=prompts))
+        assert prompt_token_ids is not None
+        ids = [[int(i) for i in row] for row in prompt_token_ids]
+        return self.complete(self.batch(ids, options))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Message] | None = None,
+        options: SamplingOptions | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """Answers one conversation in the model's own chat format; the first of its samples."""
+        ids = self.encode_chat(messages, tools)
+        return self.complete(self.batch([ids], _options(options, fields), is_answer=True))[0]
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Message] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation, as mistral-common builds them."""
+        return encode_chat(self._require_tokenizer(), messages, tools=tools)
+
+    def batch(
+        self,
+        ids: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        *,
+        prompts: Sequence[str] | None = None,
+        is_answer: bool = False,
+    ) -> Batch:
+        """Prompts ready to run; arguments as for ``Batch``."""
+        return Batch(
+            ids,
+            options,
+            eos_ids=self.config.eos_token_ids,
+            prompts=prompts,
+            tokenizer=self.tokenizer,
+            is_answer=is_answer,
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        options: SamplingOptions | None = None,
+        **fields: Any,
+    ) -> Iterator[str]:
+        """Yields the text of one answer as it is written.
+
+        Args:
+            prompt: a text to continue, or the messages of a conversation.
+            options: or its ``fields``, as for ``generate``.
+            **fields: see ``generate``.
+        """
+        asked, tokenizer = _options(options, fields), self._require_tokenizer()
+        if isinstance(prompt, str):
+            batch = self.batch([tokenizer.encode(prompt)], asked)
+        else:
+            batch = self.batch([self.encode_chat(prompt)], asked, is_answer=True)
+        for pieces in self.run(batch):
+            if pieces[0]:
+                yield pieces[0]
+        completion = batch.completions()[0]
+        if completion.error:
+            raise MixtralError(completion.error, code=BAD_DATA)
+        rest = batch.rest(0)
+        if rest:
+            yield rest
+
+    def run(self, batch: Batch) -> Iterator[list[str]]:
+        """Generates a batch, filling it, and yields the new text of every row."""
+        generation = Generation(
+            self.model, batch.requests, placement=self.placement, data_shards=self.spec.data
+        )
+        is_watched = batch.options.stop or len(batch.requests) == 1
+        for chunk in generation.chunks(STEPS_PER_LOOK if is_watched else STEPS_PER_CALL):
+            yield batch.take(chunk, generation.stop)
+        batch.finish(generation.progress)
+        dropped = generation.progress.dropped
+        if any(dropped):
+            counts = ", ".join(map(str, dropped))
+            self._note(f"dropped {sum(dropped)} expert assignments; per layer: {counts}")
+
+    def complete(self, batch: Batch) -> list[Completion]:
+        """Generates a batch to its end."""
+        for _ in self.run(batch):
+            pass
+        return batch.completions()
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise MixtralError(
+                "this checkpoint has no tokenizer.model",
+                fix="copy it from the published checkpoint, or give token ids",
+                code=INPUT_NOT_FOUND,
+            )
+        return self.tokenizer
+
+
+def _options(options: SamplingOptions | None, fields: Mapping[str, Any]) -> SamplingOptions:
+    try:
+        return dataclasses.replace(options or SamplingOptions(), **fields)
+    except TypeError:
+        known = {field.name for field in dataclasses.fields(SamplingOptions)}
+        unknown = ", ".join(sorted(set(fields) - known))
+        raise MixtralError(f"generate has no option {unknown}", code=USAGE) from None

@@ -1,0 +1,1 @@
+"""The maths of Mixtral, readable without knowing any mesh."""

@@ -1,0 +1,105 @@
+"""The rolling key/value cache: static shapes, donated, an argument and a result.
+
+A token at absolute position p lies in slot p mod S. Every slot remembers the position it holds, so
+a mask is a comparison of positions and wrap-around needs no special case. Reading T tokens at once
+through a window of W needs S >= W + T - 1 slots, or the chunk would overwrite keys that its first
+query still attends to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mixtral_jax.config import ModelConfig
+
+EMPTY = -1  # the position of a slot that holds nothing
+KV_AXES = ("batch", "slots", "kv_heads", "channels")
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, ``[B, S, K, C]`` each.
+
+    ``positions`` is the absolute position in each slot (EMPTY if none), ``lengths`` the number of
+    tokens each row has seen.
+    """
+
+    keys: tuple[Float[Array, "B S K C"], ...]
+    values: tuple[Float[Array, "B S K C"], ...]
+    positions: Int[Array, "B S"]
+    lengths: Int[Array, " B"]
+
+
+class Window(NamedTuple):
+    """Where the tokens of one call stand, and what they may attend to.
+
+    ``slots`` is where each token is written; padding has a slot past the end, which writes nothing.
+    """
+
+    positions: Int[Array, "B T"]
+    slots: Int[Array, "B T"]
+    mask: Bool[Array, "B T S"]
+
+
+def num_slots(config: ModelConfig, *, total: int, chunk: int) -> int:
+    """Slots for ``total`` tokens per row read at most ``chunk`` at a time."""
+    if config.sliding_window is None:
+        return total
+    return min(total, config.sliding_window + chunk - 1)
+
+
+def init_cache(config: ModelConfig, *, rows: int, slots: int, dtype: Any) -> KVCache:
+    """An empty cache."""
+    shape = (rows, slots, config.num_key_value_heads, config.head_dim)
+    layers = range(config.num_hidden_layers)
+    return KVCache(
+        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        positions=jnp.full((rows, slots), EMPTY, jnp.int32),
+        lengths=jnp.zeros((rows,), jnp.int32),
+    )
+
+
+def attends(
+    queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    """Causal mask from absolute positions; a window of W sees itself and W - 1 tokens before."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    mask = (distance >= 0) & (keys[:, None, :] != EMPTY)
+    return mask if window is None else mask & (distance < window)
+
+
+def advance(
+    cache: KVCache, valid: Bool[Array, "B T"], window: int | None
+) -> tuple[KVCache, Window]:
+    """Makes room for the next tokens of every row: positions, slots and the mask.
+
+    Args:
+        cache: the cache before these tokens.
+        valid: false for padding, which follows the tokens of its row.
+        window: the sliding window in tokens, or None.
+
+    Returns:
+        The cache with positions and lengths advanced (keys and values are still to be written by
+        ``write``), and the tokens' Window.
+    """
+    size = cache.positions.shape[1]
+    steps = jnp.arange(valid.shape[1], dtype=jnp.int32)
+    positions = cache.lengths[:, None] + steps[None, :]
+    slots = jnp.where(valid, positions % size, size)
+    written = write(cache.positions, positions, slots)
+    lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
+    mask = attends(positions, written, window)
+    return cache._replace(positions=written, lengths=lengths), Window(positions, slots, mask)
+
+
+def write(target: jax.Array, new: jax.Array, slots: Int[Array, "B T"]) -> jax.Array:
+    """Writes ``new[b, t]`` to ``target[b, slots[b, t]]``; slots past the end are left out."""
+
+    def write_row(target: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+        return target.at[slots].set(new.astype(target.dtype), mode="drop")
+
+    return jax.vmap(write_row)(target, new, slots)

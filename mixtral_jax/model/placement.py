@@ -1,0 +1,104 @@
+"""The seam between the maths and the machine: what a layer asks of wherever it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mixtral_jax.kernels.experts import ExpertWeights
+from mixtral_jax.kernels.table import DEFAULT_KERNELS, KERNELS
+from mixtral_jax.weights import Matrix
+
+
+class Routing(NamedTuple):
+    """Which experts each row goes to, and with what weight.
+
+    ``valid`` is false for padding rows, which go nowhere.
+    """
+
+    expert_ids: Int[Array, "N A"]
+    expert_weights: Float[Array, "N A"]
+    valid: Bool[Array, " N"]
+
+
+class Routed(NamedTuple):
+    """What came back from the experts.
+
+    ``dropped`` counts the (row, expert) assignments that found no room, over all devices.
+    """
+
+    y: Float[Array, "N D"]
+    dropped: Int[Array, ""]
+
+
+class Placement(Protocol):
+    """Where operations run. Implementations are hashable: they are static arguments of jit."""
+
+    def contract(self, einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
+        """A product with one weight, ``kernels/contract.py``."""
+        ...
+
+    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        """Grouped-query attention, ``kernels/attention.py``."""
+        ...
+
+    def experts(
+        self,
+        x: Float[Array, "N D"],
+        routing: Routing,
+        weights: ExpertWeights,
+        adapter_id: Int[Array, " N"] | None = None,
+    ) -> Routed:
+        """Sends rows to their experts and brings the weighted sums back, in the dtype of ``x``."""
+        ...
+
+    def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """States the logical axes of an activation; the identity where there is no mesh."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalPlacement:
+    """One device: no collectives, nothing ever dropped."""
+
+    kernels: str = DEFAULT_KERNELS
+
+    def contract(self, einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
+        """See Placement."""
+        return KERNELS[self.kernels].contract(einsum, x, w, dtype=dtype)
+
+    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+        """See Placement."""
+        return KERNELS[self.kernels].attention(q, k, v, mask)
+
+    def experts(
+        self,
+        x: Float[Array, "N D"],
+        routing: Routing,
+        weights: ExpertWeights,
+        adapter_id: Int[Array, " N"] | None = None,
+    ) -> Routed:
+        """See Placement."""
+        refuse_adapter_ids(adapter_id)
+        out = jnp.zeros(x.shape, jnp.float32)
+        num_experts = weights.gate.shape[0]
+        y = KERNELS[self.kernels].routed_experts(out, x, *routing, weights, num_experts=num_experts)
+        return Routed(y.astype(x.dtype), jnp.zeros((), jnp.int32))
+
+    def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """See Placement."""
+        assert x.ndim == len(axes), (x.shape, axes)
+        return x
+
+
+def refuse_adapter_ids(adapter_id: jax.Array | None) -> None:
+    """Adapters per row need stacked adapter weights, which no maker produces yet."""
+    if adapter_id is not None:
+        raise NotImplementedError("adapter_id: one adapter for all rows is what Adapted supports")
+
+
+LOCAL = LocalPlacement()

@@ -1,0 +1,187 @@
+"""Mixtral: blocks of attention and sparse experts between an embedding and a head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.attention import Attention, LayerKV
+from mixtral_jax.model.cache import KVCache, Window, advance, attends
+from mixtral_jax.model.moe import SparseMoE
+from mixtral_jax.model.norm import RMSNorm
+from mixtral_jax.model.placement import LOCAL, Placement, Routing
+from mixtral_jax.model.rope import rotation
+from mixtral_jax.weights import AXES_KEY, AxisNames, Weight, weight
+
+RESIDUAL = ("batch", "length", "embed")
+
+
+class Hidden(NamedTuple):
+    """The residual stream after the last norm, and what happened on the way.
+
+    ``routing`` has one entry per layer over the B * T rows; ``dropped`` counts per layer.
+    """
+
+    x: Float[Array, "B T D"]
+    cache: KVCache | None
+    routing: tuple[Routing, ...]
+    dropped: Int[Array, " L"]
+
+
+class Block(nnx.Module):
+    """Pre-norm attention, then pre-norm experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, key: jax.Array, dtype: Any):
+        D, eps = config.hidden_size, config.rms_norm_eps
+        attention_key, moe_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.attention = Attention(config, key=attention_key, dtype=dtype)
+        self.moe_norm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.moe = SparseMoE(config, key=moe_key, dtype=dtype)
+
+
+class Mixtral(nnx.Module):
+    """The whole model. It knows no mesh: every call is told its Placement.
+
+    Args:
+        config: sizes.
+        key: a jax.random key for the initial weights.
+        dtype: of the weights; the config's unless given.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array, *, dtype: Any = None):
+        dtype = jnp.dtype(dtype or config.dtype)
+        V, D, std = config.vocab_size, config.hidden_size, config.initializer_range
+        keys = jax.random.split(key, config.num_hidden_layers + 2)
+        self.config = config
+        self.embed_tokens = weight(keys[0], (V, D), ("vocab", "embed"), dtype=dtype, std=std)
+        self.layers = nnx.List([Block(config, key=k, dtype=dtype) for k in keys[2:]])
+        self.norm = RMSNorm(D, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = weight(keys[1], (V, D), ("vocab", "embed"), dtype=dtype, std=std)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        *,
+        cache: KVCache | None = None,
+        placement: Placement = LOCAL,
+    ) -> Hidden:
+        """Reads tokens into the residual stream.
+
+        Args:
+            tokens: ids; where ``valid`` is false any id will do.
+            valid: false for padding at the end of a row; all true unless given.
+            cache: continues each row where its cache ends; None starts at position 0.
+            placement: where it runs.
+
+        Returns:
+            Hidden, with the advanced cache.
+        """
+        valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        config = self.config
+        if cache is None:
+            window = _uncached(valid, config.sliding_window)
+        else:
+            cache, window = advance(cache, valid, config.sliding_window)
+        by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
+        x = placement.constrain(self.embed_tokens[...][tokens], RESIDUAL)
+        keys, values, routings, drops = [], [], [], []
+        for i, block in enumerate(self.layers):
+            layer = None if cache is None else LayerKV(cache.keys[i], cache.values[i])
+            attended, layer = block.attention(
+                block.attention_norm(x), by=by, window=window, cache=layer, placement=placement
+            )
+            x = placement.constrain(x + attended, RESIDUAL)
+            moe = block.moe(block.moe_norm(x), valid, placement)
+            x = placement.constrain(x + moe.y, RESIDUAL)
+            routings.append(moe.routing)
+            drops.append(moe.dropped)
+            if layer is not None:
+                keys.append(layer.keys)
+                values.append(layer.values)
+        if cache is not None:
+            cache = cache._replace(keys=tuple(keys), values=tuple(values))
+        return Hidden(self.norm(x), cache, tuple(routings), jnp.stack(drops))
+
+    def unembed(
+        self, x: Float[Array, "*rows D"], placement: Placement = LOCAL
+    ) -> Float[Array, "*rows V"]:
+        """Logits of positions of the residual stream, f32."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        letters = "BT"[: x.ndim - 1]
+        return placement.contract(f"{letters}D,VD->{letters}V", x, head[...], dtype=jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"] | None = None,
+        *,
+        placement: Placement = LOCAL,
+    ) -> Float[Array, "B T V"]:
+        """Logits of every position, f32, teacher-forced."""
+        return self.unembed(self.hidden(tokens, valid, placement=placement).x, placement)
+
+
+def _uncached(valid: Bool[Array, "B T"], window: int | None) -> Window:
+    B, T = valid.shape
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    return Window(positions, positions, attends(positions, positions, window))
+
+
+class LeafSpec(NamedTuple):
+    """What one weight must be: sizes, logical axis names, dtype."""
+
+    shape: tuple[int, ...]
+    axes: AxisNames
+    dtype: Any
+
+
+def abstract_model(config: ModelConfig, dtype: Any = None) -> Mixtral:
+    """The module tree with shapes in place of weights; nothing is allocated."""
+    build = functools.partial(Mixtral, config, dtype=dtype)
+    return jax.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def leaf_specs(config: ModelConfig, dtype: Any = None) -> dict[str, LeafSpec]:
+    """Every weight by its path in the module tree (``layers.0.attention.q_proj``)."""
+    specs = {}
+    for path, param in nnx.to_flat_state(nnx.state(abstract_model(config, dtype))):
+        leaf = param.get_value()
+        axes = param.get_metadata()[AXES_KEY]
+        specs[".".join(map(str, path))] = LeafSpec(tuple(leaf.shape), axes, leaf.dtype)
+    return specs
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Parameters of the whole model, without allocating it."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
+
+
+def assemble(config: ModelConfig, leaves: Mapping[str, Weight]) -> Mixtral:
+    """Puts loaded weights of any kind into the module tree.
+
+    Raises:
+        ValueError: if a leaf is missing, unknown or misshapen (all are listed).
+    """
+    graph, state = nnx.split(abstract_model(config))
+    flat = {".".join(map(str, path)): (path, param) for path, param in nnx.to_flat_state(state)}
+    problems = [f"{name} is missing" for name in flat.keys() - leaves.keys()]
+    problems += [f"{name} is unknown" for name in leaves.keys() - flat.keys()]
+    problems += [
+        f"{name}: expected {flat[name][1].get_value().shape}, got {leaf.shape}"
+        for name, leaf in leaves.items()
+        if name in flat and tuple(leaf.shape) != tuple(flat[name][1].get_value().shape)
+    ]
+    if problems:
+        raise ValueError("weights do not fit the model: " + "; ".join(sorted(problems)))
+    filled = [(path, param.replace(leaves[name])) for name, (path, param) in flat.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))

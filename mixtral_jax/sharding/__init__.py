@@ -1,0 +1,1 @@
+"""Where every weight and activation lives on a device mesh."""

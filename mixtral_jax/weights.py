@@ -1,0 +1,220 @@
+"""What a weight can be: a plain array, packed codes (QTensor), or a base with an adapter (Adapted).
+
+Every kind is a pytree with ``shape`` and ``dtype`` of the weight it stands for, answers ``[...]``
+(so that it may be the value of an ``nnx.Param``), and is multiplied through ``kernels/contract.py``.
+Makers of the kinds (quantization, adapters) live in later rooms; this plumbing is all they need.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import EllipsisType
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+AxisNames: TypeAlias = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized matrix or stack of matrices, ``[..., O, I]`` in codes and group scales.
+
+    Attributes:
+        codes: packed integers; layout by scheme. ``int8``: int8 ``[..., O, I]``.
+        scales: ``[..., O, I / group_size]``, one factor per group of consecutive inputs.
+        scheme: a key of ``SCHEMES``.
+        shape: the shape of the weight that this stands for.
+        dtype: the dtype of the weight that this stands for.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    scheme: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme: expected one of {sorted(SCHEMES)}, got {self.scheme!r}")
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the weight that this stands for."""
+        return len(self.shape)
+
+    def __getitem__(self, index: EllipsisType) -> QTensor:
+        _only_ellipsis(index)
+        return self
+
+    def select(self, index: int) -> QTensor:
+        """The matrix at ``index`` of a stack."""
+        return dataclasses.replace(
+            self, codes=self.codes[index], scales=self.scales[index], shape=self.shape[1:]
+        )
+
+    def dequantize(self) -> jax.Array:
+        """The weight as an array of ``dtype`` and ``shape``."""
+        return SCHEMES[self.scheme](self)
+
+
+def _dequantize_int8(q: QTensor) -> jax.Array:
+    groups = q.scales.shape[-1]
+    codes = q.codes.reshape(*q.codes.shape[:-1], groups, -1).astype(jnp.float32)
+    values = codes * q.scales[..., None].astype(jnp.float32)
+    return values.reshape(q.codes.shape).astype(q.dtype)
+
+
+# scheme -> how its codes become numbers. Quantization adds rows here and nothing elsewhere.
+SCHEMES: dict[str, Callable[[QTensor], jax.Array]] = {"int8": _dequantize_int8}
+
+jax.tree_util.register_dataclass(
+    QTensor, data_fields=("codes", "scales"), meta_fields=("scheme", "shape", "dtype")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A frozen base ``[O, I]`` with a low-rank update: base + scale * b @ a (LoRA, Hu et al. 2021).
+
+    Attributes:
+        base: an array or a QTensor ``[..., O, I]``.
+        a: ``[..., R, I]``.
+        b: ``[..., O, R]``.
+        scale: alpha / rank (or alpha / sqrt(rank) for rank-stabilised adapters).
+    """
+
+    base: jax.Array | QTensor
+    a: jax.Array
+    b: jax.Array
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the base."""
+        return len(self.shape)
+
+    def __getitem__(self, index: EllipsisType) -> Adapted:
+        _only_ellipsis(index)
+        return self
+
+    def select(self, index: int) -> Adapted:
+        """The adapted matrix at ``index`` of a stack."""
+        return Adapted(_select(self.base, index), self.a[index], self.b[index], self.scale)
+
+
+jax.tree_util.register_dataclass(Adapted, data_fields=("base", "a", "b"), meta_fields=("scale",))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertSlots:
+    """The experts of one layer laid out for kernels that visit whole experts.
+
+    Slot ``i`` holds the i-th expert of every expert shard, ``[shards, O, I]``, so that inside
+    ``shard_map`` each device holds whole experts as arrays of their own (a static slice of a stack
+    would be a copy per step). Expert ``e`` of the canonical ``[E, O, I]`` leaf is row ``e // n`` of
+    slot ``e % n``, with n slots.
+    """
+
+    slots: tuple[jax.Array | QTensor | Adapted, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The canonical shape ``[E, O, I]``."""
+        shards, *rest = self.slots[0].shape
+        return (shards * len(self.slots), *rest)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the experts."""
+        return self.slots[0].dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the canonical leaf."""
+        return len(self.shape)
+
+    def __getitem__(self, index: EllipsisType) -> ExpertSlots:
+        _only_ellipsis(index)
+        return self
+
+
+jax.tree_util.register_dataclass(ExpertSlots, data_fields=("slots",), meta_fields=())
+
+Weight: TypeAlias = jax.Array | QTensor | Adapted | ExpertSlots
+Matrix: TypeAlias = jax.Array | QTensor | Adapted
+
+
+def _only_ellipsis(index: object) -> None:
+    if index is not Ellipsis:
+        raise TypeError(f"a weight kind answers [...] only, not [{index!r}]; use select(index)")
+
+
+def _select(w: Any, index: int) -> Any:
+    return w.select(index) if isinstance(w, QTensor | Adapted) else w[index]
+
+
+def expert_matrices(w: Weight) -> list[Matrix]:
+    """The experts of a leaf, or of one device's part of it, as a list of ``[O, I]`` matrices."""
+    if isinstance(w, ExpertSlots):
+        return [_select(slot, row) for row in range(w.slots[0].shape[0]) for slot in w.slots]
+    return [_select(w, e) for e in range(w.shape[0])]
+
+
+def slots_of(stack: Weight, shards: int) -> ExpertSlots:
+    """Lays a canonical ``[E, O, I]`` array out as slots for ``shards`` expert shards."""
+    num_slots = stack.shape[0] // shards
+    slots = (jax.tree.map(lambda x, i=i: x[i::num_slots], stack) for i in range(num_slots))
+
+    def reshaped(slot: Any) -> Any:
+        if isinstance(slot, QTensor):
+            return dataclasses.replace(slot, shape=(shards, *slot.shape[1:]))
+        return slot
+
+    return ExpertSlots(tuple(reshaped(slot) for slot in slots))
+
+
+AXES_KEY = "axes"
+
+
+def weight(
+    key: jax.Array | None,
+    shape: Sequence[int],
+    axes: AxisNames,
+    *,
+    dtype: Any,
+    std: float | None,
+) -> nnx.Param:
+    """States one weight: its shape, logical axis names and initialiser.
+
+    Args:
+        key: a random key; None where the initialiser is constant.
+        shape: sizes, in the canonical layout (``[out, in]`` per matrix).
+        axes: one logical axis name per dim (see ``sharding/rules.py``).
+        dtype: of the weight.
+        std: standard deviation of a normal initialiser in f32, or None for ones.
+
+    Returns:
+        An ``nnx.Param`` whose metadata carries the axis names.
+    """
+    if len(shape) != len(axes):
+        raise ValueError(f"axes: expected {len(shape)} names for shape {shape}, got {axes}")
+    if std is None:
+        value = jnp.ones(shape, dtype)
+    else:
+        assert key is not None, "a random initialiser needs a key"
+        value = (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+    return nnx.Param(value, **{AXES_KEY: axes})

@@ -1,0 +1,56 @@
+"""For every test: eight simulated devices, checked shapes, and small configurations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+# Before JAX is imported: it reads both once. A GPU run asks for its platform by name, as in
+# `MIXTRAL_JAX_TEST_PLATFORM=cuda pytest -m gpu`.
+NUM_SIMULATED_DEVICES = 8
+_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+os.environ["JAX_PLATFORMS"] = os.environ.get("MIXTRAL_JAX_TEST_PLATFORM", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICES_FLAG)]
+    + [f"{_DEVICES_FLAG}={NUM_SIMULATED_DEVICES}"]
+)
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before the hook: ModelConfig checks its own fields, and its refusals are what its tests read.
+from mixtral_jax.config import ModelConfig
+
+# Annotated shapes and types are checked at every call of what is imported from here on.
+install_import_hook("mixtral_jax", "beartype.beartype")
+
+# A first example compiles, so its time says nothing. In CI the examples are the same every time.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def small_config() -> Callable[..., ModelConfig]:
+    """A factory of configurations that compile in moments; any field can be given."""
+
+    def make(**fields: Any) -> ModelConfig:
+        small: dict[str, Any] = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "max_position_embeddings": 128,
+            "rope_theta": 1e4,
+            "dtype": "float32",
+        }
+        return ModelConfig(**(small | fields))
+
+    return make
