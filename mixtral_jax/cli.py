@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -41,14 +42,18 @@ def run(
     Raises:
         SystemExit: code 0 after ``--help``.
     """
+    # --flag without a --no-flag beside it; a sequence is its option repeated.
+    plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
+    refusal = io.StringIO()
     try:
-        # --flag without a --no-flag beside it; a sequence is its option repeated.
-        plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
-        options = tyro.cli(options_type, prog=prog, args=argv, config=plain)
+        with contextlib.redirect_stderr(refusal):
+            options = tyro.cli(options_type, prog=prog, args=argv, config=plain)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        return USAGE
+        return _fail(None, _usage(refusal.getvalue(), prog), USAGE)
+    except MixtralError as error:  # the options check themselves when they are made
+        return _fail(None, str(error), error.code)
     try:
         return main(options)
     except MixtralError as error:
@@ -66,6 +71,15 @@ def run(
         return _fail(options, _internal(error), INTERNAL)
     except Exception as error:
         return _fail(options, _internal(error), INTERNAL)
+
+
+def _usage(box: str, prog: str) -> str:
+    """One line from the box that tyro draws around what it refuses."""
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    what, *more = "\n".join(lines).split("─\n")
+    what = " ".join(what.strip("─\n").split()).rstrip(".")
+    meant = re.search(r"Perhaps you meant:\n(--[\w-]+)", more[0]) if more else None
+    return f"{what}; fix: {meant[1] if meant else f'{prog} --help lists the options'}"
 
 
 def _internal(error: Exception) -> str:

@@ -212,6 +212,10 @@ class LanguageModel:
         options = _options(options, fields)
         if (prompts is None) == (prompt_token_ids is None):
             raise MixtralError("generate: give prompts or prompt_token_ids", code=USAGE)
+        if isinstance(prompts, str):
+            raise MixtralError(
+                "prompts", expected="a list", got="one text", fix="generate([text])", code=USAGE
+            )
         if prompts is not None:
             tokenizer = self._require_tokenizer()
             ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -287,6 +291,8 @@ class LanguageModel:
 
     def run(self, batch: Batch) -> Iterator[list[str]]:
         """Generates a batch, filling it, and yields the new text of every row."""
+        if not batch.requests:
+            return
         generation = Generation(
             self.model, batch.requests, placement=self.placement, data_shards=self.spec.data
         )
@@ -316,9 +322,11 @@ class LanguageModel:
 
 
 def _options(options: SamplingOptions | None, fields: Mapping[str, Any]) -> SamplingOptions:
-    try:
-        return dataclasses.replace(options or SamplingOptions(), **fields)
-    except TypeError:
-        known = {field.name for field in dataclasses.fields(SamplingOptions)}
-        unknown = ", ".join(sorted(set(fields) - known))
-        raise MixtralError(f"generate has no option {unknown}", code=USAGE) from None
+    known = {field.name for field in dataclasses.fields(SamplingOptions)}
+    unknown = ", ".join(sorted(set(fields) - known))
+    if unknown:
+        raise MixtralError(f"generate has no option {unknown}", code=USAGE)
+    if "stop" in fields:
+        stop = fields["stop"]
+        fields = {**fields, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    return dataclasses.replace(options or SamplingOptions(), **fields)

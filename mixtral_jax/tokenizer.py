@@ -220,7 +220,6 @@ class IncrementalDetokenizer:
         for token_id in head:
             self.push(token_id)
             if not self._at_start:
-                self._bytes.clear()
                 break
         for token_id in tail:
             self.push(token_id)

@@ -1,7 +1,7 @@
 """What a weight can be: a plain array, packed codes (QTensor), or a base with an adapter (Adapted).
 
 Every kind is a pytree with ``shape`` and ``dtype`` of the weight it stands for, answers ``[...]``
-(so that it may be the value of an ``nnx.Param``), and is multiplied through ``kernels/contract.py``.
+(so that it may be the value of an ``nnx.Param``), and is multiplied by ``kernels/contract.py``.
 Makers of the kinds (quantization, adapters) live in later rooms; this plumbing is all they need.
 """
 
@@ -18,6 +18,9 @@ from flax import nnx
 
 AxisNames: TypeAlias = tuple[str, ...]
 
+# An array; or what stands for one where a tree of shapes, specs or shardings has the same form.
+Leaf: TypeAlias = Any
+
 
 @dataclasses.dataclass(frozen=True)
 class QTensor:
@@ -31,8 +34,8 @@ class QTensor:
         dtype: the dtype of the weight that this stands for.
     """
 
-    codes: jax.Array
-    scales: jax.Array
+    codes: Leaf
+    scales: Leaf
     scheme: str
     shape: tuple[int, ...]
     dtype: Any
@@ -87,9 +90,9 @@ class Adapted:
         scale: alpha / rank (or alpha / sqrt(rank) for rank-stabilised adapters).
     """
 
-    base: jax.Array | QTensor
-    a: jax.Array
-    b: jax.Array
+    base: Leaf | QTensor
+    a: Leaf
+    b: Leaf
     scale: float
 
     @property
@@ -129,7 +132,8 @@ class ExpertSlots:
     slot ``e % n``, with n slots.
     """
 
-    slots: tuple[jax.Array | QTensor | Adapted, ...]
+    # Matrices; while JAX takes trees apart also what it puts in their place (specs, shardings).
+    slots: tuple[Any, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -217,4 +221,5 @@ def weight(
     else:
         assert key is not None, "a random initialiser needs a key"
         value = (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
-    return nnx.Param(value, **{AXES_KEY: axes})
+    metadata: dict[str, Any] = {AXES_KEY: axes}
+    return nnx.Param(value, **metadata)

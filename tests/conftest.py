@@ -22,9 +22,10 @@ from jaxtyping import install_import_hook
 
 # Before the hook: ModelConfig checks its own fields, and its refusals are what its tests read.
 from mixtral_jax.config import ModelConfig
+from tests import typechecker
 
 # Annotated shapes and types are checked at every call of what is imported from here on.
-install_import_hook("mixtral_jax", "beartype.beartype")
+install_import_hook("mixtral_jax", f"{typechecker.__name__}.check")
 
 # A first example compiles, so its time says nothing. In CI the examples are the same every time.
 settings.register_profile("local", deadline=None)

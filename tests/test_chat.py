@@ -249,8 +249,8 @@ def test_a_message_cannot_forge_control_pieces(version: str, text: str):
 
 
 def render(template: str, messages: list[Any] | None = None, **options: Any) -> str:
-    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
-    return render_template(template, messages or [user("hé")], **(tokens | options))
+    options = {"bos_token": "<s>", "eos_token": "</s>"} | options
+    return render_template(template, messages or [user("hé")], **options)
 
 
 def test_a_template_sees_what_transformers_gives_it():

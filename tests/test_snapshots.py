@@ -57,9 +57,10 @@ def describe(name: str) -> str:
         return name
     lines = [signature(name, value)]
     for member in sorted(vars(value)) if inspect.isclass(value) else ():
-        attribute = inspect.getattr_static(value, member)
-        if member.startswith("_"):
+        # A dataclass's fields are in its signature already.
+        if member.startswith("_") or member in getattr(value, "__dataclass_fields__", ()):
             continue
+        attribute = inspect.getattr_static(value, member)
         function = getattr(attribute, "__func__", attribute)
         shown = signature(member, function) if inspect.isfunction(function) else member
         lines.append(f"    {shown}")

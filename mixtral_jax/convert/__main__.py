@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ import tyro
 
 from mixtral_jax import cli
 from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
-from mixtral_jax.errors import INTERRUPTED, OK, MixtralError
+from mixtral_jax.errors import INTERRUPTED, OK
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ def main(options: Options) -> int:
         TransferSpeedColumn,
     )
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop = _Stop()
     fields = [field.name for field in dataclasses.fields(ConvertOptions)]
     console = Console(stderr=True, soft_wrap=True)
     bar = Progress(
@@ -59,7 +58,7 @@ def main(options: Options) -> int:
         console=console,
         disable=not console.is_terminal,
     )
-    with bar, _resumable():
+    with bar:
         task = bar.add_task("convert", total=None)
         report = convert(
             options.src,
@@ -67,22 +66,27 @@ def main(options: Options) -> int:
             ConvertOptions(**{name: getattr(options, name) for name in fields}),
             note=lambda line: console.print(f"note: {line}", markup=False, highlight=False),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            stop=lambda: stop.asked,
         )
     print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
     return OK
 
 
-@contextlib.contextmanager
-def _resumable() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        fix = "run the same command again to resume"
-        raise MixtralError("interrupted", fix=fix, code=INTERRUPTED) from None
+class _Stop:
+    """Notes SIGINT and SIGTERM; a second one ends the process at once, which is safe as well.
 
+    An exception raised by a signal inside Orbax leaves its threads waiting for ever.
+    """
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    def __init__(self):
+        self.asked = False
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(INTERRUPTED)
+        self.asked = True
 
 
 def _table(report: ConvertReport) -> str:

@@ -39,7 +39,14 @@ from mixtral_jax.convert.memory import PeakMemory
 from mixtral_jax.convert.orbax import disk_full, is_disk_full, read_leaf, write_leaf
 from mixtral_jax.convert.reader import FLOATS
 from mixtral_jax.convert.transfer import digest_leaf, fetch_leaf
-from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, IO_ERROR, OUTPUT_EXISTS, MixtralError
+from mixtral_jax.errors import (
+    BAD_DATA,
+    INPUT_NOT_FOUND,
+    INTERRUPTED,
+    IO_ERROR,
+    OUTPUT_EXISTS,
+    MixtralError,
+)
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 
 Dtype: TypeAlias = Literal["keep", "float32", "bfloat16", "float16"]
@@ -101,6 +108,7 @@ def convert(
     *,
     note: Note = lambda line: None,
     progress: Progress = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> ConvertReport:
     """Converts a Hugging Face folder.
 
@@ -114,15 +122,16 @@ def convert(
         options: how; the defaults keep the dtype.
         note: called with one line for each thing a person should know.
         progress: called with bytes done and bytes in all.
+        stop: asked before each leaf; True ends the work there, to be resumed by another call.
 
     Raises:
         MixtralError: exit codes 65 (bad source), 66 (no source), 73 (``dst`` is something else, or
-            the work folder is of another conversion), 74 (disk), 78 (config.json).
+            the work folder is of another conversion), 74 (disk), 75 (stopped), 78 (config.json).
     """
     src, dst = Path(src), Path(dst)
     started = time.monotonic()
     with PeakMemory() as memory:
-        manifest = _Conversion(src, dst, options or ConvertOptions(), note, progress).run()
+        manifest = _Conversion(src, dst, options or ConvertOptions(), note, progress).run(stop)
     return ConvertReport(
         parameters=manifest.parameters,
         tensors=len(manifest.leaves),
@@ -154,7 +163,7 @@ class _Conversion:
         self._done = self._total = 0
         self._counting = threading.Lock()
 
-    def run(self) -> Manifest:
+    def run(self, stop: Callable[[], bool]) -> Manifest:
         leaves = HuggingFaceLeaves(self.src, self.specs, note=self.note)
         try:
             self.fingerprint = self._fingerprint(leaves)
@@ -165,7 +174,7 @@ class _Conversion:
             self.work.mkdir(exist_ok=True)
             journal = Journal(self.work / JOURNAL_NAME, self.fingerprint)
             try:
-                return self._convert(leaves, journal)
+                return self._convert(leaves, journal, stop)
             finally:
                 journal.close()
         except OSError as error:
@@ -227,7 +236,9 @@ class _Conversion:
                 code=IO_ERROR,
             )
 
-    def _convert(self, leaves: HuggingFaceLeaves, journal: Journal) -> Manifest:
+    def _convert(
+        self, leaves: HuggingFaceLeaves, journal: Journal, stop: Callable[[], bool]
+    ) -> Manifest:
         (self.output / WEIGHTS).mkdir(parents=True, exist_ok=True)
         self._total = sum(
             math.prod(self.specs[leaf].shape) * leaves.dtype(leaf).itemsize for leaf in self.specs
@@ -242,6 +253,12 @@ class _Conversion:
                     records[leaf] = record
                     self._advance(math.prod(spec.shape) * leaves.dtype(leaf).itemsize)
                     continue
+                if stop():
+                    raise MixtralError(
+                        "interrupted",
+                        fix="run the same command again to resume",
+                        code=INTERRUPTED,
+                    )
                 records[leaf] = self._convert_leaf(leaves, leaf, pool)
                 journal.record(leaf, records[leaf])
         manifest = Manifest(

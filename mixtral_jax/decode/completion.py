@@ -139,7 +139,8 @@ class Batch:
     def _completion(self, row: int) -> Completion:
         text, ids, progress = self._texts[row], self._token_ids[row], self._progress
         error = None
-        if progress.is_bad[row]:
+        # A row that met a stop string wrote on to the end of its chunk; that is not its text.
+        if progress.is_bad[row] and not (text is not None and text.is_stopped):
             error = f"prompt {row}: logits are NaN after {len(ids)} tokens; the weights are damaged"
         return Completion(
             prompt=self.prompts[row],

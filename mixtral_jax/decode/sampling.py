@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -46,26 +47,36 @@ class SamplingOptions:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        _check("max-new-tokens", self.max_new_tokens >= 1, "at least 1", self.max_new_tokens)
-        _check("temperature", _finite(self.temperature, 0), "0 or more", self.temperature)
         top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
-        _check("top-k", top_k is None or top_k >= 1, "at least 1", top_k)
-        _check("top-p", top_p is None or 0 < top_p <= 1, "above 0, up to 1", top_p)
-        _check("min-p", min_p is None or 0 <= min_p <= 1, "from 0 to 1", min_p)
-        penalty = self.repetition_penalty
-        _check("repetition-penalty", _finite(penalty, 0) and penalty > 0, "above 0", penalty)
-        _check("seed", 0 <= self.seed < NUM_SEEDS, "from 0 to 2^32 - 1", self.seed)
-        _check("stop", all(self.stop), "texts that are not empty", list(self.stop))
-        _check("num-samples", self.num_samples >= 1, "at least 1", self.num_samples)
+        penalty, stop = self.repetition_penalty, self.stop
+        is_stop = not isinstance(stop, str) and all(isinstance(s, str) and s for s in stop)
+        for name, is_fine, expected in (
+            ("max_new_tokens", _is_integer(self.max_new_tokens, 1), "an integer, at least 1"),
+            ("temperature", _is_number(self.temperature), "a number, 0 or more"),
+            ("top_k", top_k is None or _is_integer(top_k, 1), "an integer, at least 1"),
+            ("top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "above 0, up to 1"),
+            ("min_p", min_p is None or (_is_number(min_p) and min_p <= 1), "from 0 to 1"),
+            ("repetition_penalty", _is_number(penalty) and penalty > 0, "a number above 0"),
+            ("seed", _is_integer(self.seed, 0) and self.seed < NUM_SEEDS, "from 0 to 2^32 - 1"),
+            ("stop", is_stop, "texts that are not empty"),
+            ("num_samples", _is_integer(self.num_samples, 1), "an integer, at least 1"),
+        ):
+            if not is_fine:
+                what, got = "--" + name.replace("_", "-"), repr(getattr(self, name))
+                raise MixtralError(what, expected=expected, got=got, code=USAGE)
 
 
-def _finite(value: float, least: float) -> bool:
-    return math.isfinite(value) and value >= least
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
 
 
-def _check(name: str, is_fine: bool, expected: str, got: object) -> None:
-    if not is_fine:
-        raise MixtralError(f"--{name}", expected=expected, got=got, code=USAGE)
+def _is_number(value: object) -> bool:
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value) and value >= 0
+
+
+# Made on the host as numpy; arrays of the device inside the jitted step.
+Column: TypeAlias = jax.Array | np.ndarray
 
 
 class RowSampling(NamedTuple):
@@ -74,14 +85,14 @@ class RowSampling(NamedTuple):
     Where an option is off its array holds the value that keeps every token.
     """
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    min_p: Float[Array, " B"]
-    repetition_penalty: Float[Array, " B"]
-    seed: UInt32[Array, " B"]
-    sample_id: Int[Array, " B"]
-    ignore_eos: Bool[Array, " B"]
+    temperature: Float[Column, " B"]
+    top_k: Int[Column, " B"]
+    top_p: Float[Column, " B"]
+    min_p: Float[Column, " B"]
+    repetition_penalty: Float[Column, " B"]
+    seed: UInt32[Column, " B"]
+    sample_id: Int[Column, " B"]
+    ignore_eos: Bool[Column, " B"]
 
 
 def row_sampling(
@@ -113,7 +124,7 @@ class Sampled(NamedTuple):
 
 
 def penalize(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Column, " B"]
 ) -> Float[Array, "B V"]:
     """Repetition penalty (Keskar et al. 2019): seen tokens lose, whatever their logit's sign."""
     factor = penalty[:, None]
@@ -123,13 +134,14 @@ def penalize(
 def keep_likely(logits: Float[Array, "B V"], rows: RowSampling) -> Float[Array, "B V"]:
     """Temperature, then top-k, top-p and min-p, in the order of transformers.
 
-    Every filter keeps the tokens above some logit, so one sort finds the threshold; tokens equal to
-    it are kept. Rejected tokens get -inf.
+    Every filter keeps the tokens above some logit, so one sort finds the threshold. Tokens equal to
+    it are kept, by top-p too, where transformers lets its sort decide. Rejected tokens get -inf.
     """
     scaled = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
     best_first = -jnp.sort(-scaled, axis=-1)
     rank = jnp.arange(logits.shape[-1])[None, :]
-    in_top_k = rank < rows.top_k[:, None]
+    worst_of_k = jnp.take_along_axis(best_first, rows.top_k[:, None] - 1, axis=-1)
+    in_top_k = best_first >= worst_of_k
     probabilities = jax.nn.softmax(jnp.where(in_top_k, best_first, -jnp.inf), axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     # The first token is always kept. top_p = 1 keeps all, though a sum of f32 may reach 1 early.
@@ -156,13 +168,14 @@ def sample(
             so that no row's choice depends on its neighbours.
 
     Returns:
-        Sampled. A row with NaN or without any finite logit is bad; its token means nothing.
+        Sampled. A row with NaN, an infinite logit or none above -inf is bad; its token means
+        nothing.
     """
-    is_bad = jnp.isnan(logits).any(axis=-1) | ~jnp.isfinite(logits).any(axis=-1)
+    is_bad = ~jnp.isfinite(logits.max(axis=-1))  # the maximum of a row with NaN is NaN
     penalized = penalize(logits, seen, rows.repetition_penalty)
     greedy = jnp.argmax(penalized, axis=-1)
 
-    def noise(seed: jax.Array, sample_id: jax.Array, step: jax.Array) -> jax.Array:
+    def noise(seed: Column, sample_id: Column, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample_id), step)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.decode.sampling import RowSampling, sample
+from mixtral_jax.decode.sampling import Column, RowSampling, sample
 from mixtral_jax.model.cache import KV_AXES, KVCache, init_cache
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
@@ -45,11 +45,11 @@ class DecodeState(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """When rows end: after ``budget`` tokens, at one of ``eos_ids``, or ``stopped`` by the caller."""
+    """When rows end: after ``budget`` tokens, at one of ``eos_ids``, or where ``stopped``."""
 
-    budget: Int[Array, " B"]
-    stopped: Bool[Array, " B"]
-    eos_ids: Int[Array, " eos"]
+    budget: Int[Column, " B"]
+    stopped: Bool[Column, " B"]
+    eos_ids: Int[Column, " eos"]
 
 
 class Emitted(NamedTuple):

@@ -10,7 +10,8 @@ from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 class TextStream:
     """Turns the tokens of one row into text that may be shown.
 
-    Text that could still become a stop string is held back until it cannot.
+    Text that could still become a stop string is held back until it cannot. Of several stop strings
+    the one that is complete first cuts, so the text does not depend on how tokens divide it.
 
     Args:
         tokenizer: of the model.
@@ -38,11 +39,11 @@ class TextStream:
         longest = max(map(len, self._stop), default=0)
         search_from = max(0, len(self.text) - longest)
         self.text += text
-        hits = [self.text.find(stop, search_from) for stop in self._stop]
-        found = [hit for hit in hits if hit >= 0]
+        hits = [(self.text.find(stop, search_from), len(stop)) for stop in self._stop]
+        found = [(hit + size, hit) for hit, size in hits if hit >= 0]
         if found:
             self.is_stopped = True
-            self.text = self.text[: min(found)]
+            self.text = self.text[: min(found)[1]]
             at_end = True
         safe = len(self.text) if at_end else len(self.text) - self._held_back()
         shown = self.text[self._shown : safe]

@@ -14,9 +14,9 @@ class _CompileClock:
     def __init__(self):
         self.seconds = 0.0
 
-    def __call__(self, event: str, duration: float, **_: object) -> None:
+    def __call__(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event.startswith(_PREFIX):
-            self.seconds += duration
+            self.seconds += duration_secs
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Routed(NamedTuple):
     dropped: Int[Array, ""]
 
 
+@runtime_checkable
 class Placement(Protocol):
     """Where operations run. Implementations are hashable: they are static arguments of jit."""
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,14 +135,33 @@ def _combine(back: jax.Array, slots: Slots, expert_weights: jax.Array) -> jax.Ar
     return (chosen.astype(jnp.float32) * expert_weights[..., None]).sum(axis=1)
 
 
-def _visit_local(x: jax.Array, routing: Routing, weights: ExpertWeights, kernels: Kernels):
-    """Inside shard_map: this device's experts on all rows given; f32 partial sums."""
-    first = jax.lax.axis_index("expert") * weights.gate.shape[0]
+def _visit_local(
+    x: jax.Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    kernels: Kernels,
+    *,
+    same_over: tuple[str, ...],
+) -> jax.Array:
+    """Inside shard_map: this device's experts on all rows given; f32 partial sums.
+
+    Devices take different branches in there, so nothing in there may be a collective. The transpose
+    of using a replicated value on a varying path is one (a psum): everything is marked as varying
+    before. ``same_over`` names the axes that the rows are replicated over; experts are over data.
+    """
+    x, routing = jax.lax.pcast((x, routing), same_over, to="varying")
+    weights = jax.lax.pcast(weights, "data", to="varying")
     out = jax.lax.pcast(jnp.zeros(x.shape, jnp.float32), AXES, to="varying")
-    ids = routing.expert_ids - first
+    first = jax.lax.axis_index("expert") * weights.gate.shape[0]
     num_experts = weights.gate.shape[0] * jax.lax.axis_size("expert")
     return kernels.routed_experts(
-        out, x, ids, routing.expert_weights, routing.valid, weights, num_experts=num_experts
+        out,
+        x,
+        routing.expert_ids - first,
+        routing.expert_weights,
+        routing.valid,
+        weights,
+        num_experts=num_experts,
     )
 
 
@@ -154,7 +173,7 @@ def _gathered(x: jax.Array, routing: Routing, weights: ExpertWeights, kernels: K
     """
     gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
     everyone = Routing(*(gather(part) for part in routing))
-    partial = _visit_local(gather(x), everyone, weights, kernels)
+    partial = _visit_local(gather(x), everyone, weights, kernels, same_over=("tensor",))
     return jax.lax.psum_scatter(partial, "expert", tiled=True)
 
 
@@ -196,7 +215,8 @@ def _gathered_shard(x, routing: Routing, weights: ExpertWeights, *, kernels: Ker
 
 def _replicated_shard(x, routing: Routing, weights: ExpertWeights, *, kernels: Kernels) -> Routed:
     """What one device does under ``replicated``: it holds all rows of its data shard."""
-    y = jax.lax.psum(_visit_local(x, routing, weights, kernels), ("expert", "tensor"))
+    partial = _visit_local(x, routing, weights, kernels, same_over=("expert", "tensor"))
+    y = jax.lax.psum(partial, ("expert", "tensor"))
     return Routed(y.astype(x.dtype), jnp.zeros((), jnp.int32))
 
 
@@ -226,7 +246,7 @@ def dispatch(
     method = choose(options, mesh, x.shape[0])
     over = ("data",) if method == "replicated" else ("data", "expert")
     padding = -x.shape[0] % math.prod(mesh.shape[axis] for axis in over)
-    padded = jax.tree.map(
+    rows_x, rows_routing = jax.tree.map(
         lambda a: jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)), (x, routing)
     )
     if method == "all_to_all":
@@ -237,7 +257,8 @@ def dispatch(
         shard_fn = functools.partial(
             {"gathered": _gathered_shard, "replicated": _replicated_shard}[method], kernels=kernels
         )
-    rows = PartitionSpec(over)
+    rows: Any = PartitionSpec(over)
+    everywhere: Any = PartitionSpec()
     into = partition_spec(("expert", "mlp", "embed"), WEIGHT_RULES)
     back = partition_spec(("expert", "embed", "mlp"), WEIGHT_RULES)
     specs = ExpertWeights(
@@ -247,6 +268,6 @@ def dispatch(
         shard_fn,
         mesh=mesh,
         in_specs=(rows, Routing(rows, rows, rows), specs),
-        out_specs=Routed(rows, PartitionSpec()),
-    )(*padded, weights)
+        out_specs=Routed(rows, everywhere),
+    )(rows_x, rows_routing, weights)
     return routed._replace(y=routed.y[: x.shape[0]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -112,7 +113,7 @@ def write(
     return folder
 
 
-def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+def same_bits(one: Any, other: Any) -> bool:
     """True for equal shape, dtype and bytes."""
     one, other = np.asarray(one), np.asarray(other)
     return (

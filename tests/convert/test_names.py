@@ -21,7 +21,9 @@ ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 EXTRA = "model.layers.0.self_attn.q_proj.bias"
 
 
-@pytest.mark.parametrize(("preset", "num_tensors"), [("mixtral-8x7b", 995), ("mixtral-8x22b", 1739)])
+@pytest.mark.parametrize(
+    ("preset", "num_tensors"), [("mixtral-8x7b", 995), ("mixtral-8x22b", 1739)]
+)
 def test_published_models_have_the_published_number_of_tensors(preset, num_tensors):
     config = dataclasses.replace(PRESETS[preset])
     names = [piece.rows.tensor for piece in pieces("original", leaf_specs(config))]
@@ -85,9 +87,7 @@ def test_more_layers_than_configured_are_refused(tmp_path, small_config, tensors
     assert f"extra {W2}" in line
 
 
-def test_tensor_in_two_files_and_tensor_missing_from_its_file_are_listed(
-    tmp_path, config, tensors
-):
+def test_tensor_in_two_files_and_tensor_missing_from_its_file_are_listed(tmp_path, config, tensors):
     folder = checkpoints.write(tmp_path / "planted", config, tensors, num_files=2)
     shards = sorted(folder.glob("*.safetensors"))
     order = list(tensors)

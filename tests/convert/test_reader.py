@@ -106,11 +106,15 @@ def test_a_flipped_bit_of_the_header_is_refused_or_harmless(tmp_path_factory, po
     content[position % header_end] ^= 1 << bit
     path.write_bytes(bytes(content))
     try:
-        with Checkpoint(folder) as checkpoint:
+        checkpoint = Checkpoint(folder)
+    except MixtralError as error:
+        refusal = error
+    else:
+        with checkpoint:
             for tensor in checkpoint.tensors.values():
                 assert header_end <= tensor.start <= tensor.stop <= len(content)
-    except MixtralError as error:
-        assert error.code == BAD_DATA
+        return
+    assert refusal.code == BAD_DATA
 
 
 @pytest.mark.parametrize("cut", [1, 7, 100])
@@ -151,8 +155,16 @@ def index(folder, weight_map: object) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["/etc/passwd.safetensors", "../x.safetensors", "a/../../x.safetensors", "x\0.safetensors", 3]
-    + ["a\\x.safetensors", "model.bin", "..safetensors"],
+    [
+        "/etc/passwd.safetensors",
+        "../x.safetensors",
+        "a/../../x.safetensors",
+        "a\\x.safetensors",
+        "x\0.safetensors",
+        "..safetensors",
+        "model.bin",
+        3,
+    ],
 )
 def test_index_that_names_files_elsewhere_is_refused_before_opening(tmp_path, name):
     index(tmp_path, {"w": name})

@@ -1,0 +1,211 @@
+"""How much anonymous memory does a conversion take, how fast is it, and does it survive kill -9?
+
+Writes a random checkpoint with the widths of Mixtral 8x7B (fewer layers), converts it in a child
+process, and compares the child's peak with the promise: twice the largest leaf plus 512 MB. With
+``--kills N`` it then converts again, killing the child N times at random moments, and compares the
+digests. Exits 1 if a promise is broken.
+
+    python benchmarks/convert_memory.py --gigabytes 2 --kills 10
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+
+from mixtral_jax.config import PRESETS, ModelConfig, config_to_dict
+from mixtral_jax.convert.names import pieces
+from mixtral_jax.model.transformer import leaf_specs
+
+LIMIT_LEAVES, LIMIT_BYTES = 2, 512 << 20
+SHARD_BYTES = 1 << 30
+SAMPLE_SECONDS = 0.005
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Measures conversion."""
+
+    gigabytes: float = 2.0
+    """Approximate size of the checkpoint."""
+    kills: int = 0
+    """Kill a second conversion this many times at random moments."""
+    verify: bool = False
+    """Pass --verify to the conversion."""
+    seed: int = 0
+    """Of the moments of the kills."""
+    folder: Path | None = None
+    """Where to work; a new folder in the temporary directory unless given."""
+    json: bool = False
+    """Print one JSON line instead of a table."""
+
+
+def model_of(gigabytes: float) -> ModelConfig:
+    """8x7B with fewer layers, and experts as much narrower as the size asks."""
+    full = dataclasses.replace(PRESETS["mixtral-8x7b"], num_hidden_layers=1)
+    target = gigabytes * 1e9
+    layer = size_of(dataclasses.replace(full, num_hidden_layers=2)) - size_of(full)
+    num_layers = 1 + max(0, math.floor((target - size_of(full)) / layer))
+    config = dataclasses.replace(full, num_hidden_layers=num_layers)
+    thin = size_of(dataclasses.replace(config, intermediate_size=1))
+    share = (target - thin) / (size_of(config) - thin)
+    width = round(config.intermediate_size * share / 256) * 256
+    width = min(max(width, 256), config.intermediate_size)
+    return dataclasses.replace(config, intermediate_size=width)
+
+
+def size_of(config: ModelConfig) -> int:
+    """Bytes of the weights in bfloat16."""
+    return sum(2 * math.prod(spec.shape) for spec in leaf_specs(config).values())
+
+
+def write_checkpoint(folder: Path, config: ModelConfig) -> None:
+    """A random checkpoint in shards, as published."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config_to_dict(config)))
+    shapes = {p.rows.tensor: p.tensor_shape for p in pieces("original", leaf_specs(config))}
+    shard: dict[str, np.ndarray] = {}
+    weight_map: dict[str, str] = {}
+    last = list(shapes)[-1]
+    for name, shape in shapes.items():
+        # 15 random bits below the top exponent bit: finite, and different everywhere.
+        values = rng.integers(0, 0x3F80, size=shape, dtype=np.uint16)
+        shard[name] = values.view(ml_dtypes.bfloat16)
+        if sum(w.nbytes for w in shard.values()) >= SHARD_BYTES or name == last:
+            file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
+            save_file(shard, folder / file)
+            weight_map |= dict.fromkeys(shard, file)
+            shard = {}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def start(src: Path, dst: Path, verify: bool) -> subprocess.Popen[str]:
+    """A conversion in a child process."""
+    command = [sys.executable, "-m", "mixtral_jax.convert", str(src), str(dst), "--json"]
+    return subprocess.Popen(
+        command + ["--verify"] * verify, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Anonymous resident memory of a process, 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    line = next((line for line in status.splitlines() if line.startswith("RssAnon:")), None)
+    return int(line.split()[1]) * 1024 if line else 0
+
+
+def measure(src: Path, dst: Path, verify: bool) -> dict[str, Any]:
+    """Converts to the end, sampling the child's memory."""
+    child = start(src, dst, verify)
+    peak = 0
+    while child.poll() is None:
+        peak = max(peak, anonymous_bytes(child.pid))
+        time.sleep(SAMPLE_SECONDS)
+    stdout, stderr = child.communicate()
+    if child.returncode != 0:
+        raise SystemExit(f"the conversion failed: {stderr}")
+    return {**json.loads(stdout), "sampled_peak_bytes": peak}
+
+
+def kill_and_resume(
+    src: Path, dst: Path, *, kills: int, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Converts with kills at random moments, then to the end."""
+    rng = random.Random(seed)
+    started = time.monotonic()
+    landed = redone = 0
+    for _ in range(kills):
+        child = start(src, dst, verify=False)
+        # Over the whole run: the kills before the last one leave less and less to do.
+        time.sleep(rng.uniform(0.5, 1.0 + seconds / 2))
+        landed += child.poll() is None
+        child.kill()
+        child.communicate()
+        if dst.exists():
+            shutil.rmtree(dst)
+            redone += 1
+    report = measure(src, dst, verify=False)
+    report |= {"kills": landed, "restarts": redone, "seconds": time.monotonic() - started}
+    return report
+
+
+def main(options: Options) -> int:
+    """Runs, prints, and says whether the promises hold."""
+    config = model_of(options.gigabytes)
+    leaf = max(2 * math.prod(spec.shape) for spec in leaf_specs(config).values())
+    limit = LIMIT_LEAVES * leaf + LIMIT_BYTES
+    folder = Path(tempfile.mkdtemp(prefix="convert-memory-", dir=options.folder))
+    try:
+        write_checkpoint(folder / "hf", config)
+        report = measure(folder / "hf", folder / "out", options.verify)
+        killed = None
+        if options.kills:
+            killed = kill_and_resume(
+                folder / "hf",
+                folder / "killed",
+                kills=options.kills,
+                seconds=report["seconds"],
+                seed=options.seed,
+            )
+    finally:
+        shutil.rmtree(folder)
+    peak = report["sampled_peak_bytes"]
+    rate = report["bytes"] / report["seconds"]
+    result = {
+        "checkpoint_bytes": report["bytes"],
+        "layers": config.num_hidden_layers,
+        "largest_leaf_bytes": leaf,
+        "limit_bytes": limit,
+        "peak_anonymous_bytes": peak,
+        "self_reported_peak_bytes": report["peak_rss_bytes"],
+        "seconds": round(report["seconds"], 2),
+        "gigabytes_per_second": round(rate / 1e9, 3),
+        "verify": options.verify,
+        "within_limit": peak <= limit,
+        "digest": report["digest"],
+    }
+    if killed:
+        result |= {
+            "kills": killed["kills"],
+            "restarts_after_completion": killed["restarts"],
+            "killed_digest_equal": killed["digest"] == report["digest"],
+        }
+    versions = {name: version(name) for name in ("jax", "orbax-checkpoint", "numpy")}
+    result |= {"versions": versions, "device": f"{platform.machine()}, {os.cpu_count()} CPUs"}
+    if options.json:
+        print(json.dumps(result))
+    else:
+        table = Table("measure", "value", title="Conversion")
+        for name, value in result.items():
+            table.add_row(name, f"{value:,}" if type(value) is int else str(value))
+        Console().print(table)
+        print(json.dumps(result))
+    return 0 if result["within_limit"] and result.get("killed_digest_equal", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))

@@ -1,0 +1,93 @@
+"""The command: exit codes, what is on stdout, and signals. Each run costs seconds, so few."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtral_jax.errors import BAD_DATA, INTERRUPTED, USAGE
+from tests.convert import checkpoints
+
+ROOT = Path(__file__).parents[2]
+MAX_SECONDS = 60
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "mixtral_jax.convert", *map(str, arguments)]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_json_is_one_line_alone_on_stdout(tmp_path, original, config):
+    done = run(original, tmp_path / "out", "--json", "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert list(report) == [
+        "parameters",
+        "tensors",
+        "bytes",
+        "seconds",
+        "peak_rss_bytes",
+        "digest",
+    ]
+    assert report["bytes"] == 4 * report["parameters"]
+    assert done.stderr == ""
+
+
+def test_bad_data_is_65_and_one_line(tmp_path, config, tensors):
+    bad = dict(tensors)
+    bad["model.norm.weight"] = np.full_like(bad["model.norm.weight"], np.nan)
+    done = run(checkpoints.write(tmp_path / "hf", config, bad), tmp_path / "out")
+    assert done.returncode == BAD_DATA
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: model.norm.weight has NaN")
+    assert done.stderr.count("\n") == 1
+
+
+def test_wrong_usage_is_64(tmp_path):
+    assert run(tmp_path, tmp_path / "out", "--dtype", "int8").returncode == USAGE
+
+
+def started(source: Path, output: Path) -> subprocess.Popen[str]:
+    """A conversion that has finished a few leaves, with many to go."""
+    process = subprocess.Popen(command(source, output), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    journal = output.with_name(output.name + ".partial") / "journal.jsonl"
+    deadline = time.monotonic() + MAX_SECONDS
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM] * 2])
+def test_signal_is_75_and_resumable(tmp_path, small_config, signals):
+    config = small_config(num_hidden_layers=8)
+    source = checkpoints.write(tmp_path / "hf", config, checkpoints.random_tensors(config))
+    process = started(source, tmp_path / "out")
+    try:
+        for sent in signals:
+            process.send_signal(sent)
+        _, stderr = process.communicate(timeout=MAX_SECONDS)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == INTERRUPTED, stderr
+    line = "error: interrupted; fix: run the same command again to resume\n"
+    assert stderr == line or len(signals) == 2
+    assert not (tmp_path / "out").exists()
+    done = run(source, tmp_path / "out")
+    assert done.returncode == 0
+    assert "note: resuming: " in done.stderr
+    assert "digest" in done.stdout

@@ -1,0 +1,94 @@
+"""Exit codes and one-line errors that every command shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from mixtral_jax import cli
+from mixtral_jax.errors import (
+    BAD_DATA,
+    INTERNAL,
+    INTERRUPTED,
+    IO_ERROR,
+    USAGE,
+    MixtralError,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What it does."""
+
+    size: int = 3
+    """How large."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def raising(error: BaseException) -> Callable[[Options], int]:
+    def main(options: Options) -> int:
+        raise error
+
+    return main
+
+
+def test_options_arrive_and_the_code_comes_back():
+    seen = []
+
+    def main(options: Options) -> int:
+        seen.append(options)
+        return 7
+
+    assert cli.run(main, Options, "verb", ["--size", "5"]) == 7
+    assert seen == [Options(size=5)]
+
+
+@pytest.mark.parametrize("argv", [["--size", "x"], ["--no-such"], ["stray"]], ids=str)
+def test_wrong_usage_is_64(argv, capsys):
+    assert cli.run(raising(AssertionError()), Options, "verb", argv) == USAGE
+    assert capsys.readouterr().out == ""
+
+
+def test_help_is_0(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.run(raising(AssertionError()), Options, "verb", ["--help"])
+    assert stop.value.code in (None, 0)
+    assert "How large" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (MixtralError("bad w", fix="mend it", code=BAD_DATA), BAD_DATA, "error: bad w; fix: mend"),
+        (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left"), IO_ERROR, "disk is full"),
+        (OSError(errno.EDQUOT, "Quota"), IO_ERROR, "disk is full"),
+        (PermissionError(errno.EACCES, "Denied"), INTERNAL, "PermissionError"),
+        (RuntimeError("first\nsecond"), INTERNAL, "RuntimeError: first; fix: run with --debug"),
+        (RuntimeError(), INTERNAL, "RuntimeError"),
+    ],
+    ids=repr,
+)
+def test_faults_are_one_line_and_their_code(error, code, words, capsys):
+    assert cli.run(raising(error), Options, "verb", []) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.run(raising(RuntimeError("why")), Options, "verb", ["--debug"]) == INTERNAL
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.rstrip().splitlines()[-1].startswith("error: ")
+
+
+def test_reader_that_went_away_is_quiet(capsys):
+    assert cli.run(raising(BrokenPipeError()), Options, "verb", []) == IO_ERROR
+    assert capsys.readouterr().err == ""
