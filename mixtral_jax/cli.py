@@ -74,11 +74,11 @@ def run(
 
 
 def _usage(box: str, prog: str) -> str:
-    """One line from the box that tyro draws around what it refuses."""
-    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    what, *more = "\n".join(lines).split("─\n")
-    what = " ".join(what.strip("─\n").split()).rstrip(".")
-    meant = re.search(r"Perhaps you meant:\n(--[\w-]+)", more[0]) if more else None
+    """One line from the box that tyro draws around what it refuses, in ASCII or not."""
+    text = "\n".join(line.strip(" │╭╮╰╯") for line in box.splitlines())
+    parts = re.split(r"\n[─-]+\n", re.sub(r"^─ (.*) ─+$", r"\1\n-", text, flags=re.MULTILINE))
+    what = " ".join(parts[min(1, len(parts) - 1)].split()).rstrip(".")  # its title is part 0
+    meant = re.search(r"Perhaps you meant:\n(--[\w-]+)", text)
     return f"{what}; fix: {meant[1] if meant else f'{prog} --help lists the options'}"
 
 

@@ -162,7 +162,7 @@ class LanguageModel:
                 fix="use the tokenizer that was published with the weights",
             )
 
-    def logits(self, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
+    def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Teacher-forced logits.
 
         Args:
@@ -172,7 +172,8 @@ class LanguageModel:
             float32 numpy ``[B, T, V]``.
 
         Raises:
-            MixtralError: for ids outside the vocabulary, or logits that are NaN.
+            MixtralError: exit code 65 for ids outside the vocabulary or logits that are NaN or
+                infinite; 64 for rows that are not of one length, or too long.
         """
         rows = [tuple(int(i) for i in row) for row in token_ids]
         if len({len(row) for row in rows}) != 1:
@@ -183,12 +184,17 @@ class LanguageModel:
             raise MixtralError("token_ids", expected=f"at most {longest}", got=got, code=USAGE)
         check_token_ids(rows, self.config)
         B, T = row_bucket(len(rows), self.spec.data), -(-len(rows[0]) // 16) * 16
-        tokens = np.zeros((B, T), np.int32)
-        valid = np.zeros((B, T), np.bool_)
-        tokens[: len(rows), : len(rows[0])] = rows
-        valid[: len(rows), : len(rows[0])] = True
-        logits = score(self.model, tokens, valid, placement=self.placement)
-        return np.asarray(jax.device_get(logits))[: len(rows), : len(rows[0])]
+        # Padding repeats the row: a masked NaN is NaN still, so no row may meet another's tokens.
+        padding = ((0, B - len(rows)), (0, T - len(rows[0])))
+        tokens = np.pad(np.asarray(rows, np.int32), padding, mode="edge")
+        valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
+        scored = score(self.model, tokens, valid, placement=self.placement)
+        logits = np.asarray(jax.device_get(scored))[: len(rows), : len(rows[0])]
+        for row, is_finite in enumerate(np.isfinite(logits).all(axis=(1, 2))):
+            if not is_finite:
+                what = f"token_ids row {row}: logits are NaN; the weights are damaged"
+                raise MixtralError(what, code=BAD_DATA)
+        return logits
 
     def generate(
         self,
@@ -251,6 +257,7 @@ class LanguageModel:
         is_answer: bool = False,
     ) -> Batch:
         """Prompts ready to run; arguments as for ``Batch``."""
+        check_token_ids(ids, self.config)
         return Batch(
             ids,
             options,

@@ -37,7 +37,7 @@ from mixtral_jax.convert.manifest import (
 )
 from mixtral_jax.convert.memory import PeakMemory
 from mixtral_jax.convert.orbax import disk_full, is_disk_full, read_leaf, write_leaf
-from mixtral_jax.convert.reader import FLOATS
+from mixtral_jax.convert.reader import FLOATS, safe_path
 from mixtral_jax.convert.transfer import digest_leaf, fetch_leaf
 from mixtral_jax.errors import (
     BAD_DATA,
@@ -128,7 +128,7 @@ def convert(
         MixtralError: exit codes 65 (bad source), 66 (no source), 73 (``dst`` is something else, or
             the work folder is of another conversion), 74 (disk), 75 (stopped), 78 (config.json).
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = Path(src), Path(os.path.abspath(dst))
     started = time.monotonic()
     with PeakMemory() as memory:
         manifest = _Conversion(src, dst, options or ConvertOptions(), note, progress).run(stop)
@@ -155,7 +155,7 @@ class _Conversion:
         if not src.is_dir():
             raise MixtralError(f"no such folder: {src}", code=INPUT_NOT_FOUND)
         self.src, self.dst, self.options, self.note = src, dst, options, note
-        self.work = dst.with_name(dst.name + WORK_SUFFIX)
+        self.work = Path(f"{dst}{WORK_SUFFIX}")
         self.output = self.work / OUTPUT_NAME
         self.config = read_config(src, note=note)
         self.specs: Mapping[str, LeafSpec] = leaf_specs(self.config)
@@ -223,7 +223,7 @@ class _Conversion:
         if weights.is_dir():
             present = (path for path in weights.rglob("*") if path.is_file())
             needed -= sum(path.stat().st_size for path in present)
-        place = self.dst.absolute().parent
+        place = self.dst.parent
         if not place.is_dir():
             raise MixtralError(
                 f"no such folder: {place}", fix=f"mkdir -p {place}", code=INPUT_NOT_FOUND
@@ -300,7 +300,7 @@ class _Conversion:
 
     def _finish(self, manifest: Manifest) -> None:
         for name in COMPANIONS:
-            path = self.src / name
+            path = safe_path(self.src, name)
             if path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
                 write_durably(self.output / name, path.read_bytes())
         content = config_content(self.src)
@@ -313,7 +313,7 @@ class _Conversion:
         with contextlib.suppress(FileNotFoundError):
             self.dst.rmdir()
         os.rename(self.output, self.dst)
-        sync_folder(self.dst.absolute().parent)
+        sync_folder(self.dst.parent)
         shutil.rmtree(self.work)
 
 

@@ -1,8 +1,8 @@
 """Writes one leaf as one Orbax checkpoint.
 
 A leaf is the unit because a save is then atomic (Orbax renames a finished folder into place) and
-needs no later merge; docs/adr tells why ``ocp.partial`` was not used. Arrays are zarr v2 without
-OCDBT and compression: each chunk is a file of raw bytes, and a save holds at most one copy.
+needs no later merge; docs/adr/0004 tells why ``ocp.partial`` was not used. Arrays are zarr v2
+without OCDBT and compression: each chunk is a file of raw bytes, and a save holds at most one copy.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops Orbax's warnings about small chunks and about OCDBT files that we do not write."""
+    """Silences Orbax's log: hints about unused options, tracebacks of errors it also raises."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

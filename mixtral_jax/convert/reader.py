@@ -230,7 +230,7 @@ class Checkpoint:
         names = _weight_files(self.folder) if weight_map is None else set(weight_map.values())
         try:
             for name in sorted(names):
-                self._files[name] = SafetensorsFile(_safe_path(self.folder, name))
+                self._files[name] = SafetensorsFile(safe_path(self.folder, name))
             self.tensors = self._account(weight_map)
         except BaseException:
             self.close()
@@ -319,7 +319,8 @@ def _weight_files(folder: Path) -> set[str]:
     )
 
 
-def _safe_path(folder: Path, name: str) -> Path:
+def safe_path(folder: Path, name: str) -> Path:
+    """A file of a checkpoint folder, or exit code 65 for a link that leaves it (see Checkpoint)."""
     path = folder / name
     if path.is_symlink():
         home = folder.resolve()

@@ -125,6 +125,16 @@ def test_small_files_travel_and_the_config_describes_the_output(tmp_path, config
     assert names_in(tmp_path) == ["hf", "out"]
 
 
+def test_small_file_that_links_elsewhere_is_not_copied(tmp_path, config, tensors):
+    src = checkpoints.write(tmp_path / "hf", config, tensors)
+    (tmp_path / "secret").write_text("key")
+    (src / "tokenizer.json").symlink_to(tmp_path / "secret")
+    error = refusal(src, tmp_path / "out")
+    assert error.code == BAD_DATA
+    assert "tokenizer.json" in str(error)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("source", ["float32", "bfloat16"])
 def test_dtypes_are_cast_as_numpy_casts(tmp_path, small_config, source, dtype):
@@ -235,6 +245,7 @@ def test_interrupted_conversion_resumes_and_redoes_nothing(
         with pytest.raises((KeyboardInterrupt, MixtralError)) as caught:
             convert(original, tmp_path / "out")
         if isinstance(error, OSError):
+            assert isinstance(caught.value, MixtralError)
             assert caught.value.code == IO_ERROR
             assert "resume" in str(caught.value)
     assert names_in(tmp_path) == ["out.partial"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtral_jax.errors import BAD_DATA, INTERRUPTED, USAGE
+from mixtral_jax.errors import BAD_DATA, INTERRUPTED, IO_ERROR, USAGE
 from tests.convert import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,30 @@ def test_bad_data_is_65_and_one_line(tmp_path, config, tensors):
 
 def test_wrong_usage_is_64(tmp_path):
     assert run(tmp_path, tmp_path / "out", "--dtype", "int8").returncode == USAGE
+
+
+# A limit on the size of files stands in for a full disk: it needs no mount and no rights.
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+sys.argv = ["convert", *sys.argv[1:]]
+import runpy
+runpy.run_module("mixtral_jax.convert", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_disk_that_fills_up_is_74_and_one_line(tmp_path, original):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, original, tmp_path / "out"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == IO_ERROR, done.stderr
+    assert done.stderr.startswith("error: the disk of ")
+    assert done.stderr.count("\n") == 1
+    assert run(original, tmp_path / "out").returncode == 0
 
 
 def started(source: Path, output: Path) -> subprocess.Popen[str]:

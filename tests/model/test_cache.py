@@ -1,0 +1,81 @@
+"""The rolling cache: step by step equals all at once, through wrap-around and ragged rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mixtral_jax.model.cache import EMPTY, advance, attends, init_cache, num_slots, write
+from tests.models import REFERENCE, forward, random_model, random_tokens
+
+F32 = 1e-4
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+def test_chunks_equal_one_pass(small_config, window, chunk):
+    model = random_model(small_config(sliding_window=window, initializer_range=0.2))
+    config, total = model.config, 24
+    tokens = random_tokens(config, (2, total))
+    lengths = jnp.asarray([total, 17])
+    want = forward(model, tokens)
+    slots = num_slots(config, total=total, chunk=chunk)
+    assert window is None or slots < total, "the ring must wrap"
+    cache = init_cache(config, rows=2, slots=slots, dtype=jnp.float32)
+
+    @jax.jit
+    def read(model, part, valid, cache):
+        hidden = model.hidden(part, valid, cache=cache, placement=REFERENCE)
+        return model.unembed(hidden.x), hidden.cache
+
+    for start in range(0, total, chunk):
+        part = np.pad(
+            tokens[:, start : start + chunk], ((0, 0), (0, max(0, start + chunk - total)))
+        )
+        steps = start + jnp.arange(chunk)
+        valid = steps[None, :] < lengths[:, None]
+        logits, cache = read(model, part, valid, cache)
+        for row in range(2):
+            for t in np.flatnonzero(np.asarray(valid[row])):
+                np.testing.assert_allclose(logits[row, t], want[row, start + t], atol=F32)
+    assert cache.lengths.tolist() == lengths.tolist()
+
+
+def test_one_slot_less_would_lose_a_key(small_config):
+    """The negative control of the ring's size."""
+    config = small_config(sliding_window=6)
+    chunk, total = 4, 24
+    slots = num_slots(config, total=total, chunk=chunk)
+    assert slots == 6 + chunk - 1
+
+    def is_whole(slots: int) -> bool:
+        cache = init_cache(config, rows=1, slots=slots, dtype=jnp.float32)
+        valid = jnp.ones((1, chunk), bool)
+        for _ in range(total // chunk):
+            cache, window = advance(cache, valid, config.sliding_window)
+        return bool((window.mask.sum(axis=-1) == 6).all())
+
+    assert is_whole(slots)
+    assert not is_whole(slots - 1)
+
+
+def test_full_attention_keeps_every_position(small_config):
+    assert num_slots(small_config(), total=100, chunk=16) == 100
+
+
+def test_padding_writes_nothing():
+    target = jnp.zeros((1, 4))
+    got = write(target, jnp.asarray([[1.0, 2.0]]), jnp.asarray([[2, 4]]))
+    assert got.tolist() == [[0, 0, 1, 0]]
+
+
+@settings(max_examples=30)
+@given(query=st.integers(0, 40), key=st.integers(-1, 40), window=st.none() | st.integers(1, 20))
+def test_mask_follows_its_definition(query, key, window):
+    mask = attends(jnp.asarray([[query]]), jnp.asarray([[key]]), window)
+    sees = 0 <= key <= query and (window is None or query - key < window)
+    assert bool(mask[0, 0, 0]) == (sees and key != EMPTY)

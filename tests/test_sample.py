@@ -1,0 +1,313 @@
+"""The sample command: what scripts rely on, what is refused, and a conversation at a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from mixtral_jax import cli, sample
+from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, OK, USAGE
+from mixtral_jax.language_model import LanguageModel, load
+
+ROOT = Path(__file__).parent.parent
+KEYS = {
+    "prompt",
+    "prompt_token_ids",
+    "token_ids",
+    "generated_text",
+    "logprobs",
+    "finish_reason",
+    "dropped",
+    "stats",
+    "error",
+}
+STATS = {
+    "prefill_seconds",
+    "prefill_tokens_per_second",
+    "decode_seconds",
+    "decode_tokens_per_second",
+    "compile_seconds",
+}
+SHORT = ("--max-new-tokens", "6", "--mesh", "1x1")
+SECONDS_TO_START = 120
+
+
+def run(*argv: str) -> int:
+    return cli.run(sample.main, sample.Options, "python -m mixtral_jax.sample", list(argv))
+
+
+@pytest.fixture
+def json_lines(capsys) -> Callable[..., list[dict]]:
+    """Runs with --json; every line of stdout must be a sample."""
+
+    def lines(*argv: str) -> list[dict]:
+        assert run("--json", *SHORT, *argv) == OK
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    return lines
+
+
+def test_json_has_the_keys_that_scripts_rely_on(json_lines):
+    (line,) = json_lines("--prompt", "the red house")
+    assert line.keys() == KEYS
+    assert line["stats"].keys() == STATS
+    assert line["prompt"] == "the red house"
+    assert line["prompt_token_ids"][0] == 1
+    assert len(line["token_ids"]) == len(line["logprobs"]) == 6
+    assert all(isinstance(i, int) for i in line["token_ids"])
+    assert max(line["logprobs"]) <= 0
+    assert isinstance(line["generated_text"], str)
+    assert (line["finish_reason"], line["dropped"], line["error"]) == ("length", 0, None)
+    assert all(isinstance(value, float) and value >= 0 for value in line["stats"].values())
+
+
+def test_each_prompt_is_a_sample_of_its_own(json_lines):
+    both = json_lines("--prompt", "the red house", "--prompt", "le jour")
+    assert [line["prompt"] for line in both] == ["the red house", "le jour"]
+    (alone,) = json_lines("--prompt", "le jour")
+    assert alone["token_ids"] == both[1]["token_ids"] != both[0]["token_ids"]
+
+
+def test_samples_and_options_arrive(json_lines):
+    warm = ("--prompt", "le jour", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9")
+    first, second = json_lines(*warm, "--num-samples", "2", "--seed", "4")
+    assert first["token_ids"] != second["token_ids"]
+    (other,) = json_lines(*warm, "--seed", "5")
+    assert other["token_ids"] != first["token_ids"]
+    assert json_lines(*warm, "--seed", "4")[0]["token_ids"] == first["token_ids"]
+
+
+def test_prompt_ids_are_used_as_they_are(json_lines):
+    (text,) = json_lines("--prompt", "the red house")
+    ids = ",".join(map(str, text["prompt_token_ids"]))
+    (line,) = json_lines("--prompt-ids", ids)
+    assert line["prompt"] is None
+    assert line["prompt_token_ids"] == text["prompt_token_ids"]
+    assert line["token_ids"] == text["token_ids"]
+    assert line["generated_text"] == text["generated_text"]
+
+
+def test_a_stop_string_is_cut(json_lines):
+    (whole,) = json_lines("--prompt", "the red house")
+    stop = whole["generated_text"][2:4]
+    (line,) = json_lines("--prompt", "the red house", "--stop", "never", "--stop", stop)
+    assert line["generated_text"] == whole["generated_text"].partition(stop)[0]
+    assert line["finish_reason"] == "stop_sequence"
+
+
+def test_chat_makes_a_conversation_of_each_prompt(json_lines):
+    asked = ("--chat", "--prompt", "jour", "--prompt", "nuit")
+    first, second = json_lines(*asked)
+    lm = load("tiny", mesh="1x1")
+    assert lm.tokenizer is not None
+    for line, content in ((first, "jour"), (second, "nuit")):
+        assert line["prompt"] == content
+        ids = lm.encode_chat([{"role": "user", "content": content}])
+        assert line["prompt_token_ids"] == ids
+        # An answer starts without the space of a continuation.
+        assert line["generated_text"] == lm.tokenizer.decode(line["token_ids"])
+    told = json_lines(*asked, "--system", "rouge")[0]
+    messages = [{"role": "system", "content": "rouge"}, {"role": "user", "content": "jour"}]
+    assert told["prompt_token_ids"] == lm.encode_chat(messages) != first["prompt_token_ids"]
+
+
+def test_text_goes_to_stdout_and_notes_to_stderr(capsys):
+    assert run("--prompt", "the red house", *SHORT) == OK
+    captured = capsys.readouterr()
+    assert captured.out.startswith("the red house")
+    assert "note: 6 tokens, length; batch: " in captured.err
+
+
+def test_defaults_are_those_of_the_python_api():
+    assert sample.Options().sampling == SamplingOptions()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], USAGE, "expected one of --prompt, --prompt-ids and --interactive, got 0"),
+        (["--prompt", "a", "--prompt-ids", "1"], USAGE, "got 2 of them"),
+        (["--prompt", "a", "--interactive"], USAGE, "got 2 of them"),
+        (["--promt", "a"], USAGE, "--promt, a; fix: --prompt"),
+        (["--prompt", "a", "--no-such"], USAGE, "--no-such; fix: python -m"),
+        (["--prompt", "a", "--temperature", "warm"], USAGE, "--temperature"),
+        (["--prompt", "a", "--temperature", "-1"], USAGE, "--temperature: expected"),
+        (["--prompt", "a", "--temperature", "nan"], USAGE, "--temperature: expected"),
+        (["--prompt", "a", "--seed", str(2**32)], USAGE, "--seed: expected"),
+        (["--prompt", "a", "--top-p", "0"], USAGE, "--top-p: expected"),
+        (["--prompt", "a", "--max-new-tokens", "0"], USAGE, "--max-new-tokens: expected"),
+        (["--prompt", "a", "--stop", ""], USAGE, "--stop: expected"),
+        (["--prompt", "a", "--dtype", "int7"], USAGE, "int7"),
+        (["--prompt", "a", "--mesh", "many"], USAGE, "--mesh: expected DATAxEXPERT"),
+        (["--prompt", "a", "--mesh", "1x3"], BAD_CONFIG, "mesh 1x3: expected"),
+        (["--prompt", "a", "--max-new-tokens", "2048"], USAGE, "within 2048, got"),
+        (["--prompt-ids", "one"], USAGE, "--prompt-ids: expected 1,2,3"),
+        (["--prompt-ids", ""], USAGE, "--prompt-ids: expected 1,2,3"),
+        (["--prompt-ids", "1,512"], BAD_DATA, "token id: expected 0 to 511, got 512"),
+        (["--prompt-ids", "-1"], BAD_DATA, "token id: expected 0 to 511, got -1"),
+        (["--prompt-ids", "1", "--chat"], USAGE, "--chat needs text"),
+        (["--prompt", "a", "--system", "b"], USAGE, "--system needs --chat"),
+        (["--interactive", "--json"], USAGE, "--interactive prints text"),
+        (["no-such-folder", "--prompt", "a"], INPUT_NOT_FOUND, "no-such-folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_refusals_are_one_line(argv, code, words, capsys):
+    assert run(*argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+# A conversation.
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return load("tiny", mesh="1x1")
+
+
+class Person:
+    """Types the lines, then leaves with Ctrl-D; an exception among them is raised instead."""
+
+    def __init__(self, *lines: str | type[BaseException]):
+        self._lines = list(lines)
+
+    def __call__(self, prompt: str) -> str:
+        if not self._lines:
+            raise EOFError
+        line = self._lines.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+
+@pytest.fixture
+def asked(lm, monkeypatch) -> list[list[dict]]:
+    """The messages of every answer."""
+    seen: list[list[dict]] = []
+    stream = LanguageModel.stream
+
+    def spy(self, prompt, **fields):
+        seen.append([dict(message) for message in prompt])
+        return stream(self, prompt, **fields)
+
+    monkeypatch.setattr(LanguageModel, "stream", spy)
+    return seen
+
+
+def talk(lm: LanguageModel, *lines: str | type[BaseException], **fields: Any) -> int:
+    options = sample.Options(
+        interactive=True, sampling=SamplingOptions(max_new_tokens=4, ignore_eos=True), **fields
+    )
+    return sample.interact(lm, options, ask=Person(*lines))
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+def test_a_conversation_remembers(lm, asked, capsys):
+    assert talk(lm, "jour", "", "  nuit ") == OK
+    first, second = asked
+    assert first == [user("jour")]
+    answer = lm.chat(first, max_new_tokens=4, ignore_eos=True).generated_text
+    assert second == [user("jour"), {"role": "assistant", "content": answer}, user("nuit")]
+    assert answer + "\n" in capsys.readouterr().out
+
+
+def test_reset_forgets_and_system_is_told(lm, asked):
+    lines = ("jour", "/reset", "nuit", "/system rouge", "un", "/reset", "deux", "/system", "trois")
+    assert talk(lm, *lines, system="vert") == OK
+    green, red = ({"role": "system", "content": text} for text in ("vert", "rouge"))
+    assert asked == [
+        [green, user("jour")],
+        [green, user("nuit")],
+        [red, user("un")],
+        [red, user("deux")],
+        [user("trois")],
+    ]
+
+
+def test_commands_are_not_sent_to_the_model(lm, asked, capsys):
+    assert talk(lm, "/help", "/no-such thing", KeyboardInterrupt) == OK
+    assert asked == []
+    out = capsys.readouterr().out
+    assert out.startswith(sample.HELP + "\n")
+    assert "no command /no-such; /help" in out
+
+
+def test_what_an_interrupt_left_of_an_answer_is_remembered(lm, monkeypatch):
+    seen = []
+
+    def interrupted(self, prompt, **fields):
+        seen.append(prompt)
+        yield "half "
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LanguageModel, "stream", interrupted)
+    assert talk(lm, "jour", "nuit") == OK
+    answer = {"role": "assistant", "content": "half "}
+    assert seen == [[user("jour")], [user("jour"), answer, user("nuit")]]
+
+
+def test_an_error_ends_an_answer_and_not_the_conversation(lm, asked, capsys):
+    assert talk(lm, "jour " * 2048, "nuit") == OK
+    assert asked[1] == [user("nuit")], "the turn that failed is forgotten"
+    assert "error: prompt 0: expected prompt and new tokens within 2048" in capsys.readouterr().err
+
+
+@pytest.fixture
+def terminal():
+    with warnings.catch_warnings():
+        # Python 3.12: JAX has threads here, but the child does nothing before exec.
+        warnings.filterwarnings("ignore", r".*forkpty\(\)", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # JAX's own
+        child = pexpect.spawn(
+            sys.executable,
+            ["-m", "mixtral_jax.sample", "--interactive", "--chat", "--max-new-tokens", "4"],
+            cwd=str(ROOT),
+            encoding="utf-8",
+            codec_errors="replace",
+            timeout=SECONDS_TO_START,
+            echo=False,
+        )
+    yield child
+    child.close(force=True)
+
+
+def test_at_a_terminal(terminal):
+    terminal.expect("/help for help, Ctrl-D to leave")
+    terminal.expect("> ")
+    terminal.sendline("le jour")
+    terminal.expect("> ")
+    answer = terminal.before.replace("\r\n", "\n").strip("\n")
+    assert answer, "an answer was streamed"
+    assert "error" not in answer
+    terminal.sendintr()  # at the prompt
+    terminal.expect("> ")
+    terminal.sendline("/reset")
+    terminal.expect("> ")
+    terminal.sendline("le jour")
+    terminal.expect("> ")
+    assert terminal.before.replace("\r\n", "\n").strip("\n") == answer
+    terminal.sendline("la nuit et puis")
+    terminal.sendintr()  # during an answer, or at the prompt that follows it
+    terminal.expect("> ")
+    terminal.sendline("/help")
+    terminal.expect("forget the conversation")
+    terminal.sendeof()
+    terminal.expect(pexpect.EOF)
+    terminal.wait()
+    assert terminal.exitstatus == OK
+    assert "Traceback" not in terminal.before
