@@ -190,8 +190,8 @@ class LanguageModel:
         valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
         scored = score(self.model, tokens, valid, placement=self.placement)
         logits = np.asarray(jax.device_get(scored))[: len(rows), : len(rows[0])]
-        for row, is_finite in enumerate(np.isfinite(logits).all(axis=(1, 2))):
-            if not is_finite:
+        for row, scores in enumerate(logits):
+            if not np.isfinite(scores).all():
                 what = f"token_ids row {row}: logits are NaN; the weights are damaged"
                 raise MixtralError(what, code=BAD_DATA)
         return logits

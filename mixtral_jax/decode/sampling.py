@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +66,13 @@ class SamplingOptions:
                 raise MixtralError(what, expected=expected, got=got, code=USAGE)
 
 
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     is_real = isinstance(value, Real) and not isinstance(value, bool)
-    return is_real and math.isfinite(value) and value >= 0
+    return is_real and 0 <= float(value) < math.inf
 
 
 # Made on the host as numpy; arrays of the device inside the jitted step.

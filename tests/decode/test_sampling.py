@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from mixtral_jax.decode.sampling import (
     NUM_SEEDS,
-    Sampled,
     SamplingOptions,
     keep_likely,
     penalize,
@@ -49,7 +48,7 @@ def kept_by_top_p(scores: np.ndarray, top_p: float) -> np.ndarray:
     """The smallest set of best tokens that reaches ``top_p``, and tokens equal to its worst."""
     best_first = np.argsort(-scores, kind="stable")
     before = np.cumsum(softmax(scores)[best_first]) - softmax(scores)[best_first]
-    assume((abs(before[1:] - top_p) > MARGIN).all() or top_p == 1)
+    assume((abs(before[1:] - top_p) > MARGIN).all())
     num_kept = max(1, int((before < top_p).sum()))
     return scores >= scores[best_first[num_kept - 1]]
 
@@ -62,7 +61,7 @@ def reference(logits: np.ndarray, seen: np.ndarray, options: SamplingOptions) ->
     scores /= np.float32(options.temperature)
     if options.top_k is not None:
         scores[scores < np.sort(scores)[::-1][: options.top_k][-1]] = -np.inf
-    if options.top_p is not None:
+    if options.top_p is not None and options.top_p < 1:
         scores[~kept_by_top_p(scores, options.top_p)] = -np.inf
     if options.min_p is not None:
         ratio = softmax(scores) / softmax(scores).max()
@@ -164,13 +163,19 @@ def test_laws_of_the_filters(logits, seen, fields, less):
     assert (kept | (narrower == 0)).all()
 
 
-def draw(logits, seen, options, *, sample_ids=None, steps=None) -> Sampled:
+class Drawn(NamedTuple):
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    is_bad: np.ndarray
+
+
+def draw(logits, seen, options, *, sample_ids=None, steps=None) -> Drawn:
     B = len(options)
     rows = row_sampling(options, sample_ids or [0] * B, logits.shape[1])
     sampled = jitted(
         jnp.asarray(logits), jnp.asarray(seen), rows, jnp.asarray(steps or [0] * B, jnp.int32)
     )
-    return Sampled(*map(np.asarray, sampled))
+    return Drawn(*map(np.asarray, sampled))
 
 
 @FEWER
@@ -199,7 +204,7 @@ row_of_a_batch = st.tuples(
 )
 
 
-def draw_rows(rows: list) -> Sampled:
+def draw_rows(rows: list) -> Drawn:
     logits, seen, fields, sample_ids, steps = map(list, zip(*rows, strict=True))
     options = [SamplingOptions(**f) for f in fields]
     return draw(np.stack(logits), np.stack(seen), options, sample_ids=sample_ids, steps=steps)

@@ -1,0 +1,97 @@
+"""The whole model on meshes: logits and greedy tokens of one device, under every dispatch."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from mixtral_jax.decode.generate import Generation, Request
+from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.model.placement import LOCAL, Placement
+from mixtral_jax.model.transformer import Mixtral
+from mixtral_jax.sharding.dispatch import DispatchOptions
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.place import place
+from mixtral_jax.sharding.placement import MeshPlacement
+from tests.models import forward, random_model, random_tokens
+
+F32 = 1e-4
+MESHES = ["1x1", "1x2", "1x8", "2x4", "8x1", "1x4x2"]
+DISPATCH = {
+    "auto": DispatchOptions(),
+    "all_to_all": DispatchOptions(method="all_to_all", capacity_factor=8.0),
+    "all_to_all overflowing": DispatchOptions(method="all_to_all", capacity_factor=0.25),
+    "gathered": DispatchOptions(method="gathered"),
+    "replicated": DispatchOptions(method="replicated"),
+}
+
+
+def greedy(model: Mixtral, placement: Placement, data: int = 1) -> tuple[list[list[int]], int]:
+    """Tokens of three ragged prompts, and how many assignments were dropped."""
+    options = SamplingOptions(max_new_tokens=12, ignore_eos=True)
+    prompts = [tuple(range(3, 3 + n)) for n in (2, 9, 30)]
+    requests = [Request(prompt_ids=prompt, options=options) for prompt in prompts]
+    generation = Generation(model, requests, placement=placement, data_shards=data)
+    rows: list[list[int]] = [[] for _ in prompts]
+    for chunk in generation.chunks():
+        rows = [row + new for row, new in zip(rows, chunk.token_ids, strict=True)]
+    return rows, sum(generation.progress.dropped)
+
+
+@pytest.fixture(scope="module")
+def model(small_config) -> Mixtral:
+    return random_model(small_config(initializer_range=0.3))
+
+
+@pytest.fixture(scope="module")
+def expected(model) -> tuple[np.ndarray, list[list[int]]]:
+    tokens, _ = greedy(model, LOCAL)
+    return np.asarray(forward(model, random_tokens(model.config, (16, 16)))), tokens
+
+
+@pytest.mark.parametrize("options", DISPATCH.values(), ids=DISPATCH)
+@pytest.mark.parametrize("text", MESHES)
+def test_logits_equal_one_device(model, expected, text, options):
+    mesh = MeshSpec.parse(text).build()
+    tokens = random_tokens(model.config, (16, 16))
+    got = forward(place(model, mesh), tokens, placement=MeshPlacement(mesh, options))
+    np.testing.assert_allclose(got, expected[0], atol=F32)
+
+
+@functools.cache
+def _cases() -> list[tuple[str, str]]:
+    """Every mesh under the rule, and every dispatch on the two meshes that differ most."""
+    return [(text, "auto") for text in MESHES] + [
+        (text, name) for text in ("1x8", "1x4x2") for name in DISPATCH if name != "auto"
+    ]
+
+
+@pytest.mark.parametrize(("text", "name"), _cases())
+def test_greedy_tokens_equal_one_device(model, expected, text, name):
+    spec = MeshSpec.parse(text)
+    mesh = spec.build()
+    placement = MeshPlacement(mesh, DISPATCH[name])
+    tokens, dropped = greedy(place(model, mesh), placement, spec.data)
+    assert tokens == expected[1]
+    assert dropped == 0
+
+
+def test_experts_split_inside_where_devices_outnumber_them(small_config):
+    model = random_model(small_config(num_local_experts=4, initializer_range=0.3))
+    spec = MeshSpec.parse("1x8").fit(model.config)
+    mesh = spec.build()
+    tokens = random_tokens(model.config, (2, 32))
+    got = forward(place(model, mesh), tokens, placement=MeshPlacement(mesh))
+    np.testing.assert_allclose(got, forward(model, tokens), atol=F32)
+
+
+def test_drops_are_counted_and_change_the_output(model, expected):
+    """The negative control of "0 drops"."""
+    mesh = MeshSpec.parse("1x8").build()
+    options = DispatchOptions(method="all_to_all", capacity_factor=0.25, overflow="drop")
+    placement = MeshPlacement(mesh, options)
+    tokens, dropped = greedy(place(model, mesh), placement)
+    assert dropped > 0
+    assert tokens != expected[1]
