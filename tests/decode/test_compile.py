@@ -13,7 +13,6 @@ from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
 from tests.models import random_model
 
-
 COMPILED: list[str] = []
 
 

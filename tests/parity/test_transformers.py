@@ -18,6 +18,7 @@ pytestmark = pytest.mark.parity
 
 F32 = 1e-4  # absolute, on logits of standard deviation about one
 BF16_MEAN_KL = 3e-3
+BF16_RANGE = 0.08
 SHAPE = (2, 64)
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -64,6 +65,7 @@ def build(torch: Any, transformers: Any, fields: dict[str, Any]) -> Any:
 @pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def case(request, torch, transformers, tmp_path_factory) -> Case:
     model = build(torch, transformers, request.param)
+    model.generation_config.eos_token_id = None  # all 24 tokens, </s> among them or not
     folder = tmp_path_factory.mktemp("published")
     model.save_pretrained(folder)
     tokens = np.random.default_rng(0).integers(3, 128, SHAPE)
@@ -73,7 +75,6 @@ def case(request, torch, transformers, tmp_path_factory) -> Case:
             torch.tensor(tokens[:, :20]),
             attention_mask=torch.ones(2, 20),
             max_new_tokens=24,
-            min_new_tokens=24,
             do_sample=False,
             pad_token_id=0,
         )
@@ -109,8 +110,7 @@ def test_f32_greedy_tokens(case):
     lm = mj.load(case.folder)
     options = SamplingOptions(max_new_tokens=24, ignore_eos=True)
     done = lm.generate(prompt_token_ids=case.tokens[:, :20].tolist(), options=options)
-    if not (case.generated == 2).any():  # min_new_tokens forbids </s>; ours would have to as well
-        assert [row.token_ids for row in done] == case.generated.tolist()
+    assert [row.token_ids for row in done] == case.generated.tolist()
 
 
 def test_on_the_expert_mesh(case):
@@ -124,22 +124,39 @@ def mean_kl(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def test_bf16_distribution(case, torch, transformers):
-    model = transformers.MixtralForCausalLM.from_pretrained(
-        case.folder, dtype=torch.bfloat16, attn_implementation="eager"
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+def test_bf16_distribution(fields, torch, transformers, tmp_path):
+    """Weights small enough that few router logits tie in bf16: where they do, another expert is
+    chosen and transformers' own bf16 is as far from its f32 (docs/log.md has the figures).
+    """
+    exact = build(torch, transformers, fields | {"initializer_range": BF16_RANGE})
+    exact.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(1).integers(3, 128, SHAPE)
+    rounded = transformers.MixtralForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
-        theirs = model(torch.tensor(case.tokens)).logits.float().numpy()
-    ours = mj.load(case.folder, dtype="bfloat16").logits(case.tokens.tolist())
+        theirs = rounded(torch.tensor(tokens)).logits.float().numpy()
+    ours = mj.load(tmp_path, dtype="bfloat16").logits(tokens.tolist())
     assert mean_kl(ours, theirs) <= BF16_MEAN_KL
+    wrong = copy_with(tmp_path, tmp_path / "wrong", "1000000", "100")
+    assert mean_kl(mj.load(wrong, dtype="bfloat16").logits(tokens.tolist()), theirs) > BF16_MEAN_KL
+
+
+def copy_with(folder: Path, to: Path, old: str, new: str) -> Path:
+    """A checkpoint folder with one text of its config changed."""
+    to.mkdir()
+    for path in folder.iterdir():
+        if path.is_file():
+            (to / path.name).write_bytes(path.read_bytes())
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (to / "config.json").write_text(text.replace(old, new))
+    return to
 
 
 def test_a_wrong_rotation_would_be_noticed(case, tmp_path):
     """The negative control: one field of the config changed."""
-    text = (case.folder / "config.json").read_text()
-    assert "1000000" in text
-    for path in case.folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "config.json").write_text(text.replace("1000000", "10000"))
-    logits = mj.load(tmp_path).logits(case.tokens.tolist())
+    wrong = copy_with(case.folder, tmp_path / "wrong", "1000000", "10000")
+    logits = mj.load(wrong).logits(case.tokens.tolist())
     assert np.abs(logits - case.logits).max() > 100 * F32
