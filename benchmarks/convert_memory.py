@@ -55,6 +55,8 @@ class Options:
     """Of the moments of the kills."""
     folder: Path | None = None
     """Where to work; a new folder in the temporary directory unless given."""
+    quick: bool = False
+    """A tenth of the size and one kill: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
 
@@ -79,7 +81,7 @@ def size_of(config: ModelConfig) -> int:
 
 
 def write_checkpoint(folder: Path, config: ModelConfig) -> None:
-    """A random checkpoint in shards, as published."""
+    """A Gaussian checkpoint in shards, as published."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config_to_dict(config)))
@@ -88,9 +90,10 @@ def write_checkpoint(folder: Path, config: ModelConfig) -> None:
     weight_map: dict[str, str] = {}
     last = list(shapes)[-1]
     for name, shape in shapes.items():
-        # 15 random bits below the top exponent bit: finite, and different everywhere.
-        values = rng.integers(0, 0x3F80, size=shape, dtype=np.uint16)
-        shard[name] = values.view(ml_dtypes.bfloat16)
+        is_norm = len(shape) == 1
+        drawn = np.ones(shape) if is_norm else rng.standard_normal(shape, np.float32)
+        drawn *= 1.0 if is_norm else config.initializer_range
+        shard[name] = drawn.astype(ml_dtypes.bfloat16)
         if sum(w.nbytes for w in shard.values()) >= SHARD_BYTES or name == last:
             file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
             save_file(shard, folder / file)
@@ -155,6 +158,8 @@ def kill_and_resume(
 
 def main(options: Options) -> int:
     """Runs, prints, and says whether the promises hold."""
+    if options.quick:
+        options = dataclasses.replace(options, gigabytes=options.gigabytes / 10, kills=1)
     config = model_of(options.gigabytes)
     leaf = max(2 * math.prod(spec.shape) for spec in leaf_specs(config).values())
     limit = LIMIT_LEAVES * leaf + LIMIT_BYTES

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from types import EllipsisType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +29,12 @@ class QTensor:
         codes: packed integers; layout by scheme. ``int8``: int8 ``[..., O, I]``.
         scales: ``[..., O, I / group_size]``, one factor per group of consecutive inputs.
         scheme: a key of ``SCHEMES``.
-        shape: the shape of the weight that this stands for.
         dtype: the dtype of the weight that this stands for.
     """
 
     codes: Leaf
     scales: Leaf
     scheme: str
-    shape: tuple[int, ...]
     dtype: Any
 
     def __post_init__(self):
@@ -45,23 +42,29 @@ class QTensor:
             raise ValueError(f"scheme: expected one of {sorted(SCHEMES)}, got {self.scheme!r}")
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that this stands for; of a device's part inside shard_map."""
+        return SCHEMES[self.scheme].shape(tuple(self.codes.shape))
+
+    @property
     def ndim(self) -> int:
         """Number of dims of the weight that this stands for."""
         return len(self.shape)
 
-    def __getitem__(self, index: EllipsisType) -> QTensor:
+    def __getitem__(self, index: object) -> QTensor:
         _only_ellipsis(index)
         return self
 
-    def select(self, index: int) -> QTensor:
-        """The matrix at ``index`` of a stack."""
-        return dataclasses.replace(
-            self, codes=self.codes[index], scales=self.scales[index], shape=self.shape[1:]
-        )
-
     def dequantize(self) -> jax.Array:
         """The weight as an array of ``dtype`` and ``shape``."""
-        return SCHEMES[self.scheme](self)
+        return SCHEMES[self.scheme].dequantize(self)
+
+
+class Scheme(NamedTuple):
+    """How the codes of a scheme become a shape, and numbers."""
+
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
+    dequantize: Callable[[QTensor], jax.Array]
 
 
 def _dequantize_int8(q: QTensor) -> jax.Array:
@@ -71,11 +74,11 @@ def _dequantize_int8(q: QTensor) -> jax.Array:
     return values.reshape(q.codes.shape).astype(q.dtype)
 
 
-# scheme -> how its codes become numbers. Quantization adds rows here and nothing elsewhere.
-SCHEMES: dict[str, Callable[[QTensor], jax.Array]] = {"int8": _dequantize_int8}
+# Quantization adds rows here, and nothing elsewhere.
+SCHEMES: dict[str, Scheme] = {"int8": Scheme(lambda codes: codes, _dequantize_int8)}
 
 jax.tree_util.register_dataclass(
-    QTensor, data_fields=("codes", "scales"), meta_fields=("scheme", "shape", "dtype")
+    QTensor, data_fields=("codes", "scales"), meta_fields=("scheme", "dtype")
 )
 
 
@@ -110,13 +113,9 @@ class Adapted:
         """Number of dims of the base."""
         return len(self.shape)
 
-    def __getitem__(self, index: EllipsisType) -> Adapted:
+    def __getitem__(self, index: object) -> Adapted:
         _only_ellipsis(index)
         return self
-
-    def select(self, index: int) -> Adapted:
-        """The adapted matrix at ``index`` of a stack."""
-        return Adapted(_select(self.base, index), self.a[index], self.b[index], self.scale)
 
 
 jax.tree_util.register_dataclass(Adapted, data_fields=("base", "a", "b"), meta_fields=("scale",))
@@ -151,7 +150,7 @@ class ExpertSlots:
         """Number of dims of the canonical leaf."""
         return len(self.shape)
 
-    def __getitem__(self, index: EllipsisType) -> ExpertSlots:
+    def __getitem__(self, index: object) -> ExpertSlots:
         _only_ellipsis(index)
         return self
 
@@ -164,11 +163,12 @@ Matrix: TypeAlias = jax.Array | QTensor | Adapted
 
 def _only_ellipsis(index: object) -> None:
     if index is not Ellipsis:
-        raise TypeError(f"a weight kind answers [...] only, not [{index!r}]; use select(index)")
+        raise TypeError(f"a weight kind answers [...] only, not [{index!r}]")
 
 
 def _select(w: Any, index: int) -> Any:
-    return w.select(index) if isinstance(w, QTensor | Adapted) else w[index]
+    """The matrix at ``index`` of a stack of any kind: every leaf has the stack as its first dim."""
+    return jax.tree.map(lambda leaf: leaf[index], w)
 
 
 def expert_matrices(w: Weight) -> list[Matrix]:
@@ -179,16 +179,11 @@ def expert_matrices(w: Weight) -> list[Matrix]:
 
 
 def slots_of(stack: Weight, shards: int) -> ExpertSlots:
-    """Lays a canonical ``[E, O, I]`` array out as slots for ``shards`` expert shards."""
+    """Lays a canonical ``[E, O, I]`` weight of any kind out as slots for that many shards."""
     num_slots = stack.shape[0] // shards
-    slots = (jax.tree.map(lambda x, i=i: x[i::num_slots], stack) for i in range(num_slots))
-
-    def reshaped(slot: Any) -> Any:
-        if isinstance(slot, QTensor):
-            return dataclasses.replace(slot, shape=(shards, *slot.shape[1:]))
-        return slot
-
-    return ExpertSlots(tuple(reshaped(slot) for slot in slots))
+    return ExpertSlots(
+        tuple(jax.tree.map(lambda leaf, i=i: leaf[i::num_slots], stack) for i in range(num_slots))
+    )
 
 
 AXES_KEY = "axes"

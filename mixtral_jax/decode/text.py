@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
+from mixtral_jax.tokenizer import REPLACEMENT, IncrementalDetokenizer, Tokenizer
 
 
 class TextStream:
@@ -21,7 +21,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str]):
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_ids)
+        self._vocab_size = tokenizer.vocab_size
+        known = [token_id for token_id in prompt_ids if token_id < self._vocab_size]
+        self._detokenizer = IncrementalDetokenizer(tokenizer, known)
         self._stop = tuple(stop)
         self._shown = 0
         self.text = ""
@@ -29,7 +31,10 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns text that may be shown now. Check ``is_stopped`` after."""
-        return self._extend(self._detokenizer.push(token_id), at_end=False)
+        if token_id < self._vocab_size:
+            return self._extend(self._detokenizer.push(token_id), at_end=False)
+        # A model may have more rows than its tokenizer has pieces (padded vocabularies).
+        return self._extend(self._detokenizer.flush() + REPLACEMENT, at_end=False)
 
     def flush(self) -> str:
         """The rest, at the end of the row."""

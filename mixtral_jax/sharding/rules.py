@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
@@ -88,7 +87,10 @@ def kind_specs(w: Any, spec: PartitionSpec) -> Any:
     if isinstance(w, ExpertSlots):
         return ExpertSlots(tuple(kind_specs(slot, spec) for slot in w.slots))
     if isinstance(w, QTensor):
-        return jax.tree.map(lambda _: spec, w)
+        *rows, summed = spec
+        one_group = w.scales.shape[-1] == 1  # every part of a row shares its only scale
+        scales = PartitionSpec(*rows, None if one_group else summed)
+        return dataclasses.replace(w, codes=spec, scales=scales)
     if isinstance(w, Adapted):
         *stack, out, summed = spec
         return dataclasses.replace(

@@ -153,3 +153,9 @@ def test_only_the_beginning_of_a_stop_is_held_back(ids, stop):
 def test_the_text_does_not_depend_on_how_tokens_divide_it(text, stop):
     pieces = TOKENIZER.encode(text, bos=False)
     assert written(pieces, stop)[0].text == written(by_bytes(whole_text(pieces)), stop)[0].text
+
+
+def test_an_id_past_the_tokenizer_is_shown_as_unknown():
+    ids = TOKENIZER.encode("ab", bos=False)
+    stream, shown = written([*ids, TOKENIZER.vocab_size + 5, *ids], ())
+    assert "".join(shown) == stream.text == "ab\N{REPLACEMENT CHARACTER} ab"

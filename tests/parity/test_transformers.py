@@ -62,7 +62,7 @@ def build(torch: Any, transformers: Any, fields: dict[str, Any]) -> Any:
     return transformers.MixtralForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=list(CONFIGS))
 def case(request, torch, transformers, tmp_path_factory) -> Case:
     model = build(torch, transformers, request.param)
     model.generation_config.eos_token_id = None  # all 24 tokens, </s> among them or not

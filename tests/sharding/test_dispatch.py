@@ -118,8 +118,8 @@ def test_what_is_dropped_is_missing_and_nothing_else():
     assert (kept == 0).sum() - A * (~routing.valid).sum() == got.dropped
 
 
-@pytest.mark.parametrize("options", EXACT, ids=names)
-@pytest.mark.parametrize("text", ["1x8", "2x4", "1x4x2"])
+@pytest.mark.parametrize("options", EXACT[:-1], ids=names)  # auto is one of the others
+@pytest.mark.parametrize("text", ["1x8", "2x2x2"])
 def test_gradients_equal_dense(text, options):
     mesh, weights = MeshSpec.parse(text).build(), experts()
     x, routing = rows(skew=3.0)
@@ -147,7 +147,7 @@ def test_the_visiting_kernel_equals_the_reference(skew):
     np.testing.assert_allclose(got, DENSE.experts(x, routing, experts()).y, atol=F32)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     ids=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     room=st.integers(1, 4),

@@ -62,9 +62,9 @@ def test_logits_equal_one_device(model, expected, text, options):
 
 @functools.cache
 def _cases() -> list[tuple[str, str]]:
-    """Every mesh under the rule, and every dispatch on the two meshes that differ most."""
+    """Every mesh under the rule, and every dispatch on the mesh that is the default."""
     return [(text, "auto") for text in MESHES] + [
-        (text, name) for text in ("1x8", "1x4x2") for name in DISPATCH if name != "auto"
+        ("1x8", name) for name in DISPATCH if name != "auto"
     ]
 
 

@@ -64,9 +64,7 @@ def test_constrain_places_an_activation():
 
 def test_every_weight_kind_has_specs():
     base, spec = jnp.zeros((4, 6, 8)), PartitionSpec("expert", "tensor", None)
-    quantized = QTensor(
-        jnp.zeros((4, 6, 8), jnp.int8), jnp.ones((4, 6, 1)), "int8", (4, 6, 8), "f4"
-    )
+    quantized = QTensor(jnp.zeros((4, 6, 8), jnp.int8), jnp.ones((4, 6, 1)), "int8", jnp.float32)
     adapted = Adapted(quantized, jnp.zeros((4, 2, 8)), jnp.zeros((4, 6, 2)), 0.5)
     specs = kind_specs(slots_of(adapted, 2), spec)
     assert len(specs.slots) == 2
