@@ -9,13 +9,14 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check parity bench clean
+.PHONY: help demo test check parity fault bench clean
 
 help:
 	@echo "make demo    install, and answer a prompt with the embedded model on eight simulated devices"
 	@echo "make test    the tests (TESTS=tests/test_config.py for a part, WORKERS=4 for more processes)"
 	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
 	@echo "make parity  the comparisons with torch, transformers and mistral-common"
+	@echo "make fault   kills and corruptions, many times over"
 	@echo "make bench   the quick benchmarks"
 	@echo "make clean   remove $(VENV) and the caches"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=folder the environment"
@@ -32,6 +33,9 @@ check: $(STAMP)-check
 	$(PY) -m pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 	$(PY) -m pytest -q tests/test_guards.py
+
+fault: $(STAMP)-test
+	$(PYTEST) -m fault $(TESTS)
 
 parity: $(STAMP)-parity
 	$(PYTEST) -m parity $(TESTS)

@@ -13,7 +13,15 @@ from typing import TypeVar
 
 import tyro
 
-from mixtral_jax.errors import INTERNAL, INTERRUPTED, IO_ERROR, USAGE, MixtralError
+from mixtral_jax.errors import (
+    INPUT_NOT_FOUND,
+    INTERNAL,
+    INTERRUPTED,
+    IO_ERROR,
+    USAGE,
+    MixtralError,
+    printable,
+)
 
 Options = TypeVar("Options")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,7 +76,8 @@ def run(
     except OSError as error:
         if error.errno in _DISK_FULL:
             return _fail(options, f"the disk is full: {error}", IO_ERROR)
-        return _fail(options, _internal(error), INTERNAL)
+        missing = isinstance(error, FileNotFoundError)
+        return _fail(options, _mendable(error), INPUT_NOT_FOUND if missing else IO_ERROR)
     except Exception as error:
         return _fail(options, _internal(error), INTERNAL)
 
@@ -82,9 +91,17 @@ def _usage(box: str, prog: str) -> str:
     return f"{what}; fix: {meant[1] if meant else f'{prog} --help lists the options'}"
 
 
+def _mendable(error: OSError) -> str:
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    where = f"{' -> '.join(paths)}: " if paths else ""
+    what = error.strerror or str(error) or type(error).__name__
+    return printable(f"{where}{what}; fix: check that path, its rights and its disk")
+
+
 def _internal(error: Exception) -> str:
     first = (str(error).splitlines() or [""])[0]
-    return f"internal: {type(error).__name__}: {first}; fix: run with --debug and report it"
+    line = f"internal: {type(error).__name__}: {first}; fix: run with --debug and report it"
+    return printable(line)
 
 
 def _fail(options: object, line: str, code: int) -> int:

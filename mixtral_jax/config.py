@@ -158,6 +158,14 @@ PRESETS: dict[str, ModelConfig] = {
 # Keys of config.json that would change the maths if they said something else.
 _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "model_type": ("mixtral",)}
 _ALIASES = {"torch_dtype": "dtype"}
+# Keys that a published config.json holds and that do not touch what is computed here: about
+# training, about transformers itself, or about padding, which never enters a row.
+_UNUSED = frozenset(  # noqa: SIM905 - a list would take nineteen lines
+    "architectures attention_dropout chunk_size_feed_forward id2label is_encoder_decoder label2id "
+    "output_attentions output_hidden_states output_router_logits pad_token_id problem_type "
+    "return_dict router_aux_loss_coef router_jitter_noise transformers_version use_cache "
+    "_name_or_path torch_dtype rope_scaling".split()
+)
 # Our own key: a window of 4096 that was asked for, kept when it is written and read again.
 _DELIBERATE = "sliding_window_is_deliberate"
 
@@ -196,6 +204,14 @@ def config_from_dict(
                 fix="only MixtralForCausalLM checkpoints are supported",
                 code=BAD_CONFIG,
             )
+    if raw.get("quantization_config") is not None:
+        raise MixtralError(
+            f"{source} field quantization_config",
+            expected="weights in f32, bf16 or f16",
+            got="a quantized checkpoint",
+            fix="use the checkpoint it was made from; quantized layouts are not read yet",
+            code=BAD_CONFIG,
+        )
     missing = [name for name in _REQUIRED if raw.get(name) is None]
     if missing:
         raise MixtralError(
@@ -221,6 +237,7 @@ def config_from_dict(
         if raw.get(name) is not None:
             values[name] = raw[name]
     values["dtype"] = str(raw.get("dtype") or "float32").removeprefix("torch.")
+    _note_unknown(raw, source, note)
     return ModelConfig(**values)
 
 
@@ -236,6 +253,14 @@ _REQUIRED = (
 )
 
 
+def _note_unknown(raw: Mapping[str, Any], source: str, note: Note) -> None:
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    read = {*fields, *_FIXED, "rope_parameters", "eos_token_id", "quantization_config", _DELIBERATE}
+    unknown = sorted(key for key in raw if key not in read | _UNUSED)
+    if unknown:
+        note(f"{source}: not used: {', '.join(map(repr, unknown))}")
+
+
 def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
@@ -249,7 +274,17 @@ def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
             fix="scaled RoPE is not part of the Mixtral family",
             code=BAD_CONFIG,
         )
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    theta, other = rope.get("rope_theta"), raw.get("rope_theta")
+    if theta is None:
+        theta = other
+    if other is not None and other != theta:
+        raise MixtralError(
+            f"{source} field rope_theta",
+            expected=f"{theta!r}, as in rope_parameters",
+            got=repr(other),
+            fix="keep the one that was published with the weights",
+            code=BAD_CONFIG,
+        )
     if theta is None:
         raise MixtralError(
             f"{source} lacks rope_theta",
@@ -292,6 +327,12 @@ def read_config(
             f"no config.json in {folder}",
             fix="name a checkpoint folder, or 'tiny' for the embedded model",
             code=INPUT_NOT_FOUND,
+        ) from None
+    except IsADirectoryError:
+        raise MixtralError(
+            f"{path} is a folder",
+            fix="copy config.json from the published checkpoint again",
+            code=BAD_DATA,
         ) from None
     except (ValueError, RecursionError) as error:
         raise MixtralError(f"{path} is not JSON: {error}", code=BAD_DATA) from None

@@ -39,5 +39,10 @@ class MixtralError(ValueError):
             line += f": expected {expected}, got {got}"
         if fix is not None:
             line += f"; fix: {fix}"
-        super().__init__(line)
+        super().__init__(printable(line))
         self.code = code
+
+
+def printable(text: str) -> str:
+    """A text from anywhere as one harmless line: names in files may hold newlines or escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.chat import encode_chat
-from mixtral_jax.config import ModelConfig, read_config
+from mixtral_jax.config import DTYPES, ModelConfig, read_config
+from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.load import load_weights
 from mixtral_jax.decode.completion import Batch, Completion
 from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
@@ -55,6 +57,7 @@ class LoadOptions:
             reports.
         sliding_window: tokens; asks for a window that the checkpoint's config does not have.
         verify: check the digests of a converted checkpoint while it loads.
+        adapter: a folder with a PEFT LoRA adapter, applied on top of the weights.
     """
 
     mesh: str | None = None
@@ -64,6 +67,16 @@ class LoadOptions:
     overflow: Overflow = DispatchOptions.overflow
     sliding_window: int | None = None
     verify: bool = True
+    adapter: str | None = None
+
+    def __post_init__(self):
+        if self.dtype is not None and self.dtype not in DTYPES:
+            expected = ", ".join(DTYPES)
+            raise MixtralError("--dtype", expected=expected, got=repr(self.dtype), code=USAGE)
+        window = self.sliding_window
+        if window is not None and (not isinstance(window, int) or window < 1):
+            expected = "a positive integer"
+            raise MixtralError("--sliding-window", expected=expected, got=window, code=USAGE)
 
 
 def load(
@@ -84,7 +97,12 @@ def load(
     Raises:
         MixtralError: with the exit code of the command line.
     """
-    asked = LoadOptions(**options)
+    if isinstance(options.get("mesh"), MeshSpec):
+        options["mesh"] = str(options["mesh"])
+    try:
+        asked = LoadOptions(**options)
+    except TypeError as error:
+        raise MixtralError(f"load: {error}", code=USAGE) from None
     dispatch = DispatchOptions(
         method=asked.dispatch, capacity_factor=asked.capacity_factor, overflow=asked.overflow
     )
@@ -103,8 +121,9 @@ def load(
     if spec is not None:
         spec = spec.fit(config)
         simulate_on_cpu(spec, note)
-    spec = spec or default_spec(config)
+    spec = spec or default_spec(config, note)
     mesh = spec.build()
+    adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
     shardings = weight_shardings(leaf_specs(config), mesh)
     leaves = load_weights(
         folder,
@@ -114,7 +133,10 @@ def load(
         expert_shards=spec.expert,
         verify=asked.verify,
         progress=progress,
+        note=note,
     )
+    if adapter is not None:
+        leaves = adapter.attach(leaves, lambda path: shardings[path])
     has_tokenizer = find_tokenizer(folder) is not None
     return LanguageModel(
         assemble(config, leaves),
@@ -161,6 +183,18 @@ class LanguageModel:
                 got=tokenizer.vocab_size,
                 fix="use the tokenizer that was published with the weights",
             )
+        if tokenizer is not None:
+            self._compare_ids(tokenizer)
+
+    def _compare_ids(self, tokenizer: Tokenizer) -> None:
+        """Prompts begin with the tokenizer's <s>, rows end at the config's ids: they must fit."""
+        bos, eos = self.config.bos_token_id, self.config.eos_token_ids
+        if tokenizer.bos_id != bos:
+            self._note(f"config has bos_token_id {bos}, the tokenizer's <s> is {tokenizer.bos_id}")
+        if tokenizer.eos_id not in eos:
+            self._note(
+                f"config has eos ids {list(eos)}, the tokenizer's </s> is {tokenizer.eos_id}"
+            )
 
     def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Teacher-forced logits.
@@ -175,7 +209,7 @@ class LanguageModel:
             MixtralError: exit code 65 for ids outside the vocabulary or logits that are NaN or
                 infinite; 64 for rows that are not of one length, or too long.
         """
-        rows = [tuple(int(i) for i in row) for row in token_ids]
+        rows = _integers(token_ids)
         if len({len(row) for row in rows}) != 1:
             raise MixtralError("token_ids: expected rows of one length", code=USAGE)
         longest = self.config.max_position_embeddings
@@ -218,17 +252,16 @@ class LanguageModel:
         options = _options(options, fields)
         if (prompts is None) == (prompt_token_ids is None):
             raise MixtralError("generate: give prompts or prompt_token_ids", code=USAGE)
-        if isinstance(prompts, str):
-            raise MixtralError(
-                "prompts", expected="a list", got="one text", fix="generate([text])", code=USAGE
-            )
         if prompts is not None:
+            if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
+                got = "one text" if isinstance(prompts, str) else repr(prompts)[:60]
+                expected, fix = "a list of texts", "generate([text])"
+                raise MixtralError("prompts", expected=expected, got=got, fix=fix, code=USAGE)
             tokenizer = self._require_tokenizer()
             ids = [tokenizer.encode(prompt) for prompt in prompts]
             return self.complete(self.batch(ids, options, prompts=prompts))
         assert prompt_token_ids is not None
-        ids = [[int(i) for i in row] for row in prompt_token_ids]
-        return self.complete(self.batch(ids, options))
+        return self.complete(self.batch(_integers(prompt_token_ids), options))
 
     def chat(
         self,
@@ -238,9 +271,9 @@ class LanguageModel:
         options: SamplingOptions | None = None,
         **fields: Any,
     ) -> Completion:
-        """Answers one conversation in the model's own chat format; the first of its samples."""
-        ids = self.encode_chat(messages, tools)
-        return self.complete(self.batch([ids], _options(options, fields), is_answer=True))[0]
+        """Answers one conversation in the model's own chat format, once."""
+        ids, asked = self.encode_chat(messages, tools), _one_sample(_options(options, fields))
+        return self.complete(self.batch([ids], asked, is_answer=True))[0]
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Message] | None = None
@@ -281,7 +314,7 @@ class LanguageModel:
             options: or its ``fields``, as for ``generate``.
             **fields: see ``generate``.
         """
-        asked, tokenizer = _options(options, fields), self._require_tokenizer()
+        asked, tokenizer = _one_sample(_options(options, fields)), self._require_tokenizer()
         if isinstance(prompt, str):
             batch = self.batch([tokenizer.encode(prompt)], asked)
         else:
@@ -328,6 +361,24 @@ class LanguageModel:
         return self.tokenizer
 
 
+def _integers(rows: Sequence[Sequence[int]] | np.ndarray) -> list[tuple[int, ...]]:
+    """Token ids as ints; what is none is refused, never rounded."""
+    try:
+        return [tuple(operator.index(token_id) for token_id in row) for row in rows]
+    except TypeError:
+        raise MixtralError(
+            "token ids", expected="rows of integers, [[1, 2, 3]]", got=repr(rows)[:60], code=USAGE
+        ) from None
+
+
+def _one_sample(options: SamplingOptions) -> SamplingOptions:
+    if options.num_samples != 1:
+        fix = "generate(..., num_samples=n)"
+        got = options.num_samples
+        raise MixtralError("num_samples", expected="1 here", got=got, fix=fix, code=USAGE)
+    return options
+
+
 def _options(options: SamplingOptions | None, fields: Mapping[str, Any]) -> SamplingOptions:
     known = {field.name for field in dataclasses.fields(SamplingOptions)}
     unknown = ", ".join(sorted(set(fields) - known))
@@ -335,5 +386,6 @@ def _options(options: SamplingOptions | None, fields: Mapping[str, Any]) -> Samp
         raise MixtralError(f"generate has no option {unknown}", code=USAGE)
     if "stop" in fields:
         stop = fields["stop"]
-        fields = {**fields, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        as_tuple = {type(None): lambda _: (), str: lambda text: (text,), list: tuple}
+        fields = {**fields, "stop": as_tuple.get(type(stop), lambda other: other)(stop)}
     return dataclasses.replace(options or SamplingOptions(), **fields)

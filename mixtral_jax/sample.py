@@ -179,7 +179,7 @@ def interact(lm: LanguageModel, options: Options, *, ask: Callable[[str], str] =
             turn: Message = {"role": "user", "content": line}
             first = [] if system is None else [{"role": "system", "content": system}]
             answer = _answer(lm, [*first, *messages, turn], options.sampling)
-            if answer is not None:
+            if answer:  # the chat format has no empty turn
                 messages += [turn, {"role": "assistant", "content": answer}]
 
 

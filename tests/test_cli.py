@@ -11,6 +11,7 @@ import pytest
 from mixtral_jax import cli
 from mixtral_jax.errors import (
     BAD_DATA,
+    INPUT_NOT_FOUND,
     INTERNAL,
     INTERRUPTED,
     IO_ERROR,
@@ -67,7 +68,13 @@ def test_help_is_0(capsys):
         (KeyboardInterrupt(), INTERRUPTED, "interrupted"),
         (OSError(errno.ENOSPC, "No space left"), IO_ERROR, "disk is full"),
         (OSError(errno.EDQUOT, "Quota"), IO_ERROR, "disk is full"),
-        (PermissionError(errno.EACCES, "Denied"), INTERNAL, "PermissionError"),
+        (PermissionError(errno.EACCES, "Denied", "a/b"), IO_ERROR, "error: a/b: Denied"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a folder", "b"), IO_ERROR, "error: b: Not a"),
+        (IsADirectoryError(errno.EISDIR, "Is a folder", "b"), IO_ERROR, "error: b: Is a"),
+        (FileExistsError(errno.EEXIST, "Is there", "a", None, "b"), IO_ERROR, "a -> b: Is there"),
+        (FileNotFoundError(errno.ENOENT, "No file", "a\n"), INPUT_NOT_FOUND, "a\\n: No file"),
+        (OSError("torn"), IO_ERROR, "error: torn; fix: "),
+        (MixtralError("w\n\x1b[31m", code=BAD_DATA), BAD_DATA, "error: w\\n\\x1b[31m"),
         (RuntimeError("first\nsecond"), INTERNAL, "RuntimeError: first; fix: run with --debug"),
         (RuntimeError(), INTERNAL, "RuntimeError"),
     ],

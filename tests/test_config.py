@@ -298,3 +298,23 @@ def test_a_file_in_place_of_a_folder_is_not_found(tmp_path):
     with pytest.raises(MixtralError) as caught:
         read_config(tmp_path / "weights")
     assert caught.value.code == INPUT_NOT_FOUND
+
+
+def test_two_values_of_rope_theta_are_refused():
+    raw = PUBLISHED_8X7B | {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 1e4}}
+    with pytest.raises(MixtralError, match="rope_theta"):
+        config_from_dict(raw)
+
+
+def test_a_quantized_checkpoint_is_refused_by_name():
+    with pytest.raises(MixtralError, match="quantization_config"):
+        config_from_dict(PUBLISHED_8X7B | {"quantization_config": {"quant_method": "gptq"}})
+
+
+def test_unknown_keys_are_told_once():
+    notes: list[str] = []
+    config_from_dict(PUBLISHED_8X7B, note=notes.append)
+    assert notes == []
+    raw = PUBLISHED_8X7B | {"norm_topk_prob": False, "partial_rotary_factor": 0.5}
+    config_from_dict(raw, note=notes.append)
+    assert notes == ["config.json: not used: 'norm_topk_prob', 'partial_rotary_factor'"]

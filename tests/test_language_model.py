@@ -291,7 +291,7 @@ def test_what_cannot_be_asked_is_refused(lm):
         lm.generate()
     with refused(USAGE, "prompts or prompt_token_ids"):
         lm.generate(PROMPTS, prompt_token_ids=[[1]])
-    with refused(USAGE, "expected a list, got one text"):
+    with refused(USAGE, "expected a list of texts, got one text"):
         lm.generate("the red house")
     with refused(USAGE, "prompt 1 is empty"):
         lm.generate(prompt_token_ids=[[1], []])
@@ -329,8 +329,9 @@ def test_a_simulated_mesh_says_so():
 
 
 def test_load_refuses_unknown_options():
-    with pytest.raises(TypeError, match="meshes"):
+    with pytest.raises(MixtralError, match="meshes") as caught:
         load("tiny", meshes="1x1")
+    assert caught.value.code == USAGE
 
 
 # Damage and dtypes.
@@ -369,3 +370,21 @@ def test_bfloat16_loads_and_gives_float32_logits(lm):
     assert half.model.embed_tokens.get_value().dtype == "bfloat16"
     exact = lm.logits([[1, 310, 402, 354]])
     assert 0 < abs(logits - exact).max() < 0.3 < exact.std()
+
+
+def test_one_answer_is_asked_for_where_one_is_given(lm):
+    with pytest.raises(MixtralError, match="num_samples"):
+        lm.chat([{"role": "user", "content": "Hello"}], num_samples=2)
+    with pytest.raises(MixtralError, match="num_samples"):
+        next(lm.stream("Hello", num_samples=2))
+
+
+def test_other_special_ids_than_the_tokenizers_are_told(tmp_path):
+    notes: list[str] = []
+    folder = tmp_path / "other"
+    shutil.copytree(EMBEDDED_FOLDER, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = {"bos_token_id": 7, "eos_token_id": 9}
+    (folder / "config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+    load(folder, mesh=mj.MeshSpec(), note=notes.append)
+    assert ["bos_token_id 7" in notes[0], "eos ids [9]" in notes[1]] == [True, True]

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pexpect
 import pytest
+from safetensors.numpy import save_file
 
 from mixtral_jax import cli, sample
 from mixtral_jax.decode.sampling import SamplingOptions
@@ -95,6 +97,25 @@ def test_prompt_ids_are_used_as_they_are(json_lines):
     assert line["generated_text"] == text["generated_text"]
 
 
+def test_an_adapter_is_put_on_top(json_lines, tmp_path):
+    name = "base_model.model.model.layers.0.self_attn.o_proj"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "o_proj"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    out, summed = load("tiny", mesh="1x1").model.layers[0].attention.o_proj[...].shape
+
+    def ids(factor: float) -> list[int]:
+        a, b = np.ones((2, summed), np.float32), np.ones((out, 2), np.float32)
+        b[::2] *= -1
+        factors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": factor * b}
+        save_file(factors, tmp_path / "adapter_model.safetensors")
+        argv = ("--prompt-ids", "1,300,301", "--temperature", "0", "--adapter", str(tmp_path))
+        return json_lines(*argv)[0]["token_ids"]
+
+    (plain,) = json_lines("--prompt-ids", "1,300,301", "--temperature", "0")
+    assert ids(0) == plain["token_ids"]
+    assert ids(4) != plain["token_ids"]
+
+
 def test_a_stop_string_is_cut(json_lines):
     (whole,) = json_lines("--prompt", "the red house")
     stop = whole["generated_text"][2:4]
@@ -157,6 +178,7 @@ def test_defaults_are_those_of_the_python_api():
         (["--prompt", "a", "--system", "b"], USAGE, "--system needs --chat"),
         (["--interactive", "--json"], USAGE, "--interactive prints text"),
         (["no-such-folder", "--prompt", "a"], INPUT_NOT_FOUND, "no-such-folder"),
+        (["--prompt", "a", "--adapter", "nowhere"], INPUT_NOT_FOUND, "adapter nowhere: expected"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -7,24 +7,23 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from mixtral_jax.config import read_config
-from mixtral_jax.convert.journal import Journal
+from mixtral_jax.convert.companions import copy_companions, find_companions
+from mixtral_jax.convert.journal import Journal, is_journal
 from mixtral_jax.convert.leaves import (
     WEIGHTS,
     HuggingFaceLeaves,
     OrbaxLeaves,
-    check_leaf,
-    config_content,
+    common_dtype,
     is_checkpoint,
 )
 from mixtral_jax.convert.manifest import (
@@ -33,12 +32,13 @@ from mixtral_jax.convert.manifest import (
     Manifest,
     read_manifest,
     sync_folder,
-    write_durably,
 )
 from mixtral_jax.convert.memory import PeakMemory
-from mixtral_jax.convert.orbax import disk_full, is_disk_full, read_leaf, write_leaf
-from mixtral_jax.convert.reader import FLOATS, safe_path
-from mixtral_jax.convert.transfer import digest_leaf, fetch_leaf
+from mixtral_jax.convert.orbax import disk_full, is_disk_full, write_leaf
+from mixtral_jax.convert.preflight import check_destination, check_disk, check_work_folder
+from mixtral_jax.convert.reader import FLOATS
+from mixtral_jax.convert.transfer import fetch_leaf
+from mixtral_jax.convert.verify import is_intact, reads_back, verify_output
 from mixtral_jax.errors import (
     BAD_DATA,
     INPUT_NOT_FOUND,
@@ -55,23 +55,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 WORK_SUFFIX = ".partial"
 JOURNAL_NAME, OUTPUT_NAME = "journal.jsonl", "output"
-# Small files that travel with the weights. config.json is written, not copied.
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.model.v1",
-    "tokenizer.model.v3",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-)
-MAX_COMPANION_BYTES = 64 << 20
-# For metadata, the journal and small files, beyond the weights themselves.
-DISK_SLACK_BYTES = 64 << 20
 THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -84,7 +67,7 @@ class ConvertOptions:
     dtype: Dtype = "keep"
     """Store the weights in this dtype."""
     verify: bool = False
-    """Read every leaf back through Orbax and compare digests."""
+    """Read every leaf back through Orbax and compare digests, of a finished output too."""
     allow_nonfinite: bool = False
     """Accept NaN and infinite weights."""
 
@@ -156,7 +139,9 @@ class _Conversion:
             raise MixtralError(f"no such folder: {src}", code=INPUT_NOT_FOUND)
         self.src, self.dst, self.options, self.note = src, dst, options, note
         self.work = Path(f"{dst}{WORK_SUFFIX}")
-        self.output = self.work / OUTPUT_NAME
+        self.output, self.journal = self.work / OUTPUT_NAME, self.work / JOURNAL_NAME
+        check_destination(dst)
+        self.companions = find_companions(src, note)
         self.config = read_config(src, note=note)
         self.specs: Mapping[str, LeafSpec] = leaf_specs(self.config)
         self._progress = progress
@@ -167,12 +152,16 @@ class _Conversion:
         leaves = HuggingFaceLeaves(self.src, self.specs, note=self.note)
         try:
             self.fingerprint = self._fingerprint(leaves)
-            finished = self._finished_already()
+            finished = self._finished_already(leaves)
             if finished is not None:
                 return finished
-            self._check_disk(leaves)
+            check_work_folder(self.work, self.journal)
+            num_bytes = sum(self._num_bytes(leaves, leaf) for leaf in self.specs)
+            check_disk(self.dst.parent, num_bytes, self.output / WEIGHTS)
             self.work.mkdir(exist_ok=True)
-            journal = Journal(self.work / JOURNAL_NAME, self.fingerprint)
+            # Resuming trusts more than content that was sampled: these must be the same files.
+            resumable = self.fingerprint | {"whereabouts": leaves.checkpoint.whereabouts}
+            journal = Journal(self.journal, resumable)
             try:
                 return self._convert(leaves, journal, stop)
             finally:
@@ -192,15 +181,19 @@ class _Conversion:
             "dtype": self.options.dtype,
         }
 
-    def _finished_already(self) -> Manifest | None:
+    def _finished_already(self, leaves: HuggingFaceLeaves) -> Manifest | None:
         """The manifest of ``dst`` if an earlier run of the same conversion completed it."""
-        if not self.dst.exists() or (self.dst.is_dir() and not any(self.dst.iterdir())):
+        if not self.dst.exists() or not any(self.dst.iterdir()):
             return None
         if (self.dst / NAME).is_file():
             manifest = read_manifest(self.dst)
             if manifest.fingerprint == self.fingerprint:
-                OrbaxLeaves(self.dst, self.specs)
-                shutil.rmtree(self.work, ignore_errors=True)
+                output = OrbaxLeaves(self.dst, self.specs)
+                if self.options.verify:
+                    with ThreadPoolExecutor(THREADS) as pool:
+                        allowed = self.options.allow_nonfinite
+                        verify_output(output, leaves, allow_nonfinite=allowed, pool=pool)
+                self._remove_work_folder()
                 self.note(f"{self.dst} is complete already; nothing to do")
                 return manifest
         raise MixtralError(
@@ -209,6 +202,13 @@ class _Conversion:
             code=OUTPUT_EXISTS,
         )
 
+    def _remove_work_folder(self) -> None:
+        """Removes what a run leaves behind once its output has moved, and nothing else."""
+        if not self.output.exists() and is_journal(self.journal):
+            self.journal.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something is in it, or it is no folder of ours
+            self.work.rmdir()
+
     def _dtype(self, leaves: HuggingFaceLeaves, leaf: str) -> np.dtype:
         if self.options.dtype == "keep":
             return leaves.dtype(leaf)
@@ -216,25 +216,6 @@ class _Conversion:
 
     def _num_bytes(self, leaves: HuggingFaceLeaves, leaf: str) -> int:
         return math.prod(self.specs[leaf].shape) * self._dtype(leaves, leaf).itemsize
-
-    def _check_disk(self, leaves: HuggingFaceLeaves) -> None:
-        needed = sum(self._num_bytes(leaves, leaf) for leaf in self.specs) + DISK_SLACK_BYTES
-        weights = self.output / WEIGHTS
-        if weights.is_dir():
-            present = (path for path in weights.rglob("*") if path.is_file())
-            needed -= sum(path.stat().st_size for path in present)
-        place = self.dst.parent
-        if not place.is_dir():
-            raise MixtralError(
-                f"no such folder: {place}", fix=f"mkdir -p {place}", code=INPUT_NOT_FOUND
-            )
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise MixtralError(
-                f"not enough disk space in {place}: {needed} bytes needed, {free} free",
-                fix=f"free {needed - free} bytes, or choose a destination on another disk",
-                code=IO_ERROR,
-            )
 
     def _convert(
         self, leaves: HuggingFaceLeaves, journal: Journal, stop: Callable[[], bool]
@@ -248,9 +229,8 @@ class _Conversion:
             self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
         with ThreadPoolExecutor(THREADS) as pool:
             for leaf, spec in self.specs.items():
-                record = journal.finished.get(leaf)
-                if record and not check_leaf(self.output, leaf, spec.shape, record):
-                    records[leaf] = record
+                if self._is_finished(leaf, journal.finished.get(leaf), pool):
+                    records[leaf] = journal.finished[leaf]
                     self._advance(math.prod(spec.shape) * leaves.dtype(leaf).itemsize)
                     continue
                 if stop():
@@ -267,8 +247,20 @@ class _Conversion:
             parameters=sum(math.prod(spec.shape) for spec in self.specs.values()),
             bytes=sum(self._num_bytes(leaves, leaf) for leaf in self.specs),
         )
-        self._finish(manifest)
-        return manifest
+        return self._finish(manifest, leaves)
+
+    def _is_finished(self, leaf: str, record: LeafRecord | None, pool: Executor) -> bool:
+        """True if an earlier run finished a leaf and the disk still holds it."""
+        if record is None:
+            return False
+        intact = record.shape == self.specs[leaf].shape and is_intact(
+            self.output, leaf, record, pool
+        )
+        if intact and self.options.verify:
+            intact = reads_back(self.output, leaf, record, pool)
+        if not intact:
+            self.note(f"{leaf} is no longer as it was written, and is converted again")
+        return intact
 
     def _convert_leaf(
         self, leaves: HuggingFaceLeaves, leaf: str, pool: ThreadPoolExecutor
@@ -285,7 +277,7 @@ class _Conversion:
         write_leaf(self.output, leaf, value)
         if self.options.verify:
             del value
-            if digest_leaf(leaf, read_leaf(self.output, leaf), pool) != record:
+            if not reads_back(self.output, leaf, record, pool):
                 raise MixtralError(
                     f"{self.output / WEIGHTS / leaf} does not read back as it was written",
                     fix="check the disk and the memory of this machine",
@@ -298,28 +290,18 @@ class _Conversion:
             self._done += num_bytes
             self._progress(self._done, self._total)
 
-    def _finish(self, manifest: Manifest) -> None:
-        for name in COMPANIONS:
-            path = safe_path(self.src, name)
-            if path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES:
-                write_durably(self.output / name, path.read_bytes())
-        content = config_content(self.src)
-        for key in ("dtype", "torch_dtype"):
-            if key in content or key == "torch_dtype":
-                content[key] = _main_dtype(manifest)
-        write_durably(self.output / "config.json", json.dumps(content, indent=2).encode())
+    def _finish(self, manifest: Manifest, leaves: HuggingFaceLeaves) -> Manifest:
+        dtype = common_dtype(self.specs, self._stored(leaves), preferred=self.config.dtype)
+        digests = copy_companions(self.src, self.output, self.companions, dtype=dtype.name)
+        manifest = dataclasses.replace(manifest, companions=digests)
         manifest.write(self.output)
         sync_folder(self.output)
         with contextlib.suppress(FileNotFoundError):
             self.dst.rmdir()
         os.rename(self.output, self.dst)
         sync_folder(self.dst.parent)
-        shutil.rmtree(self.work)
+        self._remove_work_folder()
+        return manifest
 
-
-def _main_dtype(manifest: Manifest) -> str:
-    """The dtype of most weights (norms and routers may differ)."""
-    sizes: dict[str, int] = {}
-    for leaf in manifest.leaves.values():
-        sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + math.prod(leaf.shape)
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    def _stored(self, leaves: HuggingFaceLeaves) -> dict[str, np.dtype]:
+        return {leaf: self._dtype(leaves, leaf) for leaf in self.specs}

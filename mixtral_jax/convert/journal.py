@@ -17,6 +17,17 @@ from typing import Any
 from mixtral_jax.convert.manifest import LeafRecord
 from mixtral_jax.errors import OUTPUT_EXISTS, MixtralError
 
+# How the first line begins, whole or torn.
+_BEGINNING = b'{"fingerprint":'
+
+
+def is_journal(path: Path) -> bool:
+    """True for a journal of ours, of whatever conversion, empty and torn ones included."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return _BEGINNING.startswith(file.read(len(_BEGINNING)))
+
 
 class Journal:
     """An open, locked journal.
@@ -77,6 +88,12 @@ class Journal:
                     chunks=tuple(entry["chunks"]),
                 )
             end += len(line)
+        if end == 0 and not _BEGINNING.startswith(content[: len(_BEGINNING)]):
+            raise MixtralError(
+                f"{path} is no journal of a conversion",
+                fix="choose another destination, or move it away",
+                code=OUTPUT_EXISTS,
+            )
         return finished, end
 
     def record(self, leaf: str, record: LeafRecord) -> None:

@@ -213,6 +213,18 @@ def check_leaf(
     return problems
 
 
+def common_dtype(
+    specs: Mapping[str, LeafSpec], stored: Mapping[str, np.dtype], *, preferred: str
+) -> np.dtype:
+    """The one dtype for leaves that may differ: ``preferred`` if some leaf has it, else that of
+    most bytes."""
+    sizes: dict[np.dtype, int] = {}
+    for leaf, dtype in stored.items():
+        num_bytes = int(np.prod(specs[leaf].shape)) * dtype.itemsize
+        sizes[dtype] = sizes.get(dtype, 0) + num_bytes
+    return max(sizes, key=lambda dtype: (dtype.name == preferred, sizes[dtype]))
+
+
 def is_checkpoint(folder: str | Path) -> Literal["orbax", "huggingface"] | None:
     """Tells what a folder is by the files in it; None if it is no checkpoint.
 

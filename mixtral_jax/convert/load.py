@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.convert.leaves import Leaves, OrbaxLeaves, open_leaves
+from mixtral_jax.convert.companions import check_companions
+from mixtral_jax.convert.leaves import Leaves, OrbaxLeaves, common_dtype, open_leaves
 from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
-from mixtral_jax.convert.transfer import sha256
+from mixtral_jax.convert.transfer import all_finite, sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.weights import ExpertSlots, Weight
@@ -56,10 +57,11 @@ def load_weights(
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
             dim is on the expert axis, which fits the stack and each slot.
-        dtype: cast to this on the host, piece by piece; None keeps what is stored.
+        dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
+            differ, the dtype of the configuration if some have it, else that of most bytes.
         expert_shards: size of the expert axis; must divide the number of experts.
         layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``.
-        verify: prove the bytes of a converted folder against its manifest, chunk by chunk. Where
+        verify: prove a converted folder against its manifest, weights chunk by chunk. Where
             devices hold parts of a chunk, the whole chunk is read for it, once per process.
         progress: called with bytes read, from several threads.
         note: called with one line for each thing a person should know.
@@ -70,12 +72,16 @@ def load_weights(
 
     Raises:
         MixtralError: exit code 66 without a checkpoint; 65 if it does not fit the configuration
-            or its bytes are not those that were written, naming the tensor.
+            or its bytes are not those that were written or do not fit ``dtype``, naming the
+            tensor.
     """
     if config.num_local_experts % expert_shards:
         raise ValueError(f"{expert_shards} expert shards do not divide {config.num_local_experts}")
     specs = leaf_specs(config)
     leaves = open_leaves(folder, specs, note=note)
+    if verify and isinstance(leaves, OrbaxLeaves):
+        check_companions(leaves.folder, leaves.manifest.companions)
+    dtype = dtype or _one_dtype(leaves, config, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
     def load(path: str) -> Weight:
@@ -97,6 +103,18 @@ def load_weights(
     return {path: found[path] for path in specs}
 
 
+def _one_dtype(leaves: Leaves, config: ModelConfig, note: Callable[[str], None]) -> str:
+    """The dtype to load in where none is asked for, with a note if tensors must be cast."""
+    specs = leaf_specs(config)
+    stored = {leaf: leaves.dtype(leaf) for leaf in specs}
+    dtype = common_dtype(specs, stored, preferred=config.dtype)
+    cast = sum(found != dtype for found in stored.values())
+    if cast:
+        count = f"{cast} of {len(stored)}"
+        note(f"the checkpoint mixes dtypes: {count} tensors are cast to {dtype.name}")
+    return dtype.name
+
+
 Bounds: TypeAlias = tuple[tuple[int, int], ...]
 
 
@@ -105,7 +123,7 @@ class _Loader:
         self,
         leaves: Leaves,
         *,
-        dtype: str | None,
+        dtype: str,
         verify: bool,
         progress: Callable[[int], None] | None,
         reads: Reads | None,
@@ -147,9 +165,8 @@ class _Loader:
             if self.progress is not None:
                 self.progress(out.nbytes)
         if self.verify and sha256(out) != self.leaves.digest(chunk):
-            name = chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
             raise MixtralError(
-                f"{name}: its bytes are not those that were written (its sha256 differs)",
+                f"{_name(chunk)}: its bytes are not those that were written (its sha256 differs)",
                 fix="convert the checkpoint again; the disk may be failing",
                 code=BAD_DATA,
             )
@@ -163,7 +180,7 @@ class _Array:
         self.stacked = chunks[0].expert is not None
         self.chunk_shape = shape[1:] if self.stacked else shape
         self.stored = loader.leaves.dtype(chunks[0].leaf)
-        self.dtype = np.dtype(jnp.dtype(loader.dtype)) if loader.dtype else self.stored
+        self.dtype = np.dtype(jnp.dtype(loader.dtype))
         # Chunks that devices share parts of, read once for all of them.
         self.shared: dict[Chunk, np.ndarray] = {}
 
@@ -207,6 +224,21 @@ class _Array:
         if rows is not out:
             with np.errstate(over="ignore", invalid="ignore"):
                 out[...] = rows
+            self._check_cast(chunk, rows, out)
+
+    def _check_cast(self, chunk: Chunk, rows: np.ndarray, out: np.ndarray) -> None:
+        """Refuses a cast that makes infinities out of numbers."""
+        if all_finite(out) or not np.any(np.isfinite(rows) & ~np.isfinite(out)):
+            return
+        raise MixtralError(
+            f"{_name(chunk)} has values too large for {self.dtype.name}",
+            fix="choose dtype bfloat16 or float32",
+            code=BAD_DATA,
+        )
+
+
+def _name(chunk: Chunk) -> str:
+    return chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

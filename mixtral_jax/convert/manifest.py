@@ -36,16 +36,18 @@ class Manifest:
     """A finished conversion.
 
     Attributes:
-        fingerprint: the source and the options that it was made from.
+        fingerprint: the content of the source and the options that it was made from.
         leaves: by path.
         parameters: number of weights.
         bytes: of all leaves.
+        companions: sha256 (hex) of each small file by name; no part of ``digest``.
     """
 
     fingerprint: Mapping[str, Any]
     leaves: Mapping[str, LeafRecord]
     parameters: int
     bytes: int
+    companions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -60,6 +62,7 @@ class Manifest:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "fingerprint": self.fingerprint,
+            "companions": self.companions,
             "leaves": {path: dataclasses.asdict(leaf) for path, leaf in self.leaves.items()},
         }
         write_durably(folder / NAME, json.dumps(content, indent=1).encode())
@@ -103,9 +106,11 @@ def read_manifest(folder: Path) -> Manifest:
             leaves=leaves,
             parameters=raw["parameters"],
             bytes=raw["bytes"],
+            companions=dict(raw.get("companions", {})),
         )
-        intact = manifest.digest == raw["digest"]
-    except (KeyError, TypeError, AttributeError):
+        plain = all(Path(name).name == name and "\0" not in name for name in manifest.companions)
+        intact = plain and manifest.digest == raw["digest"]
+    except (KeyError, TypeError, ValueError, AttributeError):
         intact = False
     if not intact:
         raise MixtralError(

@@ -152,7 +152,7 @@ def plan(
     Raises:
         MixtralError: exit code 65, listing all that is missing, extra, misshapen or mistyped.
     """
-    layout = _detect(tensors)
+    layout = detect_layout(tensors)
     wanted = list(pieces(layout, specs))
     shapes = {piece.rows.tensor: piece.tensor_shape for piece in wanted}
     ignored = tuple(name for name in tensors if IGNORED.fullmatch(name))
@@ -180,7 +180,8 @@ def plan(
     return Plan(layout=layout, sources=sources, ignored=ignored, tied_head=tied_head)
 
 
-def _detect(tensors: Mapping[str, Any]) -> str:
+def detect_layout(tensors: Mapping[str, Any]) -> str:
+    """A key of ``LAYOUTS``, by the names of a file."""
     fused = sum(".mlp." in name for name in tensors)
     original = sum(".block_sparse_moe." in name for name in tensors)
     return "fused" if fused > original else "original"

@@ -28,6 +28,8 @@ from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 MAX_HEADER_BYTES = 32_000_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# What stands for a file's content in a fingerprint: blocks, evenly spaced, and bytes of each.
+SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 64 << 10
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 # safetensors dtype -> bytes per element. What Mixtral weights may be is in FLOATS.
@@ -86,7 +88,7 @@ class SafetensorsFile:
             status = os.fstat(self._fd)
             if not stat.S_ISREG(status.st_mode):
                 raise _bad(path, "not a regular file")
-            self.size = status.st_size
+            self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
             header = _read_header(self._fd, path, self.size)
             self.header_digest = hashlib.sha256(header).hexdigest()
             self.tensors = _parse_header(header, path, self.size)
@@ -105,6 +107,16 @@ class SafetensorsFile:
             MixtralError: exit code 65 if the file has become shorter than its header says.
         """
         read_exactly(self._fd, out, offset, self.path)
+
+    def sample_digest(self) -> str:
+        """The sha256 of a sample of the file; of all of it, up to 1 MiB."""
+        sample = hashlib.sha256()
+        for i in range(SAMPLE_BLOCKS):
+            start = max(0, self.size - SAMPLE_BYTES) * i // (SAMPLE_BLOCKS - 1)
+            block = bytearray(min(SAMPLE_BYTES, self.size))
+            self.read_into(memoryview(block), start)
+            sample.update(block)
+        return sample.hexdigest()
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
@@ -140,11 +152,11 @@ def _read_header(fd: int, path: Path, size: int) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"duplicate key {twice!r}")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"duplicate key {name!r}")
+        found[name] = value
     return found
 
 
@@ -213,21 +225,29 @@ class Checkpoint:
     Shards must be plain names inside the folder. A link is followed only as the Hugging Face
     cache makes them: to a regular file in the snapshot's own ``../../blobs``, or in the folder.
 
+    Args:
+        folder: where the files are.
+        file: the one file to read, where it is not the model's own.
+
     Attributes:
         tensors: every tensor by name.
         problems: what is wrong with the accounting of tensors to files, for one joint error.
-        fingerprint: file name -> size and header digest.
+        fingerprint: file name -> its content, by size, header and a sample.
+        whereabouts: file name -> which file it is, by its path (hashed) and time.
 
     Raises:
         MixtralError: exit code 66 without weights, 65 for unsound files.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, *, file: str | None = None):
         self.folder = Path(folder)
         self.problems: list[str] = []
         self._files: dict[str, SafetensorsFile] = {}
-        weight_map = _read_index(self.folder)
-        names = _weight_files(self.folder) if weight_map is None else set(weight_map.values())
+        weight_map = None if file else _read_index(self.folder)
+        if weight_map is not None:
+            names = set(weight_map.values())
+        else:
+            names = {file} if file else _weight_files(self.folder)
         try:
             for name in sorted(names):
                 self._files[name] = SafetensorsFile(safe_path(self.folder, name))
@@ -238,9 +258,24 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Identifies the source without reading its data."""
+        """Identifies the source by little of its data."""
         return {
-            name: {"bytes": file.size, "header_sha256": file.header_digest}
+            name: {
+                "bytes": file.size,
+                "header_sha256": file.header_digest,
+                "sample_sha256": file.sample_digest(),
+            }
+            for name, file in self._files.items()
+        }
+
+    @property
+    def whereabouts(self) -> dict[str, dict[str, Any]]:
+        """Tells a file from another of the same fingerprint; true on this machine only."""
+        return {
+            name: {
+                "path_sha256": hashlib.sha256(os.fsencode(file.path.resolve())).hexdigest(),
+                "mtime_ns": file.mtime_ns,
+            }
             for name, file in self._files.items()
         }
 
@@ -284,9 +319,11 @@ class Checkpoint:
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
-    path = folder / INDEX_NAME
+    path = safe_path(folder, INDEX_NAME)
     if not path.exists():
         return None
+    if not path.is_file():
+        raise _bad(path, "not a regular file")
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise _bad(path, f"larger than {MAX_HEADER_BYTES} bytes")
     weight_map = parse_json(path.read_bytes(), path).get("weight_map")
@@ -296,6 +333,12 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         plain = isinstance(name, str) and name.endswith(".safetensors")
         if not plain or any(part in name for part in ("/", "\\", "\0")) or name.startswith(".."):
             raise _bad(path, f"weight_map names {name!r}, not a plain .safetensors file name")
+    if (folder / SINGLE_NAME).exists() and set(weight_map.values()) != {SINGLE_NAME}:
+        raise MixtralError(
+            f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}, which names other files",
+            fix="remove the one that is not the model",
+            code=BAD_DATA,
+        )
     return weight_map
 
 

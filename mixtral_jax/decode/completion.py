@@ -84,8 +84,8 @@ class Batch:
             )
         self.options, self._eos_ids = options, frozenset(eos_ids)
         self.requests = [
-            Request(prompt_ids=tuple(ids), options=options, sample_id=sample)
-            for ids in prompt_ids
+            Request(prompt_ids=tuple(ids), options=options, sample_id=sample, prompt_index=index)
+            for index, ids in enumerate(prompt_ids)
             for sample in range(options.num_samples)
         ]
         texts = prompts if prompts is not None else [None] * len(prompt_ids)

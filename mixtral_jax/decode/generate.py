@@ -29,11 +29,15 @@ MIN_ROWS = 2  # a product of one row differs from the same row among two in its 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """One row: a prompt, its options, and which of its samples this is."""
+    """One row: a prompt, its options, and which of its samples this is.
+
+    ``prompt_index`` counts the caller's prompts, for error lines.
+    """
 
     prompt_ids: tuple[int, ...]
     options: SamplingOptions
     sample_id: int = 0
+    prompt_index: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,11 +88,11 @@ def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
         MixtralError: exit code 65 for ids, 64 for lengths past ``max_position_embeddings``.
     """
     check_token_ids([request.prompt_ids for request in requests], config)
-    for row, request in enumerate(requests):
+    for request in requests:
         length, budget = len(request.prompt_ids), request.options.max_new_tokens
         if length + budget > config.max_position_embeddings:
             raise MixtralError(
-                f"prompt {row}",
+                f"prompt {request.prompt_index}",
                 expected=f"prompt and new tokens within {config.max_position_embeddings}",
                 got=f"{length} + {budget}",
                 fix="shorten the prompt or lower --max-new-tokens",
@@ -139,6 +143,7 @@ class Generation:
         while chunk < min(prefill_chunk, longest - 1):
             chunk *= 2
         self.chunk = min(chunk, prefill_chunk)
+        self._largest_chunk = prefill_chunk
         self._stopped = np.zeros((self.rows,), np.bool_)
 
     def stop(self, row: int) -> None:
@@ -155,7 +160,8 @@ class Generation:
             config,
             jnp.asarray(last + [0] * fill, jnp.int32),
             jnp.asarray([False] * len(last) + [True] * fill),
-            slots=num_slots(config, total=total, chunk=self.chunk),
+            # For the largest chunk, so that the slots do not depend on the longest prompt.
+            slots=num_slots(config, total=total, chunk=self._largest_chunk),
             dtype=self.model.embed_tokens.get_value().dtype,
             placement=self.placement,
         )

@@ -29,7 +29,8 @@ class SamplingOptions:
         top_p: keep the smallest set of best tokens whose probability reaches this.
         min_p: keep tokens at least this fraction as probable as the best.
         repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely.
-        seed: in [0, 2^32). A row's text depends on its prompt, this and its sample number only.
+        seed: in [0, 2^32). In float32 a row's text depends on its prompt, this and its sample
+            number only.
         stop: texts that end the answer; cut from it.
         num_samples: answers per prompt.
         ignore_eos: generate past the end-of-text token.
@@ -49,14 +50,18 @@ class SamplingOptions:
     def __post_init__(self):
         top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
         penalty, stop = self.repetition_penalty, self.stop
-        is_stop = not isinstance(stop, str) and all(isinstance(s, str) and s for s in stop)
+        is_stop = isinstance(stop, tuple) and all(isinstance(s, str) and s for s in stop)
         for name, is_fine, expected in (
             ("max_new_tokens", _is_integer(self.max_new_tokens, 1), "an integer, at least 1"),
             ("temperature", _is_number(self.temperature), "a number, 0 or more"),
             ("top_k", top_k is None or _is_integer(top_k, 1), "an integer, at least 1"),
             ("top_p", top_p is None or (_is_number(top_p) and 0 < top_p <= 1), "above 0, up to 1"),
             ("min_p", min_p is None or (_is_number(min_p) and min_p <= 1), "from 0 to 1"),
-            ("repetition_penalty", _is_number(penalty) and penalty > 0, "a number above 0"),
+            (
+                "repetition_penalty",
+                _is_number(penalty) and 0 < penalty <= 100,
+                "above 0, up to 100",
+            ),
             ("seed", _is_integer(self.seed, 0) and self.seed < NUM_SEEDS, "from 0 to 2^32 - 1"),
             ("stop", is_stop, "texts that are not empty"),
             ("num_samples", _is_integer(self.num_samples, 1), "an integer, at least 1"),

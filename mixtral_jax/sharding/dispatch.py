@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,25 @@ class DispatchOptions:
     overflow: Overflow = "exact"
 
     def __post_init__(self):
-        if not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
+        for name, value, choices in (
+            ("dispatch", self.method, get_args(Method)),
+            ("overflow", self.overflow, get_args(Overflow)),
+        ):
+            if value not in choices:
+                expected = ", ".join(choices)
+                raise MixtralError(f"--{name}", expected=expected, got=repr(value), code=USAGE)
+        if self.overflow == "drop" and self.method in ("gathered", "replicated"):
+            raise MixtralError(
+                f"--overflow drop with --dispatch {self.method}, which has no capacity to overflow",
+                fix="--dispatch all_to_all",
+                code=USAGE,
+            )
+        factor = self.capacity_factor
+        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
             raise MixtralError(
                 "--capacity-factor",
                 expected="a positive number",
-                got=self.capacity_factor,
+                got=repr(factor),
                 code=USAGE,
             )
 
@@ -76,7 +90,9 @@ def choose(options: DispatchOptions, mesh: Mesh, num_rows: int) -> Method:
 
 def capacity(num_rows: int, top_k: int, num_experts: int, factor: float) -> int:
     """Rows that a shard of ``num_rows`` offers each expert: ceil(factor * n * A / E), at most n."""
-    return min(num_rows, math.ceil(factor * num_rows * top_k / num_experts))
+    if factor * top_k >= num_experts:
+        return num_rows  # no expert is chosen by more rows than there are
+    return math.ceil(factor * num_rows * top_k / num_experts)
 
 
 class Slots(NamedTuple):

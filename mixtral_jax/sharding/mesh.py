@@ -114,11 +114,15 @@ class MeshSpec:
         devices = jax.devices()
         if len(devices) < self.num_devices:
             kind = devices[0].platform
+            simulate = "JAX_PLATFORMS=cpu to simulate it"
+            if kind == "cpu":  # the backend has started with fewer
+                flag = f"XLA_FLAGS=--xla_force_host_platform_device_count={self.num_devices}"
+                simulate = f"load this mesh before JAX is used, or set {flag}"
             raise MixtralError(
                 f"mesh {self}",
                 expected=f"{self.num_devices} devices",
                 got=f"{len(devices)} ({kind})",
-                fix=f"choose a mesh of {len(devices)}, or JAX_PLATFORMS=cpu to simulate it",
+                fix=f"choose a mesh of {len(devices)}, or {simulate}",
                 code=BAD_CONFIG,
             )
         # Auto: the compiler places attention; only the experts are placed by hand (dispatch.py).
@@ -146,14 +150,20 @@ def simulate_on_cpu(spec: MeshSpec, note: Callable[[str], None]) -> None:
         note(f"no accelerator: simulating the {spec} mesh with {spec.num_devices} CPU devices")
 
 
-def default_spec(config: ModelConfig) -> MeshSpec:
-    """All accelerators on the expert axis (as many as fit), else one device."""
+def default_spec(config: ModelConfig, note: Callable[[str], None]) -> MeshSpec:
+    """All accelerators on the expert axis, else one device.
+
+    Where their number does not fit the model the most that fit are taken, and ``note`` is told.
+    """
     if jax.default_backend() == "cpu":
         return MeshSpec()
     count = len(jax.devices())
-    for size in range(count, 1, -1):
+    for size in range(count, 0, -1):
         try:
-            return MeshSpec(expert=size).fit(config)
+            spec = MeshSpec(expert=size).fit(config)
         except MixtralError:
             continue
+        if size < count:
+            note(f"{count} devices do not fit this model: using {size}, the mesh {spec}")
+        return spec
     return MeshSpec()

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from mixtral_jax.convert.leaves import HuggingFaceLeaves
 from mixtral_jax.convert.reader import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.model.transformer import leaf_specs
 
 MAX_SECONDS = 2.0
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -224,3 +226,51 @@ def test_empty_and_missing_folders_are_not_found(tmp_path):
         with pytest.raises(MixtralError) as caught:
             Checkpoint(folder)
         assert caught.value.code == INPUT_NOT_FOUND
+
+
+def test_a_duplicate_among_very_many_keys_is_refused(tmp_path):
+    # Counting each name among the others takes minutes.
+    names = [f'"{k}":0' for k in range(60_000)] + ['"59999":0']
+    header = f"{{{','.join(names)}}}".encode()
+    (tmp_path / "model.safetensors").write_bytes(file_of(header))
+    with pytest.raises(MixtralError, match="duplicate key '59999'"):
+        Checkpoint(tmp_path)
+
+
+def test_one_file_beside_an_index_of_others_is_refused(tmp_path):
+    for name in ("model.safetensors", "other.safetensors"):
+        save_file({"w": np.ones(2, np.float32)}, tmp_path / name)
+    index(tmp_path, {"w": "other.safetensors"})
+    with pytest.raises(MixtralError, match=r"has both model\.safetensors and .*fix: ") as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.code == BAD_DATA
+    index(tmp_path, {"w": "model.safetensors"})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["w"]
+
+
+def test_index_that_is_a_folder_or_a_link_away_is_refused(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    index(tmp_path, {"w": "model.safetensors"})
+    (folder / INDEX_NAME).symlink_to(tmp_path / INDEX_NAME)
+    with pytest.raises(MixtralError, match="leaves the checkpoint"):
+        Checkpoint(folder)
+    (folder / INDEX_NAME).unlink()
+    (folder / INDEX_NAME).mkdir()
+    with pytest.raises(MixtralError, match="not a regular file"):
+        Checkpoint(folder)
+
+
+def test_names_in_files_cannot_reach_the_terminal(tmp_path, small_config):
+    evil = "w\n\x1b[31m\u202eerror: all is well"
+    save_file({evil: np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(MixtralError) as caught:
+        HuggingFaceLeaves(tmp_path, leaf_specs(small_config()))
+    index(tmp_path, {"w": f"{evil}.safetensors"})
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(MixtralError) as also_caught:
+        Checkpoint(tmp_path)
+    for error in (caught.value, also_caught.value):
+        assert str(error).isprintable()
+        assert r"\n\x1b[31m\u202e" in str(error)

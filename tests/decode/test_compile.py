@@ -34,9 +34,12 @@ def compiles(name: str) -> int:
     return sum(f"({name})" in compiled for compiled in COMPILED)
 
 
-@pytest.mark.parametrize("text", [None, "1x8"], ids=["local", "1x8"])
-def test_decode_step_compiles_once(small_config, text):
-    model, placement = random_model(small_config(initializer_range=0.2)), LOCAL
+@pytest.mark.parametrize(
+    ("text", "window"), [(None, None), ("1x8", 16)], ids=["local", "1x8, window 16"]
+)
+def test_decode_step_compiles_once(small_config, text, window):
+    config = small_config(initializer_range=0.2, sliding_window=window)
+    model, placement = random_model(config), LOCAL
     if text is not None:
         mesh = MeshSpec.parse(text).build()
         model, placement = place(model, mesh), MeshPlacement(mesh)
@@ -53,6 +56,9 @@ def test_decode_step_compiles_once(small_config, text):
     generate(9, SamplingOptions(max_new_tokens=5, ignore_eos=True, temperature=0.7, top_p=0.9))
     assert compiles("decode_step") == 1
     assert compiles("prefill") == 1
+    generate(60, SamplingOptions(max_new_tokens=5, ignore_eos=True))  # another chunk of prefill
+    assert compiles("decode_step") == 1
+    assert compiles("prefill") == 2
     generate(3, SamplingOptions(max_new_tokens=125, ignore_eos=True))
     assert compiles("decode_step") == 1, "five more tokens must fit the bucket"
 

@@ -29,6 +29,7 @@ MIN_ACCEPTED = 200
 def path_of(version: str) -> Path:
     import mistral_common
 
+    assert mistral_common.__file__ is not None
     return Path(mistral_common.__file__).parent / "data" / FILES[version]
 
 

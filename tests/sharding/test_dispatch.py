@@ -28,7 +28,7 @@ from mixtral_jax.sharding.dispatch import (
 )
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.weights import slots_of
-from tests.reference.dispatch import dropped
+from tests.reference.dispatch import dropped, kept
 
 E, A, D, F, N = 8, 2, 16, 32, 64
 F32 = 2e-5
@@ -118,11 +118,24 @@ def test_what_is_dropped_is_missing_and_nothing_else():
     assert (kept == 0).sum() - A * (~routing.valid).sum() == got.dropped
 
 
-@pytest.mark.parametrize("options", EXACT[:-1], ids=names)  # auto is one of the others
+DROP = DispatchOptions(method="all_to_all", capacity_factor=1.0, overflow="drop")
+
+
+@pytest.mark.parametrize("options", [*EXACT[:-1], DROP], ids=names)  # auto is one of the others
 @pytest.mark.parametrize("text", ["1x8", "2x2x2"])
 def test_gradients_equal_dense(text, options):
-    mesh, weights = MeshSpec.parse(text).build(), experts()
+    spec, weights = MeshSpec.parse(text), experts()
+    mesh = spec.build()
     x, routing = rows(skew=3.0)
+    stays = np.ones(routing.expert_ids.shape, bool)
+    if options.overflow == "drop":
+        ids, valid = np.asarray(routing.expert_ids), np.asarray(routing.valid)
+        shards = spec.data * spec.expert
+        stays = kept(ids, valid, shards=shards, num_experts=E, capacity_factor=1.0)
+        assert not stays[valid].all()
+
+    def as_slots(weights: ExpertWeights) -> ExpertWeights:
+        return ExpertWeights(*(slots_of(w, spec.expert) for w in weights))
 
     def loss(x, share, weights, run):
         return (run(x, routing._replace(expert_weights=share), weights) ** 2).sum()
@@ -131,11 +144,14 @@ def test_gradients_equal_dense(text, options):
         return on_mesh(x, routing, weights, mesh=mesh, options=options).y
 
     def dense_run(x, routing, weights):
-        return DENSE.experts(x, routing, weights).y
+        share = jnp.where(stays, routing.expert_weights, 0.0)
+        return DENSE.experts(x, routing._replace(expert_weights=share), weights).y
 
     grad = jax.grad(loss, argnums=(0, 1, 2))
-    got = jax.jit(functools.partial(grad, run=mesh_run))(x, routing.expert_weights, weights)
-    want = grad(x, routing.expert_weights, weights, dense_run)
+    share = routing.expert_weights
+    got = jax.jit(functools.partial(grad, run=mesh_run))(x, share, as_slots(weights))
+    of_x, of_share, of_weights = grad(x, share, weights, dense_run)
+    want = (of_x, of_share, as_slots(of_weights))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, atol=2e-4, rtol=1e-4)
 
@@ -179,6 +195,24 @@ def test_the_rule_that_chooses():
     assert choose(auto, wide, 8 * REPLICATED_BELOW - 1) == "replicated"
     assert choose(auto, wide, 8 * REPLICATED_BELOW) == "all_to_all"
     assert choose(DispatchOptions(method="gathered"), wide, 1) == "gathered"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"method": "gathered", "overflow": "drop"},
+        {"method": "replicated", "overflow": "drop"},
+    ],
+)
+def test_refuses_other_options(fields):
+    with pytest.raises(MixtralError) as caught:
+        DispatchOptions(**fields)
+    assert caught.value.code == USAGE
+
+
+@pytest.mark.parametrize(("factor", "room"), [(1.0, 16), (1.01, 17), (4.0, 64), (1e308, 64)])
+def test_capacity_is_a_share_of_the_rows(factor, room):
+    assert capacity(64, 2, 8, factor) == room
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])

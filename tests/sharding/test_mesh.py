@@ -69,10 +69,22 @@ def test_builds_over_the_first_devices():
 
 
 def test_too_few_devices_is_told():
-    with pytest.raises(MixtralError, match="expected 16 devices, got 8") as caught:
+    told = "expected 16 devices, got 8.*load this mesh before JAX is used"
+    with pytest.raises(MixtralError, match=told) as caught:
         MeshSpec.parse("1x16").build()
     assert caught.value.code == BAD_CONFIG
 
 
 def test_default_is_one_device_without_accelerator(small_config):
-    assert default_spec(small_config()) == MeshSpec()
+    assert default_spec(small_config(), pytest.fail) == MeshSpec()
+
+
+@pytest.mark.parametrize(
+    ("experts", "spec", "told"), [(8, "1x8", 0), (4, "1x4x2", 0), (6, "1x6", 1), (7, "1x7", 1)]
+)
+def test_default_is_all_accelerators_or_says_so(small_config, monkeypatch, experts, spec, told):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    notes: list[str] = []
+    config = small_config(num_local_experts=experts)
+    assert str(default_spec(config, notes.append)) == spec
+    assert len(notes) == told

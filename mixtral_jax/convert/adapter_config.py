@@ -1,0 +1,121 @@
+"""Reads adapter_config.json of PEFT: ranks and scales, and what is not plain LoRA refused."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from mixtral_jax.convert.reader import parse_json
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+
+MAX_CONFIG_BYTES = 1_000_000
+LARGEST = 1_000_000  # no rank or alpha is
+
+# Fields that change what the tensors mean; each must be absent, null, false or empty.
+REFUSED = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "use_qalora", "use_bdlora",
+    "kasa_config", "monteclora_config", "megatron_config",
+)  # fmt: skip
+# Initialisations that take the start of the adapter out of the base it was trained on.
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class LoraConfig:
+    """What adapter_config.json says of ranks and scales.
+
+    Raises:
+        MixtralError: exit code 65 for what is not plain LoRA, with the fix.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        fields = _read_json(path)
+        if fields.get("peft_type") != "LORA":
+            raise self.refuse("peft_type", "LORA", fields.get("peft_type"), "train a LoRA adapter")
+        for name in REFUSED:
+            if fields.get(name):
+                fix = "train without it, or merge the adapter with peft and load the result"
+                raise self.refuse(name, "none", _short(fields[name]), fix)
+        if fields.get("bias", "none") != "none":
+            raise self.refuse("bias", "none", _short(fields["bias"]), "train with bias='none'")
+        start = fields.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
+            fix = "save it again with path_initial_model_for_weight_conversion"
+            raise self.refuse("init_lora_weights", "one that keeps the base", _short(start), fix)
+        self._rank, self._alpha = fields.get("r"), fields.get("lora_alpha")
+        self._rank_pattern = self._pattern(fields, "rank_pattern")
+        self._alpha_pattern = self._pattern(fields, "alpha_pattern")
+        self._is_rslora = bool(fields.get("use_rslora"))
+        self._modules = fields.get("target_modules")
+        if fields.get("layers_to_transform") is not None or fields.get("exclude_modules"):
+            self._modules = None  # the tensors alone say which modules are adapted
+        self._parameters = fields.get("target_parameters")
+        for name, values in {
+            "r": [self._rank, *self._rank_pattern.values()],
+            "lora_alpha": [self._alpha, *self._alpha_pattern.values()],
+        }.items():
+            kinds = int if name == "r" else (int, float)
+            for value in values:
+                sound = isinstance(value, kinds) and not isinstance(value, bool)
+                lowest = 1 if name == "r" else -LARGEST
+                if not sound or not lowest <= value <= LARGEST:
+                    wanted = "a whole number above 0" if name == "r" else "a number"
+                    raise self.refuse(name, wanted, _short(value), "use the file that peft wrote")
+
+    def rank(self, module: str) -> int:
+        """The rank of a module or parameter, by its name in the base model."""
+        return _match(self._rank_pattern, module, cast(int, self._rank))
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rank-stabilised adapters."""
+        rank, alpha = self.rank(module), _match(self._alpha_pattern, module, self._alpha)
+        return float(alpha / (math.sqrt(rank) if self._is_rslora else rank))
+
+    def targets(self, name: str, *, is_parameter: bool) -> bool:
+        """True for what a list in the file names for certain, so that it must have tensors."""
+        named = self._parameters if is_parameter else self._modules
+        return isinstance(named, list) and any(f".{name}".endswith(f".{end}") for end in named)
+
+    def refuse(self, field: str, expected: object, got: object, fix: str) -> MixtralError:
+        """An error that names the file and the field."""
+        what = f"{self.path}: {field}"
+        return MixtralError(what, expected=expected, got=got, fix=fix, code=BAD_DATA)
+
+    def _pattern(self, fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+        pattern = fields.get(name) or {}
+        try:
+            for key in dict(pattern):
+                re.compile(rf"(.*\.)?({key})$")
+        except (re.error, TypeError, ValueError, OverflowError, RecursionError):
+            got = _short(pattern)
+            raise self.refuse(
+                name, "an object of regexes", got, "use the file that peft wrote"
+            ) from None
+        return dict(pattern)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _match(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+    """The first entry whose key matches a whole dotted ending, as peft's get_pattern_key."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return otherwise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        fix = "name a folder that peft's save_pretrained wrote"
+        raise MixtralError(f"no such file: {path}", fix=fix, code=INPUT_NOT_FOUND)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        what = f"{path}: larger than {MAX_CONFIG_BYTES} bytes"
+        raise MixtralError(what, fix="use the file that peft wrote", code=BAD_DATA)
+    return parse_json(path.read_bytes(), path)

@@ -1,0 +1,87 @@
+"""Adapters that peft made and saved: our logits with the adapter attached are peft's own."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import mixtral_jax as mj
+from tests.parity.test_transformers import build
+
+pytestmark = [
+    pytest.mark.parity,
+    # of peft: on targets that it rewrites, and on names that transformers deprecates
+    *(
+        pytest.mark.filterwarnings(f"ignore::{kind}Warning")
+        for kind in ("User", "Future", "Runtime")
+    ),
+]
+
+F32 = 1e-4
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "q, k, v, o": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "rank-stabilised, patterns": {
+        "target_modules": ["q_proj", "v_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 6, r"layers\.1\.self_attn\.v_proj": 2},
+        "alpha_pattern": {"0.self_attn.v_proj": 3},
+    },
+    "some layers": {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+    "experts, by the names of transformers 4": {"target_modules": ["q_proj", "w1", "w2", "w3"]},
+    "experts, gate and up only": {"target_modules": ["w1", "w3"]},
+    "experts, both parameters": {
+        "target_modules": ["v_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+    "experts, down only": {"target_parameters": ["mlp.experts.down_proj"]},
+    "all-linear, with the router": {"target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
+def test_f32_logits(fields, torch, transformers, tmp_path):
+    peft = importlib.import_module("peft")
+    base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
+    base.save_pretrained(tmp_path / "base")
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | fields
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens = np.random.default_rng(0).integers(3, 128, (2, 48))
+    with torch.no_grad():
+        want = adapted(torch.tensor(tokens)).logits.numpy()
+    for mesh in ("1x1", "1x2x2"):
+        lm = mj.load(tmp_path / "base", adapter=str(tmp_path / "adapter"), mesh=mesh)
+        np.testing.assert_allclose(lm.logits(tokens.tolist()), want, atol=F32)
+    plain = mj.load(tmp_path / "base", mesh="1x1").logits(tokens.tolist())
+    assert np.abs(plain - want).max() > 100 * F32
+
+
+def test_an_old_adapter_with_a_pair_per_expert(torch, transformers, tmp_path):
+    """Written as transformers 4 named it; peft converts it while loading, we read it as it is."""
+    peft = importlib.import_module("peft")
+    base = build(torch, transformers, {"num_hidden_layers": 1, "num_local_experts": 4})
+    base.save_pretrained(tmp_path / "base")
+    options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "w1", "w2", "w3"]}
+    peft.LoraConfig(task_type="CAUSAL_LM", **options).save_pretrained(tmp_path)
+    draw = np.random.default_rng(0)
+    shapes = {"self_attn.q_proj": (64, 64)}
+    for e in range(4):
+        shapes |= {f"block_sparse_moe.experts.{e}.w{n}": (96, 64) for n in (1, 3)}
+        shapes |= {f"block_sparse_moe.experts.{e}.w2": (64, 96)}
+    factors = {}
+    for name, (out, summed) in shapes.items():
+        module = f"base_model.model.model.layers.0.{name}"
+        factors[f"{module}.lora_A.weight"] = 0.2 * draw.standard_normal((4, summed), np.float32)
+        factors[f"{module}.lora_B.weight"] = 0.2 * draw.standard_normal((out, 4), np.float32)
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    tokens = draw.integers(3, 128, (2, 48))
+    with torch.no_grad():
+        want = adapted(torch.tensor(tokens)).logits.numpy()
+    got = mj.load(tmp_path / "base", adapter=str(tmp_path)).logits(tokens.tolist())
+    np.testing.assert_allclose(got, want, atol=F32)
