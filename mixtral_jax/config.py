@@ -160,11 +160,28 @@ _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "model_type": ("m
 _ALIASES = {"torch_dtype": "dtype"}
 # Keys that a published config.json holds and that do not touch what is computed here: about
 # training, about transformers itself, or about padding, which never enters a row.
-_UNUSED = frozenset(  # noqa: SIM905 - a list would take nineteen lines
-    "architectures attention_dropout chunk_size_feed_forward id2label is_encoder_decoder label2id "
-    "output_attentions output_hidden_states output_router_logits pad_token_id problem_type "
-    "return_dict router_aux_loss_coef router_jitter_noise transformers_version use_cache "
-    "_name_or_path torch_dtype rope_scaling".split()
+_UNUSED = frozenset(
+    [
+        "architectures",
+        "attention_dropout",
+        "chunk_size_feed_forward",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "transformers_version",
+        "use_cache",
+        "_name_or_path",
+        "torch_dtype",
+        "rope_scaling",
+    ]
 )
 # Our own key: a window of 4096 that was asked for, kept when it is written and read again.
 _DELIBERATE = "sliding_window_is_deliberate"
