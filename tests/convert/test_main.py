@@ -95,7 +95,14 @@ def started(source: Path, output: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM] * 2])
+@pytest.mark.parametrize(
+    "signals",
+    [
+        [signal.SIGTERM],
+        pytest.param([signal.SIGINT], marks=pytest.mark.fault),
+        pytest.param([signal.SIGTERM] * 2, marks=pytest.mark.fault),
+    ],
+)
 def test_signal_is_75_and_resumable(tmp_path, small_config, signals):
     config = small_config(num_hidden_layers=8)
     source = checkpoints.write(tmp_path / "hf", config, checkpoints.random_tensors(config))

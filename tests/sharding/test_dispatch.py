@@ -32,7 +32,7 @@ from tests.reference.dispatch import dropped, kept
 
 E, A, D, F, N = 8, 2, 16, 32, 64
 F32 = 2e-5
-MESHES = ["1x1", "1x2", "1x8", "2x4", "8x1", "1x4x2"]
+MESHES = ["1x1", "2x4", "1x4x2"]  # test_model.py has them all
 EXACT = [
     DispatchOptions(method="all_to_all", capacity_factor=4.0),
     DispatchOptions(method="all_to_all", capacity_factor=0.5),  # overflows

@@ -42,7 +42,7 @@ def greedy(model: Mixtral, placement: Placement, data: int = 1) -> tuple[list[li
 
 @pytest.fixture(scope="module")
 def model(small_config) -> Mixtral:
-    return random_model(small_config(initializer_range=0.3))
+    return random_model(small_config(initializer_range=0.3, num_hidden_layers=1))
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +87,12 @@ def test_experts_split_inside_where_devices_outnumber_them(small_config):
     np.testing.assert_allclose(got, forward(model, tokens), atol=F32)
 
 
-def test_drops_are_counted_and_change_the_output(model, expected):
-    """The negative control of "0 drops"."""
+def test_drops_are_counted_and_change_the_output(small_config):
+    """The negative control of "0 drops": the second layer reads what the first one lost."""
+    model = random_model(small_config(initializer_range=0.3))
     mesh = MeshSpec.parse("1x8").build()
     options = DispatchOptions(method="all_to_all", capacity_factor=0.25, overflow="drop")
     placement = MeshPlacement(mesh, options)
     tokens, dropped = greedy(place(model, mesh), placement)
     assert dropped > 0
-    assert tokens != expected[1]
+    assert tokens != greedy(model, LOCAL)[0]
