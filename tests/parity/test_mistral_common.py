@@ -17,7 +17,6 @@ from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
 pytestmark = pytest.mark.parity
-pytest.importorskip("mistral_common")
 
 FILES = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
 VERSIONS = tuple(FILES)
