@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -24,7 +24,7 @@ from mixtral_jax.convert.leaves import Leaves, OrbaxLeaves, common_dtype, open_l
 from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
 from mixtral_jax.convert.transfer import all_finite, sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
-from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 from mixtral_jax.weights import ExpertSlots, Weight
 
 ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
@@ -81,7 +81,7 @@ def load_weights(
     leaves = open_leaves(folder, specs, note=note)
     if verify and isinstance(leaves, OrbaxLeaves):
         check_companions(leaves.folder, leaves.manifest.companions)
-    dtype = dtype or _one_dtype(leaves, config, note)
+    dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
     def load(path: str) -> Weight:
@@ -103,11 +103,12 @@ def load_weights(
     return {path: found[path] for path in specs}
 
 
-def _one_dtype(leaves: Leaves, config: ModelConfig, note: Callable[[str], None]) -> str:
+def _one_dtype(
+    leaves: Leaves, specs: Mapping[str, LeafSpec], preferred: str, note: Callable[[str], None]
+) -> str:
     """The dtype to load in where none is asked for, with a note if tensors must be cast."""
-    specs = leaf_specs(config)
     stored = {leaf: leaves.dtype(leaf) for leaf in specs}
-    dtype = common_dtype(specs, stored, preferred=config.dtype)
+    dtype = common_dtype(specs, stored, preferred=preferred)
     cast = sum(found != dtype for found in stored.values())
     if cast:
         count = f"{cast} of {len(stored)}"
