@@ -143,10 +143,10 @@ PRESETS: dict[str, ModelConfig] = {
     "mixtral-8x22b-instruct": dataclasses.replace(_8X22B, vocab_size=32768),
     # The embedded model of mixtral_jax/data/tiny (a test compares the two).
     "tiny": ModelConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
+        vocab_size=2048,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=16,

@@ -16,9 +16,13 @@ from mixtral_jax.weights import weight
 
 
 class MoEOutput(NamedTuple):
-    """Result of one layer, with how its rows were routed and how many assignments were dropped."""
+    """Result of one layer, with how its rows were routed and how many assignments were dropped.
+
+    ``router_logits`` are over all experts, in the activation dtype.
+    """
 
     y: Float[Array, "B T D"]
+    router_logits: Float[Array, "N E"]
     routing: Routing
     dropped: Int[Array, ""]
 
@@ -31,12 +35,9 @@ class Router(nnx.Module):
         self.top_k = config.num_experts_per_tok
         self.weight = weight(key, (E, D), ("router_expert", "embed"), dtype=dtype, std=std)
 
-    def __call__(
-        self, x: Float[Array, "N D"], valid: Bool[Array, " N"], placement: Placement
-    ) -> Routing:
-        """Routes rows."""
-        logits = placement.contract("ND,ED->NE", x, self.weight[...])
-        return route(logits, valid, top_k=self.top_k)
+    def __call__(self, x: Float[Array, "N D"], placement: Placement) -> Float[Array, "N E"]:
+        """Logits of every row."""
+        return placement.contract("ND,ED->NE", x, self.weight[...])
 
 
 class Experts(nnx.Module):
@@ -68,6 +69,7 @@ class SparseMoE(nnx.Module):
     ) -> MoEOutput:
         """Applies each token's experts; padding gets zeros."""
         rows = x.reshape(-1, x.shape[-1])
-        routing = self.router(rows, valid.reshape(-1), placement)
+        logits = self.router(rows, placement)
+        routing = route(logits, valid.reshape(-1), top_k=self.router.top_k)
         routed = placement.experts(rows, routing, self.experts.weights())
-        return MoEOutput(routed.y.reshape(x.shape), routing, routed.dropped)
+        return MoEOutput(routed.y.reshape(x.shape), logits, routing, routed.dropped)

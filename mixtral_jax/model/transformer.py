@@ -26,11 +26,13 @@ RESIDUAL = ("batch", "length", "embed")
 class Hidden(NamedTuple):
     """The residual stream after the last norm, and what happened on the way.
 
-    ``routing`` has one entry per layer over the B * T rows; ``dropped`` counts per layer.
+    ``router_logits`` and ``routing`` have one entry per layer over the B * T rows; ``dropped``
+    counts per layer.
     """
 
     x: Float[Array, "B T D"]
     cache: KVCache | None
+    router_logits: tuple[Float[Array, "N E"], ...]
     routing: tuple[Routing, ...]
     dropped: Int[Array, " L"]
 
@@ -94,7 +96,7 @@ class Mixtral(nnx.Module):
             cache, window = advance(cache, valid, config.sliding_window)
         by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
         x = placement.constrain(self.embed_tokens[...][tokens], RESIDUAL)
-        keys, values, routings, drops = [], [], [], []
+        keys, values, layers = [], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else LayerKV(cache.keys[i], cache.values[i])
             attended, layer = block.attention(
@@ -103,14 +105,19 @@ class Mixtral(nnx.Module):
             x = placement.constrain(x + attended, RESIDUAL)
             moe = block.moe(block.moe_norm(x), valid, placement)
             x = placement.constrain(x + moe.y, RESIDUAL)
-            routings.append(moe.routing)
-            drops.append(moe.dropped)
+            layers.append(moe)
             if layer is not None:
                 keys.append(layer.keys)
                 values.append(layer.values)
         if cache is not None:
             cache = cache._replace(keys=tuple(keys), values=tuple(values))
-        return Hidden(self.norm(x), cache, tuple(routings), jnp.stack(drops))
+        return Hidden(
+            self.norm(x),
+            cache,
+            router_logits=tuple(moe.router_logits for moe in layers),
+            routing=tuple(moe.routing for moe in layers),
+            dropped=jnp.stack([moe.dropped for moe in layers]),
+        )
 
     def unembed(
         self, x: Float[Array, "*rows D"], placement: Placement = LOCAL
