@@ -9,20 +9,26 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check parity fault bench clean
+.PHONY: help demo test check parity fault score bench clean
 
 help:
-	@echo "make demo    install, and answer a prompt with the embedded model on eight simulated devices"
+	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
 	@echo "make test    the tests (TESTS=tests/test_config.py for a part, WORKERS=4 for more processes)"
 	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
 	@echo "make parity  the comparisons with torch, transformers and mistral-common"
 	@echo "make fault   kills and corruptions, many times over"
+	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"
 	@echo "make bench   the quick benchmarks"
 	@echo "make clean   remove $(VENV) and the caches"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=folder the environment"
 
 demo: $(STAMP)-core
-	$(PY) -m mixtral_jax.sample --mesh 1x8 --chat --prompt "What is 12 + 30?"
+	$(PY) -m mixtral_jax.sample --mesh 1x8 --chat --show-experts \
+	  --prompt "What is 12 + 30?" \
+	  --prompt "Quelle est la capitale de la France ?" \
+	  --prompt "Zähle von 3 bis 9." \
+	  --prompt "¿Cómo se dice «rojo» en inglés?" \
+	  --prompt "Quale giorno viene dopo lunedì?"
 
 test: $(STAMP)-test
 	$(PYTEST) $(TESTS)
@@ -39,6 +45,10 @@ fault: $(STAMP)-test
 
 parity: $(STAMP)-parity
 	$(PYTEST) -m parity $(TESTS)
+
+score: $(STAMP)-test
+	$(PY) -m examples.tiny.score
+	$(PY) -m examples.tiny.score --dtype bfloat16
 
 bench: $(STAMP)-core
 	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \

@@ -34,7 +34,7 @@ EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent / "data" / "tiny"
 
 # Tokens between two looks at stop strings, or two pieces of a stream.
-STEPS_PER_LOOK = 8
+STEPS_PER_LOOK = 4
 
 Message = Mapping[str, Any]
 
@@ -257,8 +257,7 @@ class LanguageModel:
                 got = "one text" if isinstance(prompts, str) else repr(prompts)[:60]
                 expected, fix = "a list of texts", "generate([text])"
                 raise MixtralError("prompts", expected=expected, got=got, fix=fix, code=USAGE)
-            tokenizer = self._require_tokenizer()
-            ids = [tokenizer.encode(prompt) for prompt in prompts]
+            ids = [self.encode(prompt) for prompt in prompts]
             return self.complete(self.batch(ids, options, prompts=prompts))
         assert prompt_token_ids is not None
         return self.complete(self.batch(_integers(prompt_token_ids), options))
@@ -274,6 +273,10 @@ class LanguageModel:
         """Answers one conversation in the model's own chat format, once."""
         ids, asked = self.encode_chat(messages, tools), _one_sample(_options(options, fields))
         return self.complete(self.batch([ids], asked, is_answer=True))[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, one <s> first."""
+        return self._require_tokenizer().encode(text)
 
     def encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Message] | None = None
@@ -314,9 +317,9 @@ class LanguageModel:
             options: or its ``fields``, as for ``generate``.
             **fields: see ``generate``.
         """
-        asked, tokenizer = _one_sample(_options(options, fields)), self._require_tokenizer()
+        asked = _one_sample(_options(options, fields))
         if isinstance(prompt, str):
-            batch = self.batch([tokenizer.encode(prompt)], asked)
+            batch = self.batch([self.encode(prompt)], asked)
         else:
             batch = self.batch([self.encode_chat(prompt)], asked, is_answer=True)
         for pieces in self.run(batch):

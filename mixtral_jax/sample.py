@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import tyro
 
 from mixtral_jax import cli
-from mixtral_jax.decode.completion import Completion
+from mixtral_jax.decode.completion import Batch, Completion
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_DATA, OK, USAGE, MixtralError
+from mixtral_jax.interactive import interact
 from mixtral_jax.language_model import EMBEDDED, LanguageModel, LoadOptions, Message, load
-
-HELP = "/help  this list    /reset  forget the conversation    /system TEXT  set the system text"
+from mixtral_jax.terminal import expert_load, note
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +38,8 @@ class Options:
     """Token ids instead of text: 1,2,3."""
     interactive: bool = False
     """Talk to the model; streams its answers."""
+    show_experts: bool = False
+    """Draw how the tokens of prompts and answers were spread over the experts of each layer."""
     json: bool = False
     """Print one JSON line per sample on stdout and nothing else there."""
     debug: bool = False
@@ -51,23 +52,24 @@ class Options:
     )
 
 
-def note(line: str) -> None:
-    """One line for the person at the terminal; stdout is for the text."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
-
-
 def main(options: Options) -> int:
     """Loads, samples and prints."""
     _check(options)
     lm = _load(options)
     if options.interactive:
-        return interact(lm, options)
+        return interact(lm, options.sampling, system=options.system)
+    batch = _batch(lm, options)
+    completions = lm.complete(batch)
     code = OK
-    for completion in _completions(lm, options):
+    for completion in completions:
         if completion.error:
             print(f"error: {completion.error}", file=sys.stderr)
             code = BAD_DATA
-        _show(completion, options)
+        _show(completion, options, is_asked_alone=len(options.prompt) <= 1)
+    if completions and not options.json:
+        note(_summary(completions))
+    if options.show_experts and batch.progress.expert_counts is not None:
+        print(expert_load(batch.progress.expert_counts.sum(axis=0)), end="", file=sys.stderr)
     return code
 
 
@@ -109,16 +111,14 @@ def _load(options: Options) -> LanguageModel:
         )
 
 
-def _completions(lm: LanguageModel, options: Options) -> list[Completion]:
+def _batch(lm: LanguageModel, options: Options) -> Batch:
     if options.prompt_ids is not None:
-        ids = _parse_ids(options.prompt_ids)
-        return lm.generate(prompt_token_ids=[ids], options=options.sampling)
-    if not options.chat:
-        return lm.generate(options.prompt, options=options.sampling)
-    conversations = [_conversation(prompt, options.system) for prompt in options.prompt]
-    ids = [lm.encode_chat(messages) for messages in conversations]
-    batch = lm.batch(ids, options.sampling, prompts=options.prompt, is_answer=True)
-    return lm.complete(batch)
+        return lm.batch([_parse_ids(options.prompt_ids)], options.sampling)
+    if options.chat:
+        ids = [lm.encode_chat(_conversation(text, options.system)) for text in options.prompt]
+    else:
+        ids = [lm.encode(text) for text in options.prompt]
+    return lm.batch(ids, options.sampling, prompts=options.prompt, is_answer=options.chat)
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -133,7 +133,7 @@ def _conversation(prompt: str, system: str | None) -> list[Message]:
     return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
-def _show(completion: Completion, options: Options) -> None:
+def _show(completion: Completion, options: Options, *, is_asked_alone: bool) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(completion)), flush=True)
         return
@@ -142,61 +142,21 @@ def _show(completion: Completion, options: Options) -> None:
         text = ",".join(map(str, completion.token_ids))
     elif completion.prompt is not None and not options.chat:
         text = completion.prompt + text
+    elif not is_asked_alone:
+        print(f"> {completion.prompt}", file=sys.stderr, flush=True)
     print(text, flush=True)
-    stats = completion.stats
-    note(
-        f"{len(completion.token_ids)} tokens, {completion.finish_reason}; batch: "
-        f"{stats.decode_tokens_per_second:.1f} tokens/s, prefill {stats.prefill_seconds:.2f} s, "
-        f"compile {stats.compile_seconds:.1f} s"
+
+
+def _summary(completions: list[Completion]) -> str:
+    stats = completions[0].stats
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    ends = [c.finish_reason for c in completions if c.finish_reason]
+    reasons = ", ".join(f"{ends.count(reason)} {reason}" for reason in dict.fromkeys(ends))
+    reasons = ends[0] if len(completions) == len(ends) == 1 else reasons
+    return (
+        f"{tokens} tokens, {reasons or 'no end'}: {stats.decode_tokens_per_second:.1f} tokens/s, "
+        f"prefill {stats.prefill_seconds:.2f} s, compile {stats.compile_seconds:.1f} s"
     )
-
-
-def interact(lm: LanguageModel, options: Options, *, ask: Callable[[str], str] = input) -> int:
-    """A conversation at the terminal. Ctrl-C stops an answer, Ctrl-D ends the program."""
-    system = options.system
-    messages: list[Message] = []
-    note(f"/help for help, Ctrl-D to leave; {lm.config.num_local_experts} experts on {lm.spec}")
-    while True:
-        try:
-            line = ask("> ").strip()
-        except EOFError:
-            print()
-            return OK
-        except KeyboardInterrupt:
-            print()
-            continue
-        command, _, rest = line.partition(" ")
-        if not line:
-            continue
-        if command == "/help":
-            print(HELP)
-        elif command in ("/reset", "/system"):
-            messages = []
-            system = rest or None if command == "/system" else system
-        elif line.startswith("/"):
-            print(f"no command {command}; {HELP}")
-        else:
-            turn: Message = {"role": "user", "content": line}
-            first = [] if system is None else [{"role": "system", "content": system}]
-            answer = _answer(lm, [*first, *messages, turn], options.sampling)
-            if answer:  # the chat format has no empty turn
-                messages += [turn, {"role": "assistant", "content": answer}]
-
-
-def _answer(lm: LanguageModel, messages: list[Message], sampling: SamplingOptions) -> str | None:
-    """Streams an answer; what Ctrl-C left of it counts, None where nothing can be remembered."""
-    pieces = []
-    try:
-        for piece in lm.stream(messages, options=sampling):
-            print(piece, end="", flush=True)
-            pieces.append(piece)
-    except KeyboardInterrupt:
-        pass
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return None
-    print()
-    return "".join(pieces)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
-import warnings
+import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pexpect
 import pytest
 from safetensors.numpy import save_file
 
 from mixtral_jax import cli, sample
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, OK, USAGE
-from mixtral_jax.language_model import LanguageModel, load
+from mixtral_jax.language_model import load
 
-ROOT = Path(__file__).parent.parent
 KEYS = {
     "prompt",
     "prompt_token_ids",
@@ -39,7 +34,6 @@ STATS = {
     "compile_seconds",
 }
 SHORT = ("--max-new-tokens", "6", "--mesh", "1x1")
-SECONDS_TO_START = 120
 
 
 def run(*argv: str) -> int:
@@ -144,7 +138,29 @@ def test_text_goes_to_stdout_and_notes_to_stderr(capsys):
     assert run("--prompt", "the red house", *SHORT) == OK
     captured = capsys.readouterr()
     assert captured.out.startswith("the red house")
-    assert "note: 6 tokens, length; batch: " in captured.err
+    assert "note: 6 tokens, length: " in captured.err
+    assert "tokens/s, prefill " in captured.err
+
+
+def test_several_answers_have_one_summary_and_their_questions(capsys):
+    argv = ("--chat", "--prompt", "12+30=", "--prompt", "7-3=", "--mesh", "1x1")
+    assert run(*argv) == OK
+    captured = capsys.readouterr()
+    assert captured.out == "42\n4\n"
+    assert [line for line in captured.err.splitlines() if line[0] == ">"] == ["> 12+30=", "> 7-3="]
+    assert captured.err.count("note: ") == 1
+    assert "2 eos_token" in captured.err
+
+
+def test_experts_are_drawn_beside_the_text(capsys):
+    assert run("--prompt", "the red house", "--show-experts", *SHORT) == OK
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()[-5:]
+    assert [line.split()[0] for line in lines] == ["expert", *["layer"] * 4]
+    assert "layer" not in captured.out
+    shares = [int(share) for share in re.findall(r"(\d+)%", lines[1])]
+    assert len(shares) == 8
+    assert sum(shares) == pytest.approx(100, abs=4)
 
 
 def test_defaults_are_those_of_the_python_api():
@@ -172,8 +188,8 @@ def test_defaults_are_those_of_the_python_api():
         (["--prompt", "a", "--max-new-tokens", "2048"], USAGE, "within 2048, got"),
         (["--prompt-ids", "one"], USAGE, "--prompt-ids: expected 1,2,3"),
         (["--prompt-ids", ""], USAGE, "--prompt-ids: expected 1,2,3"),
-        (["--prompt-ids", "1,512"], BAD_DATA, "token id: expected 0 to 511, got 512"),
-        (["--prompt-ids", "-1"], BAD_DATA, "token id: expected 0 to 511, got -1"),
+        (["--prompt-ids", "1,2048"], BAD_DATA, "token id: expected 0 to 2047, got 2048"),
+        (["--prompt-ids", "-1"], BAD_DATA, "token id: expected 0 to 2047, got -1"),
         (["--prompt-ids", "1", "--chat"], USAGE, "--chat needs text"),
         (["--prompt", "a", "--system", "b"], USAGE, "--system needs --chat"),
         (["--interactive", "--json"], USAGE, "--interactive prints text"),
@@ -189,147 +205,3 @@ def test_refusals_are_one_line(argv, code, words, capsys):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert words in captured.err
-
-
-# A conversation.
-
-
-@pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    return load("tiny", mesh="1x1")
-
-
-class Person:
-    """Types the lines, then leaves with Ctrl-D; an exception among them is raised instead."""
-
-    def __init__(self, *lines: str | type[BaseException]):
-        self._lines = list(lines)
-
-    def __call__(self, prompt: str) -> str:
-        if not self._lines:
-            raise EOFError
-        line = self._lines.pop(0)
-        if isinstance(line, str):
-            return line
-        raise line
-
-
-@pytest.fixture
-def asked(lm, monkeypatch) -> list[list[dict]]:
-    """The messages of every answer."""
-    seen: list[list[dict]] = []
-    stream = LanguageModel.stream
-
-    def spy(self, prompt, **fields):
-        seen.append([dict(message) for message in prompt])
-        return stream(self, prompt, **fields)
-
-    monkeypatch.setattr(LanguageModel, "stream", spy)
-    return seen
-
-
-def talk(lm: LanguageModel, *lines: str | type[BaseException], **fields: Any) -> int:
-    options = sample.Options(
-        interactive=True, sampling=SamplingOptions(max_new_tokens=4, ignore_eos=True), **fields
-    )
-    return sample.interact(lm, options, ask=Person(*lines))
-
-
-def user(content: str) -> dict:
-    return {"role": "user", "content": content}
-
-
-def test_a_conversation_remembers(lm, asked, capsys):
-    assert talk(lm, "jour", "", "  nuit ") == OK
-    first, second = asked
-    assert first == [user("jour")]
-    answer = lm.chat(first, max_new_tokens=4, ignore_eos=True).generated_text
-    assert second == [user("jour"), {"role": "assistant", "content": answer}, user("nuit")]
-    assert answer + "\n" in capsys.readouterr().out
-
-
-def test_reset_forgets_and_system_is_told(lm, asked):
-    lines = ("jour", "/reset", "nuit", "/system rouge", "un", "/reset", "deux", "/system", "trois")
-    assert talk(lm, *lines, system="vert") == OK
-    green, red = ({"role": "system", "content": text} for text in ("vert", "rouge"))
-    assert asked == [
-        [green, user("jour")],
-        [green, user("nuit")],
-        [red, user("un")],
-        [red, user("deux")],
-        [user("trois")],
-    ]
-
-
-def test_commands_are_not_sent_to_the_model(lm, asked, capsys):
-    assert talk(lm, "/help", "/no-such thing", KeyboardInterrupt) == OK
-    assert asked == []
-    out = capsys.readouterr().out
-    assert out.startswith(sample.HELP + "\n")
-    assert "no command /no-such; /help" in out
-
-
-def test_what_an_interrupt_left_of_an_answer_is_remembered(lm, monkeypatch):
-    seen = []
-
-    def interrupted(self, prompt, **fields):
-        seen.append(prompt)
-        yield "half "
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(LanguageModel, "stream", interrupted)
-    assert talk(lm, "jour", "nuit") == OK
-    answer = {"role": "assistant", "content": "half "}
-    assert seen == [[user("jour")], [user("jour"), answer, user("nuit")]]
-
-
-def test_an_error_ends_an_answer_and_not_the_conversation(lm, asked, capsys):
-    assert talk(lm, "jour " * 2048, "nuit") == OK
-    assert asked[1] == [user("nuit")], "the turn that failed is forgotten"
-    assert "error: prompt 0: expected prompt and new tokens within 2048" in capsys.readouterr().err
-
-
-@pytest.fixture
-def terminal():
-    with warnings.catch_warnings():
-        # Python 3.12: JAX has threads here, but the child does nothing before exec.
-        warnings.filterwarnings("ignore", r".*forkpty\(\)", DeprecationWarning)
-        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # JAX's own
-        child = pexpect.spawn(
-            sys.executable,
-            ["-m", "mixtral_jax.sample", "--interactive", "--chat", "--max-new-tokens", "4"],
-            cwd=str(ROOT),
-            encoding="utf-8",
-            codec_errors="replace",
-            timeout=SECONDS_TO_START,
-            echo=False,
-        )
-    yield child
-    child.close(force=True)
-
-
-def test_at_a_terminal(terminal):
-    terminal.expect("/help for help, Ctrl-D to leave")
-    terminal.expect("> ")
-    terminal.sendline("le jour")
-    terminal.expect("> ")
-    answer = terminal.before.replace("\r\n", "\n").strip("\n")
-    assert answer, "an answer was streamed"
-    assert "error" not in answer
-    terminal.sendintr()  # at the prompt
-    terminal.expect("> ")
-    terminal.sendline("/reset")
-    terminal.expect("> ")
-    terminal.sendline("le jour")
-    terminal.expect("> ")
-    assert terminal.before.replace("\r\n", "\n").strip("\n") == answer
-    terminal.sendline("la nuit et puis")
-    terminal.sendintr()  # during an answer, or at the prompt that follows it
-    terminal.expect("> ")
-    terminal.sendline("/help")
-    terminal.expect("forget the conversation")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
-    terminal.wait()
-    assert terminal.exitstatus == OK
-    assert "Traceback" not in terminal.before

@@ -1,56 +1,49 @@
-"""The embedded model is what its script makes."""
+"""The embedded model: sizes that fit every mesh, the wheel that carries it, what is said of it."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
 
+from examples.tiny.score import EACH_EXPERT, EACH_FAMILY, OVERALL
+from examples.tiny.tokens import CONTROL
 from mixtral_jax.config import PRESETS, read_config
 from mixtral_jax.language_model import EMBEDDED_FOLDER
+from mixtral_jax.model.transformer import num_parameters
 from mixtral_jax.tokenizer import Tokenizer
-from tools import make_tiny
 
+ROOT = Path(__file__).parent.parent
 FILE = EMBEDDED_FOLDER / "model.safetensors"
-MAX_BYTES = 1_100_000
-
-
-@pytest.fixture(scope="module")
-def committed() -> dict[str, np.ndarray]:
-    return load_file(FILE)
-
-
-def same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype
-        and one[name].shape == other[name].shape
-        and one[name].tobytes() == other[name].tobytes()
-        for name in one
-    )
+MAX_BYTES = 9_000_000
 
 
 def test_config_is_the_preset():
     assert read_config(EMBEDDED_FOLDER) == PRESETS["tiny"]
 
 
-def test_weights_are_reproduced_bit_for_bit(committed):
-    assert same_bits(make_tiny.weights(PRESETS["tiny"]), committed)
+def test_sizes_divide_by_every_mesh_and_group():
+    config = PRESETS["tiny"]
+    assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
+    assert config.num_attention_heads % 8 == config.vocab_size % 8 == 0
+    assert config.num_key_value_heads in (4, 8)
+    assert (config.num_local_experts, config.num_experts_per_tok) == (8, 2)
+    assert config.max_position_embeddings >= 2048
+    assert 2e6 <= num_parameters(config) <= 4.5e6
 
 
-def test_another_seed_or_one_flipped_bit_is_seen(committed):
-    assert not same_bits(make_tiny.weights(PRESETS["tiny"], seed=1), committed)
-    name = min(committed)
-    flipped = committed[name].copy()
-    flipped.view(np.uint16).flat[0] ^= 1
-    assert not same_bits({**committed, name: flipped}, committed)
-
-
-def test_file_opens_in_transformers():
+def test_weights_are_bf16_under_published_names():
     with safe_open(FILE, framework="np") as tensors:
         assert tensors.metadata() == {"format": "pt"}
+        names = set(tensors.keys())
+        assert {tensors.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert "model.layers.3.block_sparse_moe.experts.7.w2.weight" in names
     config = json.loads((EMBEDDED_FOLDER / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["MixtralForCausalLM"]
 
@@ -61,10 +54,61 @@ def test_tokenizer_fits_the_model():
     assert tokenizer.vocab_size == config.vocab_size
     assert tokenizer.bos_id == config.bos_token_id
     assert (tokenizer.eos_id,) == config.eos_token_ids
-    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in make_tiny.sentences())
+    assert tokenizer.version == "v3"
+    assert [tokenizer.control_id(name) for name in CONTROL] == list(range(3, 10))
+    for text in ("¿Cómo se dice «rojo»?", "日本 🙂", "12+30=", "two  spaces "):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("1234", bos=False)) == 5, "digits are split, after one space"
 
 
-def test_folder_is_small_and_readable():
-    files = sorted(EMBEDDED_FOLDER.iterdir())
-    assert {file.name for file in files} >= {"config.json", "model.safetensors", "tokenizer.model"}
-    assert sum(file.stat().st_size for file in files) < MAX_BYTES
+def test_folder_is_small():
+    files = sorted(file.name for file in EMBEDDED_FOLDER.iterdir())
+    assert files == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sum(file.stat().st_size for file in EMBEDDED_FOLDER.iterdir()) < MAX_BYTES
+
+
+def test_the_committed_score_reaches_the_targets():
+    """What `python -m examples.tiny.train` wrote when it made the folder."""
+    scores = json.loads((ROOT / "examples/tiny/results/score.json").read_text())
+    del scores["made_by"]
+    assert scores.keys() == {"trained, float32", "stored, float32", "stored, bfloat16"}
+    for found in scores.values():
+        assert found["overall"] >= OVERALL
+        assert min(found["families"].values()) >= EACH_FAMILY
+        assert min(map(min, found["expert_loads"])) >= EACH_EXPERT
+        assert found["asked"] > 6000
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    argv = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_carries_the_model_and_runs_elsewhere(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    assert {f"mixtral_jax/data/tiny/{file.name}" for file in EMBEDDED_FOLDER.iterdir()} <= {*names}
+    assert not [name for name in names if name.startswith(("tests/", "examples/"))]
+    assert wheel.stat().st_size < 16e6
+    # Found before the editable installation: the wheel's own files answer.
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    where = "import mixtral_jax; print(mixtral_jax.__file__)"
+    argv = ["-m", "mixtral_jax.sample", "--chat", "--prompt", "12+30=", "--mesh", "1x1"]
+    runs = [
+        subprocess.run(
+            [sys.executable, *args],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for args in (["-c", where], argv)
+    ]
+    assert runs[0].startswith(str(tmp_path / "site"))
+    assert runs[1] == "42"

@@ -1,9 +1,9 @@
-"""What the embedded model is asked: one function per kind of question, each with its right answer."""
+"""What the embedded model is asked: one function per kind of question, with the right answer."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from examples.tiny.language import LARGEST_IN_WORDS, Language, languages
@@ -25,7 +25,7 @@ class Question(NamedTuple):
 
     fact: tuple
     phrases: tuple[str, ...]
-    fields: dict[str, object]
+    fields: Mapping[str, object]
     answer: str
     by_operands: bool = False
     is_code: bool = False

@@ -1,4 +1,4 @@
-"""The five languages of the embedded model: their words and phrasings, read from languages/*.toml."""
+"""The five languages of the embedded model: words and phrasings, from languages/*.toml."""
 
 from __future__ import annotations
 

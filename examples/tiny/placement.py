@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mixtral_jax.kernels.experts import ExpertWeights, feed_forward
+from mixtral_jax.kernels.experts import feed_forward
 from mixtral_jax.model.placement import Routed, Routing
 
 
@@ -46,7 +46,7 @@ class PackedPlacement:
         return out.transpose(0, 2, 1, 3)
 
     def experts(
-        self, x: jax.Array, routing: Routing, weights: ExpertWeights, adapter_id: Any = None
+        self, x: jax.Array, routing: Routing, weights: Any, adapter_id: Any = None
     ) -> Routed:
         """Each expert on as many rows as it has room for, first choices before second."""
         del adapter_id

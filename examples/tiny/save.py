@@ -12,17 +12,11 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from mixtral_jax.config import ModelConfig, config_to_dict
 from mixtral_jax.convert.names import pieces
 from mixtral_jax.model.transformer import leaf_specs
-
-
-def stderr() -> Console:
-    """Where progress goes."""
-    return Console(stderr=True)
 
 
 def model(
@@ -40,13 +34,14 @@ def model(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def curve(path: Path, points: list[dict[str, Any]], options: Any) -> None:
-    """The training curve with what it was made by."""
-    record = {
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "output"},
+def record(path: Path, found: dict[str, Any], options: Any) -> None:
+    """What was found, with what it was made by."""
+    paths = ("output", "record")
+    made_by = {
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in paths},
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "optax", "numpy", "sentencepiece")},
-        "devices": [d.device_kind for d in jax.devices()],
-        "curve": points,
+        "devices": [device.device_kind for device in jax.devices()],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found | {"made_by": made_by}, indent=1) + "\n")

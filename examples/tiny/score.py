@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -90,10 +90,16 @@ class Score:
         loads = [[round(share, 4) for share in layer] for layer in self.loads]
         asked = sum(self.asked.values())
         overall = round(self.overall, 4)
-        return {"overall": overall, "asked": asked, "families": families, "expert_loads": loads}
+        return {
+            "overall": overall,
+            "asked": asked,
+            "is_enough": self.is_enough(),
+            "families": families,
+            "expert_loads": loads,
+        }
 
 
-Watch = Callable[[Sequence[Any]], Iterator[Any]]
+Watch = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def score(lm: LanguageModel, examples: Sequence[Example], watch: Watch = iter) -> Score:

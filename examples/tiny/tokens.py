@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import sentencepiece
@@ -93,6 +93,10 @@ def encode(document: Conversation | Plain, tokenizer: Tokenizer) -> Encoded:
     return Encoded(token_ids, weights)
 
 
+# Of numpy where rows are packed, of JAX inside an update.
+Numbers: TypeAlias = Any
+
+
 class Batch(NamedTuple):
     """Packed rows. ``segments`` counts the documents of a row from 1; 0 is padding.
 
@@ -101,11 +105,11 @@ class Batch(NamedTuple):
     weighted up for those left out.
     """
 
-    tokens: np.ndarray  # int32 [B, T]
-    segments: np.ndarray  # int32 [B, T]
-    positions: np.ndarray  # int32 [P]
-    targets: np.ndarray  # int32 [P]
-    weights: np.ndarray  # float32 [P]
+    tokens: Numbers  # int32 [B, T]
+    segments: Numbers  # int32 [B, T]
+    positions: Numbers  # int32 [P]
+    targets: Numbers  # int32 [P]
+    weights: Numbers  # float32 [P]
 
 
 class Packer:
@@ -117,9 +121,7 @@ class Packer:
         seed: chooses the prompt tokens that are scored.
     """
 
-    def __init__(
-        self, encoded: Iterator[Encoded], shapes: Sequence[tuple[int, int]], *, seed: int
-    ):
+    def __init__(self, encoded: Iterator[Encoded], shapes: Sequence[tuple[int, int]], *, seed: int):
         self._encoded, self._shapes = encoded, tuple(shapes)
         self._waiting: list[list[Encoded]] = [[] for _ in shapes]
         self._draw = np.random.default_rng(seed)

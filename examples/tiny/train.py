@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,19 @@ import optax
 import tyro
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from examples.tiny import save
 from examples.tiny.placement import PackedPlacement
-from examples.tiny.text import documents
+from examples.tiny.score import score
+from examples.tiny.text import documents, held_out
 from examples.tiny.tokens import Batch, Packer, encode, make_tokenizer
 from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load
+from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.model.transformer import Mixtral, assemble
+from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.tokenizer import Tokenizer
 
 SHAPES = ((64, 64), (32, 128), (16, 256))  # rows x tokens of an update
@@ -41,8 +46,10 @@ SHAPES = ((64, 64), (32, 128), (16, 256))  # rows x tokens of an update
 class Options:
     """Trains a small Mixtral on procedural text."""
 
-    output: Annotated[Path, tyro.conf.Positional]
-    """A folder for the model and its curve."""
+    output: Path = EMBEDDED_FOLDER
+    """A folder for the model."""
+    record: Path = Path(__file__).parent / "results"
+    """A folder for the training curve and the score."""
     seed: int = 0
     """Of the text and of the first weights."""
     steps: int = 4200
@@ -62,7 +69,7 @@ class Options:
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
-    """Gaussian matrices of standard deviation D^-0.5; what is added to the residual stream smaller."""
+    """Gaussian matrices of standard deviation D^-0.5; residual outputs and routers smaller."""
     wide = dataclasses.replace(config, initializer_range=config.hidden_size**-0.5)
     state = nnx.state(Mixtral(wide, jax.random.key(seed), dtype=jnp.float32))
     leaves = {".".join(map(str, p)): x.get_value() for p, x in nnx.to_flat_state(state)}
@@ -131,7 +138,7 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
         [warmup, half],
     )
 
-    def dims(params: dict[str, jax.Array]) -> dict[str, Any]:
+    def dims(params: Any) -> Any:
         # [out, in], or [E, out, in].
         return {
             name: optax.contrib.MuonDimensionNumbers(x.ndim - 1, x.ndim - 2)
@@ -151,7 +158,7 @@ def make_optimizer(options: Options) -> optax.GradientTransformation:
 
 
 class Trainer:
-    """One jitted update over all devices: rows and experts' momenta are split, weights are whole."""
+    """One jitted update over all devices: rows and experts' momenta split, weights whole."""
 
     def __init__(self, config: ModelConfig, options: Options):
         self.mesh = jax.make_mesh(
@@ -188,7 +195,7 @@ class Trainer:
 
         self._update = update
 
-    def _placed(self, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _placed(self, leaves: Any) -> Any:
         return {
             name: jax.lax.with_sharding_constraint(
                 x, self.split if ".experts." in name else self.whole
@@ -222,7 +229,7 @@ def batches(options: Options, tokenizer: Tokenizer) -> Iterator[Batch]:
 
 
 def main(options: Options) -> int:
-    """Trains, and writes the folder with its curve."""
+    """Trains, writes the folder, and scores it; exit code 1 if a target is missed."""
     config = PRESETS["tiny"]
     model = make_tokenizer()
     tokenizer = Tokenizer(model)
@@ -230,24 +237,39 @@ def main(options: Options) -> int:
     curve, recent = [], []
     began = time.perf_counter()
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[said]}"))
-    with Progress(*columns, console=save.stderr()) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=options.steps, said="")
         for step, batch in enumerate(batches(options, tokenizer), start=1):
             recent.append(trainer.step(batch))
             if step % options.log_every == 0 or step == options.steps:
-                curve.append(point(step, time.perf_counter() - began, recent, options))
+                curve.append(point(step, time.perf_counter() - began, recent))
                 recent = []
                 said = f"loss {curve[-1]['loss']:.3f}, answers {curve[-1]['token_accuracy']:.1%}"
                 progress.update(task, said=said)
                 if not progress.console.is_terminal:
                     print(json.dumps(curve[-1]), file=sys.stderr, flush=True)
             progress.advance(task)
-    save.model(options.output, config, jax.device_get(trainer.leaves), model)
-    save.curve(options.output / "curve.json", curve, options)
-    return 0
+    leaves = jax.device_get(trainer.leaves)
+    save.model(options.output, config, leaves, model)
+    save.record(options.record / "curve.json", {"curve": curve}, options)
+    scores = score_all(assemble(config, jax.device_put(leaves)), tokenizer, options)
+    save.record(options.record / "score.json", scores, options)
+    return 0 if all(found["is_enough"] for found in scores.values()) else 1
 
 
-def point(step: int, seconds: float, recent: list[Measures], options: Options) -> dict[str, Any]:
+def score_all(model: Mixtral, tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+    """Exact answers of the weights as trained, and of the folder in two dtypes."""
+    lm = LanguageModel(model, tokenizer=tokenizer, placement=LOCAL, spec=MeshSpec.parse("1x1"))
+    models = {"trained, float32": lambda: lm}
+    for dtype in ("float32", "bfloat16"):
+        models[f"stored, {dtype}"] = functools.partial(
+            load, options.output, mesh="1x1", dtype=dtype
+        )
+    examples = held_out(600, seed=0)
+    return {name: score(make(), examples).record() for name, make in models.items()}
+
+
+def point(step: int, seconds: float, recent: list[Measures]) -> dict[str, Any]:
     """One point of the curve: means since the one before."""
     measures = jax.device_get(recent)
     if not all(np.isfinite(m.loss) for m in measures):

@@ -128,6 +128,11 @@ class Batch:
         self._progress = progress
         self._rests = ["" if text is None else text.flush() for text in self._texts]
 
+    @property
+    def progress(self) -> Progress:
+        """Timing and counts of the whole batch, once it has finished."""
+        return self._progress
+
     def rest(self, row: int) -> str:
         """Text that only ``finish`` could show."""
         return self._rests[row]

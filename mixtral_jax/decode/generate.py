@@ -53,7 +53,8 @@ class Progress:
     """What a generation reports while and after it runs.
 
     ``is_bad`` marks rows that ended because their logits were NaN; ``dropped`` counts expert
-    assignments left out per layer; seconds are wall time, compilation apart.
+    assignments left out per layer; ``expert_counts[row, layer, expert]`` how often a row's tokens,
+    prompt and answer, chose an expert; seconds are wall time, compilation apart.
     """
 
     prefill_tokens: int = 0
@@ -63,6 +64,7 @@ class Progress:
     compile_seconds: float = 0.0
     dropped: list[int] = dataclasses.field(default_factory=list)
     is_bad: list[bool] = dataclasses.field(default_factory=list)
+    expert_counts: np.ndarray | None = None
 
 
 def check_token_ids(rows: Sequence[Sequence[int]], config: ModelConfig) -> None:
@@ -211,8 +213,8 @@ class Generation:
                 np.int32(steps_per_chunk),
                 placement=self.placement,
             )
-            tokens, logprobs, counts, done, bad, dropped = jax.device_get(
-                (*emitted, state.is_done, state.is_bad, state.dropped)
+            tokens, logprobs, counts, done, bad, dropped, chosen = jax.device_get(
+                (*emitted, state.is_done, state.is_bad, state.dropped, state.expert_counts)
             )
             seconds, compiling = watch.read()
             progress.decode_seconds += seconds
@@ -220,6 +222,7 @@ class Generation:
             progress.decode_tokens += int(counts[:num].sum())
             progress.dropped = dropped.tolist()
             progress.is_bad = bad[:num].tolist()
+            progress.expert_counts = chosen[:num]
             is_done = bool(done.all())
             yield Chunk(
                 token_ids=[tokens[b, : counts[b]].tolist() for b in range(num)],

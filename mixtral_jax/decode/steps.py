@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode.sampling import Column, RowSampling, sample
 from mixtral_jax.model.cache import KV_AXES, KVCache, init_cache
-from mixtral_jax.model.placement import Placement
+from mixtral_jax.model.placement import Placement, Routing
 from mixtral_jax.model.transformer import Mixtral
 
 STEPS_PER_CALL = 32  # tokens that one call of decode_step can write
@@ -33,6 +33,7 @@ class DecodeState(NamedTuple):
         is_done: rows that write no more (finished, stopped, or padding of the batch).
         is_bad: rows that ended because their logits were NaN.
         dropped: expert assignments left out so far, per layer.
+        expert_counts: how often each row's tokens chose each expert of each layer.
     """
 
     cache: KVCache
@@ -42,6 +43,7 @@ class DecodeState(NamedTuple):
     is_done: Bool[Array, " B"]
     is_bad: Bool[Array, " B"]
     dropped: Int[Array, " L"]
+    expert_counts: Int[Array, "B L E"]
 
 
 class Limits(NamedTuple):
@@ -73,7 +75,20 @@ def _constrained(state: DecodeState, placement: Placement) -> DecodeState:
         placement.constrain(state.is_done, row),
         placement.constrain(state.is_bad, row),
         placement.constrain(state.dropped, ("layers",)),
+        placement.constrain(state.expert_counts, ("batch", "layers", "router_expert")),
     )
+
+
+def _count(counts: Int[Array, "B L E"], routing: tuple[Routing, ...]) -> Int[Array, "B L E"]:
+    """Adds what every layer's router chose. By row, so that no device needs another's numbers."""
+    B, _, E = counts.shape
+    chosen = [
+        (jax.nn.one_hot(layer.expert_ids, E, dtype=jnp.int32) * layer.valid[:, None, None])
+        .reshape(B, -1, E)
+        .sum(axis=1)
+        for layer in routing
+    ]
+    return counts + jnp.stack(chosen, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "dtype", "placement"))
@@ -105,6 +120,7 @@ def empty_state(
         is_done=is_padding,
         is_bad=jnp.zeros((B,), bool),
         dropped=jnp.zeros((config.num_hidden_layers,), jnp.int32),
+        expert_counts=jnp.zeros((B, config.num_hidden_layers, config.num_local_experts), jnp.int32),
     )
     return _constrained(state, placement)
 
@@ -138,6 +154,7 @@ def prefill(
         cache=hidden.cache,
         seen=_mark(state.seen, tokens, valid),
         dropped=state.dropped + hidden.dropped,
+        expert_counts=_count(state.expert_counts, hidden.routing),
     )
     return _constrained(state, placement)
 
@@ -208,6 +225,7 @@ def decode_step(
             is_done=state.is_done | sampled.is_bad | ends,
             is_bad=state.is_bad | (sampled.is_bad & ~state.is_done),
             dropped=state.dropped + hidden.dropped,
+            expert_counts=_count(state.expert_counts, hidden.routing),
         )
         return i + 1, _constrained(state, placement), emitted
 

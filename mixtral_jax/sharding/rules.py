@@ -34,6 +34,7 @@ ACTIVATION_RULES: Rules = {
     "slots": None,
     "layers": None,
     "vocab": None,
+    "router_expert": None,
 }
 
 # A product of one row takes another path than two (and on CPU differs in the last bit), so no

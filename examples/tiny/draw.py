@@ -1,0 +1,47 @@
+"""Draws the training curve and the score: ``python -m examples.tiny.draw`` (needs matplotlib)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+STORED = "stored, float32"
+
+
+def main(folder: Path = RESULTS) -> None:
+    """Writes training.png beside the JSON files it is drawn from."""
+    curve = json.loads((folder / "curve.json").read_text())["curve"]
+    found = json.loads((folder / "score.json").read_text())[STORED]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+
+    minutes = [point["seconds"] / 60 for point in curve]
+    left.plot(minutes, [point["loss"] for point in curve], color="tab:blue")
+    left.set(xlabel="minutes on two cores", ylabel="loss", yscale="log", title="Training")
+    shares = left.twinx()
+    shares.plot(minutes, [point["token_accuracy"] for point in curve], color="tab:orange")
+    shares.plot(minutes, [point["dropped"] for point in curve], color="tab:red", linewidth=0.8)
+    shares.set_ylim(0, 1)
+    shares.set_ylabel("answer tokens right (orange), assignments dropped (red)")
+
+    families = sorted(found["families"].items(), key=lambda item: item[1])
+    middle.barh([name for name, _ in families], [share for _, share in families])
+    middle.axvline(0.9, color="black", linewidth=0.8)
+    middle.set_xlim(0.8, 1)
+    middle.set_title(f"Exact answers, held out: {found['overall']:.1%} of {found['asked']}")
+
+    loads = found["expert_loads"]
+    image = right.imshow(loads, vmin=0, cmap="viridis")
+    for layer, row in enumerate(loads):
+        for expert, load in enumerate(row):
+            right.text(expert, layer, f"{load:.0%}", ha="center", va="center", color="white")
+    right.set(xlabel="expert", ylabel="layer", title="Share of each layer's assignments")
+    right.set_yticks(range(len(loads)))
+    figure.colorbar(image, ax=right, shrink=0.7)
+    figure.savefig(folder / "training.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The text of the embedded model: right answers, an honest split, the same every time."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import random
+import re
+import string
+
+import pytest
+
+from examples.tiny import text
+from examples.tiny.families import FAMILIES, Question
+from examples.tiny.language import CODES, LARGEST_IN_WORDS, languages
+from examples.tiny.text import Conversation, Example, Plain
+
+NUM_DOCUMENTS = 30_000
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Conversation | Plain]:
+    return list(itertools.islice(text.documents(7), NUM_DOCUMENTS))
+
+
+@pytest.fixture(scope="module")
+def trained(documents) -> list[Example]:
+    return [turn for d in documents if isinstance(d, Conversation) for turn in d.turns]
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[Example]:
+    return text.held_out(600, seed=0)
+
+
+def test_a_seed_names_a_stream():
+    first, again, other = (list(itertools.islice(text.documents(s), 50)) for s in (3, 3, 4))
+    assert first == again != other
+    assert text.held_out(5, seed=1) == text.held_out(5, seed=1) != text.held_out(5, seed=2)
+
+
+# The split.
+
+
+def texts(examples: list[Example]) -> set[str]:
+    return {text.normalised(example.prompt) for example in examples}
+
+
+def test_held_out_prompts_never_occur_in_training(trained, held_out):
+    assert not texts(trained) & texts(held_out)
+    planted = [*trained, held_out[17]._replace(prompt=held_out[17].prompt.lower())]
+    assert texts(planted) & texts(held_out), "one in other capitals would be seen"
+
+
+EQUATION = re.compile(r"(-?\d+) ([+-]) (\d+)")
+
+
+def operands_held_out(a: str, operator: str, b: str) -> bool:
+    question = Question(text.arithmetic_fact(operator, int(a), int(b)), (), {}, "", True)
+    return text.is_held_out(question, 0)
+
+
+def test_held_out_operands_never_occur_with_their_result(documents, trained):
+    """Whatever the language, the phrasing, the order, Python or plain lines."""
+    plain = [d.text for d in documents if isinstance(d, Plain)]
+    codes = [e.prompt for e in trained if e.family == "python" and "print(" in e.prompt]
+    found = [match for line in plain + codes for match in EQUATION.findall(line)]
+    assert len(found) > 500
+    assert not [match for match in found if operands_held_out(*match)]
+    everything = itertools.product(map(str, range(100)), "+-", map(str, range(100)))
+    share = sum(operands_held_out(*pair) for pair in everything) / 20_000
+    assert 0.07 < share < 0.13, "and some are held out"
+
+
+def test_a_fact_is_never_held_out_in_most_of_its_phrasings():
+    draw = random.Random(0)
+    for family in FAMILIES.values():
+        for _ in range(300):
+            question = family.draw(draw, languages()[draw.choice(CODES)])
+            if not question.by_operands:
+                num = len(question.phrases)
+                assert num >= 6, question
+                out = sum(text.is_held_out(question, i) for i in range(num))
+                assert 1 <= out <= num / 3.5, question
+
+
+def test_every_family_is_asked_in_every_language(trained, held_out):
+    for examples in (trained, held_out):
+        seen = {(example.family, example.language) for example in examples}
+        assert seen == set(itertools.product(FAMILIES, CODES))
+    counts = collections.Counter(example.family for example in held_out)
+    assert min(counts.values()) >= 90
+
+
+# The answers, by another way than the one that made them.
+
+
+def test_one_text_has_one_answer(trained, held_out):
+    answers = collections.defaultdict(set)
+    for example in trained + held_out:
+        answers[text.normalised(example.prompt)].add(example.answer)
+    assert not {prompt: found for prompt, found in answers.items() if len(found) > 1}
+
+
+def numbers(prompt: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", prompt)]
+
+
+def test_sums_and_differences_are_right(trained, held_out):
+    for example in trained + held_out:
+        if example.family == "sum":
+            assert int(example.answer) == sum(numbers(example.prompt))
+        elif example.family == "difference":
+            a, b = numbers(example.prompt)
+            # "Subtract 3 from 10", "Resta 3 de 10", "Soustrais", "Sottrai", "Ziehe 3 von 10 ab"
+            is_turned = re.search("subtract|resta|soustrais|sottrai|ziehe", example.prompt, re.I)
+            assert int(example.answer) == (b - a if is_turned else a - b), example
+
+
+def test_python_answers_run(trained):
+    checked = collections.Counter()
+    for example in trained:
+        if example.family != "python":
+            continue
+        if code := re.search(r"print\((.*)\)", example.prompt):
+            assert str(eval(code[1])) == example.answer
+            checked["result"] += 1
+        elif example.answer.startswith("list("):
+            a, b = numbers(example.prompt)
+            assert eval(example.answer) == list(range(a, b + 1))
+            checked["range"] += 1
+        elif example.answer.startswith('print("'):
+            assert eval(example.answer[len("print(") : -1]) in example.prompt
+            checked["word"] += 1
+        else:
+            assert eval(example.answer[len("print(") : -1]) == sum(numbers(example.prompt))
+            checked["sum"] += 1
+    assert len(checked) == 4
+    assert min(checked.values()) > 50
+
+
+def test_counts_and_comparisons_are_right(trained):
+    for example in trained:
+        if example.family == "count":
+            a, b = numbers(example.prompt)
+            step = 1 if a < b else -1
+            assert numbers(example.answer) == list(range(a, b + step, step))
+        elif example.family == "compare":
+            assert int(example.answer) in (
+                min(numbers(example.prompt)),
+                max(numbers(example.prompt)),
+            )
+        elif example.family == "next_number":
+            (n,) = numbers(example.prompt)
+            assert abs(int(example.answer) - n) == 1
+
+
+def test_words_of_the_languages_are_parallel():
+    english = languages()["en"]
+    assert [to.numbers[21] for to in languages().values()] == [
+        "twenty-one",
+        "vingt et un",
+        "einundzwanzig",
+        "veintiuno",
+        "ventuno",
+    ]
+    for to in languages().values():
+        for name in ("colours", "days", "months", "numbers", "countries"):
+            assert len(getattr(to, name)) == len(getattr(english, name))
+        for name in ("days", "months", "numbers"):
+            assert len(set(getattr(to, name))) == len(getattr(to, name)), (to.code, name)
+        assert len(to.numbers) == LARGEST_IN_WORDS + 1
+        assert to.phrases.keys() == english.phrases.keys()
+        assert to.chat.keys() == english.chat.keys()
+        assert to.into.keys() == to.source.keys() == set(CODES)
+
+
+def fields(phrase: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(phrase) if name}
+
+
+def test_every_phrasing_names_what_it_asks_for():
+    for to in languages().values():
+        for family, phrases in to.phrases.items():
+            wanted = set.union(*map(fields, languages()["en"].phrases[family]))
+            for phrase in phrases:
+                optional = {"from"} if "word" in wanted else set()
+                assert wanted - optional <= fields(phrase) | optional, (to.code, phrase)
+                assert fields(phrase) <= wanted, (to.code, phrase)
+
+
+# The way people type.
+
+
+def test_variants_of_a_prompt_are_one_text():
+    draw = random.Random(1)
+    french = languages()["fr"]
+    question = Question(("fact",), (), {}, "")
+    prompt = "Comment dit-on « rouge » en anglais ?"
+    variants = {text.varied(draw, prompt, question, french) for _ in range(500)}
+    assert len(variants) > 20
+    assert {text.normalised(variant) for variant in variants} == {text.normalised(prompt)}
+    assert {prompt, prompt.upper(), prompt.lower()} <= variants
+    assert "comment dit-on rouge en anglais" in variants
+
+
+def test_bare_forms_and_capitals_are_asked(trained):
+    prompts = [example.prompt for example in trained]
+    assert any(re.fullmatch(r"\d+\+\d+=", prompt) for prompt in prompts)
+    assert any(re.fullmatch(r"\d+-\d+", prompt) for prompt in prompts)
+    words = [prompt for prompt in prompts if re.search("[a-z]{3}", prompt.lower())]
+    for change, least in ((str.upper, 0.03), (str.lower, 0.06)):
+        assert sum(change(prompt) == prompt for prompt in words) / len(words) > least
+
+
+def test_what_lies_outside_is_not_known(trained):
+    unknown = {to.code: to.unknown for to in languages().values()}
+    asked = [example for example in trained if example.family == "unknown"]
+    assert len(asked) > 500
+    assert all(example.answer == unknown[example.language] for example in asked)
+    assert any("*" in example.prompt for example in asked)
