@@ -47,8 +47,9 @@ parity: $(STAMP)-parity
 	$(PYTEST) -m parity $(TESTS)
 
 score: $(STAMP)-test
-	$(PY) -m examples.tiny.score
-	$(PY) -m examples.tiny.score --dtype bfloat16
+	@status=0; for dtype in float32 bfloat16; do \
+	  echo "== $$dtype"; $(PY) -m examples.tiny.score --dtype $$dtype || status=$$?; \
+	done; exit $$status
 
 bench: $(STAMP)-core
 	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \

@@ -42,16 +42,17 @@ def interact(
     while True:
         try:
             line = ask("> ").strip()
+            if line.startswith("/"):
+                print(talk.command(line))
+            elif line:
+                talk.answer(line)
         except EOFError:
             print()
             return OK
         except KeyboardInterrupt:
             print()
-            continue
-        if line.startswith("/"):
-            print(talk.command(line))
-        elif line:
-            talk.answer(line)
+        except UnicodeDecodeError as error:
+            print(f"error: that line is not {error.encoding}: type it again", file=sys.stderr)
 
 
 class Conversation:
@@ -68,7 +69,7 @@ class Conversation:
             return HELP
         if name == "/history":
             marks = {"user": "> ", "assistant": "", "system": "system: "}
-            said = [marks[m["role"]] + m["content"] for m in self._messages()]
+            said = [marks[m["role"]] + m["content"] for m in self._with_system(self._turns)]
             return "\n".join(said) or "nothing was said yet"
         if name == "/reset":
             self._turns = []
@@ -80,51 +81,47 @@ class Conversation:
 
     def answer(self, line: str) -> None:
         """Streams an answer to the terminal. What Ctrl-C left of it is remembered."""
-        self._turns.append({"role": "user", "content": line})
         pieces: list[str] = []
+        turns = [*self._turns, {"role": "user", "content": line}]
         try:
-            self._make_room()
-            for piece in _waiting(self._lm.stream(self._messages(), options=self._sampling)):
+            turns = self._shortened(turns)
+            stream = self._lm.stream(self._with_system(turns), options=self._sampling)
+            for piece in _waiting(stream):
                 print(piece, end="", flush=True)
                 pieces.append(piece)
         except KeyboardInterrupt:
             print(" [stopped]", file=sys.stderr, end="")
         except MixtralError as error:
             print(f"error: {error}", file=sys.stderr)
-            self._turns.pop()
             return
         print(flush=True)
-        if pieces:
-            self._turns.append({"role": "assistant", "content": "".join(pieces)})
-        else:  # the chat format has no empty turn
-            self._turns.pop()
+        if pieces:  # the chat format has no empty turn
+            self._turns = [*turns, {"role": "assistant", "content": "".join(pieces)}]
 
-    def _messages(self) -> list[Message]:
-        system: list[Message] = []
-        if self._system is not None:
-            system = [{"role": "system", "content": self._system}]
-        return [*system, *self._turns]
+    def _with_system(self, turns: list[Message]) -> list[Message]:
+        if self._system is None:
+            return turns
+        return [{"role": "system", "content": self._system}, *turns]
 
-    def _make_room(self) -> None:
-        """Forgets the earliest turns of a conversation that the model cannot hold, and says so."""
+    def _shortened(self, turns: list[Message]) -> list[Message]:
+        """Without the first turns of a conversation that the model cannot hold, and says so."""
         longest = self._lm.config.max_position_embeddings - self._sampling.max_new_tokens
-        forgotten = 0
-        while len(self._turns) > 1 and len(self._lm.encode_chat(self._messages())) > longest:
-            del self._turns[:2]
-            forgotten += 2
-        if forgotten:
-            note(f"the conversation is too long for the model: forgot its first {forgotten} turns")
+        for start in range(0, len(turns), 2):
+            if len(self._lm.encode_chat(self._with_system(turns[start:]))) <= longest:
+                if start:
+                    note(f"too long for the model: it no longer sees the first {start} turns")
+                return turns[start:]
+        return turns  # not even the last: the model says so
 
 
 def _waiting(pieces: Iterator[str]) -> Iterator[str]:
     """The same pieces; until the first one comes a terminal shows that something happens."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield from pieces
         return
-    with console.status("reading"):
+    with Console(stderr=True).status("reading"):
         first = next(pieces, None)
     if first is not None:
         yield first

@@ -33,8 +33,9 @@ from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 EMBEDDED = "tiny"
 EMBEDDED_FOLDER = Path(__file__).parent / "data" / "tiny"
 
-# Tokens between two looks at stop strings, or two pieces of a stream.
-STEPS_PER_LOOK = 4
+# Tokens between two looks at stop strings, and between two pieces of a stream.
+STEPS_PER_LOOK = 8
+STEPS_PER_PIECE = 4
 
 Message = Mapping[str, Any]
 
@@ -322,7 +323,7 @@ class LanguageModel:
             batch = self.batch([self.encode(prompt)], asked)
         else:
             batch = self.batch([self.encode_chat(prompt)], asked, is_answer=True)
-        for pieces in self.run(batch):
+        for pieces in self.run(batch, STEPS_PER_PIECE):
             if pieces[0]:
                 yield pieces[0]
         completion = batch.completions()[0]
@@ -332,15 +333,14 @@ class LanguageModel:
         if rest:
             yield rest
 
-    def run(self, batch: Batch) -> Iterator[list[str]]:
-        """Generates a batch, filling it, and yields the new text of every row."""
+    def run(self, batch: Batch, steps: int = STEPS_PER_PIECE) -> Iterator[list[str]]:
+        """Generates a batch, filling it; yields every row's new text after so many tokens."""
         if not batch.requests:
             return
         generation = Generation(
             self.model, batch.requests, placement=self.placement, data_shards=self.spec.data
         )
-        is_watched = batch.options.stop or len(batch.requests) == 1
-        for chunk in generation.chunks(STEPS_PER_LOOK if is_watched else STEPS_PER_CALL):
+        for chunk in generation.chunks(steps):
             yield batch.take(chunk, generation.stop)
         batch.finish(generation.progress)
         dropped = generation.progress.dropped
@@ -350,7 +350,7 @@ class LanguageModel:
 
     def complete(self, batch: Batch) -> list[Completion]:
         """Generates a batch to its end."""
-        for _ in self.run(batch):
+        for _ in self.run(batch, STEPS_PER_LOOK if batch.options.stop else STEPS_PER_CALL):
             pass
         return batch.completions()
 

@@ -65,7 +65,7 @@ def main(options: Options) -> int:
         if completion.error:
             print(f"error: {completion.error}", file=sys.stderr)
             code = BAD_DATA
-        _show(completion, options, is_asked_alone=len(options.prompt) <= 1)
+        _show(completion, options, is_only_prompt=len(options.prompt) <= 1)
     if completions and not options.json:
         note(_summary(completions))
     if options.show_experts and batch.progress.expert_counts is not None:
@@ -89,8 +89,10 @@ def _check(options: Options) -> None:
         raise MixtralError(
             "--chat needs text; with --prompt-ids the ids are used as they are", code=USAGE
         )
-    if options.interactive and options.json:
-        raise MixtralError("--interactive prints text, not --json", code=USAGE)
+    if options.interactive and (options.json or options.show_experts):
+        raise MixtralError(
+            "--interactive prints text, and neither --json nor --show-experts", code=USAGE
+        )
 
 
 def _load(options: Options) -> LanguageModel:
@@ -133,7 +135,7 @@ def _conversation(prompt: str, system: str | None) -> list[Message]:
     return [user] if system is None else [{"role": "system", "content": system}, user]
 
 
-def _show(completion: Completion, options: Options, *, is_asked_alone: bool) -> None:
+def _show(completion: Completion, options: Options, *, is_only_prompt: bool) -> None:
     if options.json:
         print(json.dumps(dataclasses.asdict(completion)), flush=True)
         return
@@ -142,7 +144,7 @@ def _show(completion: Completion, options: Options, *, is_asked_alone: bool) -> 
         text = ",".join(map(str, completion.token_ids))
     elif completion.prompt is not None and not options.chat:
         text = completion.prompt + text
-    elif not is_asked_alone:
+    elif not is_only_prompt:
         print(f"> {completion.prompt}", file=sys.stderr, flush=True)
     print(text, flush=True)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+from examples.tiny.score import EACH_FAMILY
 
 RESULTS = Path(__file__).parent / "results"
 STORED = "stored, float32"
@@ -28,7 +30,7 @@ def main(folder: Path = RESULTS) -> None:
 
     families = sorted(found["families"].items(), key=lambda item: item[1])
     middle.barh([name for name, _ in families], [share for _, share in families])
-    middle.axvline(0.9, color="black", linewidth=0.8)
+    middle.axvline(EACH_FAMILY, color="black", linewidth=0.8)
     middle.set_xlim(0.8, 1)
     middle.set_title(f"Exact answers, held out: {found['overall']:.1%} of {found['asked']}")
 

@@ -58,7 +58,9 @@ def _sum(draw: random.Random, to: Language) -> Question:
 
 def _difference(draw: random.Random, to: Language) -> Question:
     a, b = _operand(draw), _operand(draw)
-    if a < b and draw.random() < 0.3:
+    if draw.random() < 0.02:
+        b = a
+    elif a < b and draw.random() < 0.3:
         a, b = b, a
     phrases = BARE["-"] if draw.random() < 0.25 else to.phrases["difference"]
     fact = arithmetic_fact("-", a, b)
@@ -178,7 +180,7 @@ _ENDINGS = ("land", "ia", "stan", "ora", "una", "esh")
 
 
 def _unknown(draw: random.Random, to: Language) -> Question:
-    kind = draw.choice(["operation", "large", "country", "noun", "open"])
+    kind = draw.choice(["operation", "large", "beyond", "country", "noun", "open"])
     if kind == "operation":
         a, b = _operand(draw), _operand(draw)
         phrases = to.phrases["unknown_operation"]
@@ -189,9 +191,16 @@ def _unknown(draw: random.Random, to: Language) -> Question:
         if draw.random() < 0.5:
             a, b = b, a
         name, fact = draw.choice([("sum", "+"), ("difference", "-")])
+        # A bare sum has no language: it is English.
+        is_bare = to.code == "en" and draw.random() < 0.3
+        phrases = BARE[fact] if is_bare else to.phrases[name]
         fact = arithmetic_fact(fact, a, b)
-        phrases = to.phrases[name]
         return Question(fact, phrases, {"a": a, "b": b}, to.unknown, by_operands=True)
+    if kind == "beyond":
+        n = draw.randint(LARGEST_IN_WORDS + 1, 9999)
+        fields = {"n": n, "a": n, "b": n + draw.randint(2, LONGEST_COUNT - 1)}
+        phrases = to.phrases[draw.choice(["number_to_words", "count"])]
+        return Question(("beyond", n), phrases, fields, to.unknown, by_operands=True)
     if kind == "country":
         name = "".join(draw.choices(_SYLLABLES, k=draw.randint(1, 2))) + draw.choice(_ENDINGS)
         of = draw.choice(to.invented_of).format(name=name.capitalize())
@@ -227,5 +236,5 @@ FAMILIES: dict[str, Family] = {
     "compare": Family(_compare, 4),
     "python": Family(_python, 7),
     "chat": Family(_chat, 4),
-    "unknown": Family(_unknown, 6),
+    "unknown": Family(_unknown, 8),
 }

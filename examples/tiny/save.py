@@ -18,6 +18,9 @@ from mixtral_jax.config import ModelConfig, config_to_dict
 from mixtral_jax.convert.names import pieces
 from mixtral_jax.model.transformer import leaf_specs
 
+# The versions of these may change the result.
+PACKAGES = ("jax", "optax", "numpy", "sentencepiece", "num2words")
+
 
 def model(
     folder: Path, config: ModelConfig, leaves: dict[str, np.ndarray], tokenizer: bytes
@@ -36,11 +39,11 @@ def model(
 
 def record(path: Path, found: dict[str, Any], options: Any) -> None:
     """What was found, with what it was made by."""
-    paths = ("output", "record")
+    unrelated = ("output", "record", "debug")
     made_by = {
-        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in paths},
+        "options": {k: v for k, v in dataclasses.asdict(options).items() if k not in unrelated},
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "optax", "numpy", "sentencepiece")},
+        **{name: version(name) for name in PACKAGES},
         "devices": [device.device_kind for device in jax.devices()],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,15 @@ from rich.table import Table
 import mixtral_jax as mj
 from examples.tiny.text import Conversation, Example, held_out
 from examples.tiny.tokens import encode
+from mixtral_jax import cli
 from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.errors import OK, USAGE, MixtralError
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
 
 OVERALL, EACH_FAMILY, EACH_EXPERT = 0.95, 0.90, 0.03
+MISSED = 1  # the exit code where a target is missed
 MAX_NEW_TOKENS = 96
 ROWS = 128
 
@@ -47,9 +50,16 @@ class Options:
     seed: int = 0
     """Chooses the prompts."""
     mistakes: int = 0
-    """Print so many wrong answers of each family."""
+    """Print so many wrong answers of each family, on stderr."""
     json: bool = False
     """Print one JSON line and nothing else on stdout."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def __post_init__(self):
+        if self.per_family < 1:
+            got = self.per_family
+            raise MixtralError("--per-family", expected="1 or more", got=got, code=USAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,13 +178,14 @@ def main(options: Options) -> int:
     for example, got in result.mistakes:
         shown[example.family] += 1
         if shown[example.family] <= options.mistakes:
-            print(f"{example.family}: {example.prompt!r}: {got!r}, not {example.answer!r}")
+            line = f"{example.family}: {example.prompt!r}: {got!r}, not {example.answer!r}"
+            print(line, file=sys.stderr)
     if options.json:
         print(json.dumps({"dtype": options.dtype, **result.record()}))
     else:
         Console().print(table(result))
-    return 0 if result.is_enough() else 1
+    return OK if result.is_enough() else MISSED
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(cli.run(main, Options, "python -m examples.tiny.score"))

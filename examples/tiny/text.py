@@ -21,6 +21,10 @@ Split = Literal["train", "held_out"]
 HELD_OUT_OPERANDS = 10  # one fact of so many
 HELD_OUT_PHRASINGS = 7  # one phrasing of so many; never more than one of fewer
 LONGEST_CONVERSATION = 8
+LONGEST_MARATHON = 80  # turns of the few conversations that fill the model's context
+
+
+MARATHONS = 0.015  # of the conversations of several turns
 
 
 class Example(NamedTuple):
@@ -90,8 +94,11 @@ def documents(seed: int) -> Iterator[Conversation | Plain]:
         if draw.random() < 0.04:
             yield Plain(_plain(draw))
             continue
-        is_single = draw.random() < 0.65
-        num_turns = 1 if is_single else draw.randint(2, LONGEST_CONVERSATION)
+        num_turns = 1
+        if draw.random() < 0.35:
+            num_turns = draw.randint(2, LONGEST_CONVERSATION)
+            if draw.random() < MARATHONS:
+                num_turns = draw.randint(LONGEST_CONVERSATION + 1, LONGEST_MARATHON)
         language = None if draw.random() < 0.2 else draw.choice(CODES)
         turns = tuple(example(draw, split="train", language=language) for _ in range(num_turns))
         system = None
@@ -139,7 +146,8 @@ def _exclaimed(draw: random.Random, prompt: str, to: Language) -> str:
 def normalised(prompt: str) -> str:
     """A prompt without what ``varied`` changes: two variants of one phrasing are one text."""
     letters = prompt.upper().casefold()  # ß becomes ss either way
-    return " ".join(re.sub(r"[^\w+*/=()-]", " ", letters).rstrip("?=").split())
+    letters = re.sub(r"\s*([+*/=-])\s*", r"\1", re.sub(r"[^\w+*/=()-]", " ", letters))
+    return " ".join(letters.rstrip("= ").split())
 
 
 def _plain(draw: random.Random) -> str:
@@ -151,11 +159,20 @@ def _plain(draw: random.Random) -> str:
     if kind == "capitals":
         chosen = draw.sample(to.countries, draw.randint(1, 3))
         return " ".join(to.capital_answer.format(of=of, city=city) for of, city in chosen)
-    words = draw.choice([to.days, to.months, to.numbers[1:21], tuple(map(str, range(1, 100)))])
+    if draw.random() < 0.25:
+        return _digits(draw)
+    words = draw.choice([to.days, to.months, to.numbers[1:21]])
     start, length = draw.randrange(len(words)), draw.randint(4, 14)
-    is_cycle = words in (to.days, to.months)
     taken = [words[i % len(words)] for i in range(start, start + length)]
-    return ", ".join(taken if is_cycle else taken[: len(words) - start])
+    return ", ".join(taken if words != to.numbers[1:21] else taken[: len(words) - start])
+
+
+def _digits(draw: random.Random) -> str:
+    while True:
+        a = draw.randint(0, 95)
+        b = a + draw.randint(3, 14)
+        if not is_held_out(Question(("count", a, b), (), {}, "", by_operands=True), 0):
+            return ", ".join(map(str, range(a, b + 1)))
 
 
 def _equation(draw: random.Random) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import queue
 import sys
@@ -21,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
@@ -29,17 +29,21 @@ from rich.progress import Progress, TextColumn
 
 from examples.tiny import save
 from examples.tiny.placement import PackedPlacement
-from examples.tiny.score import score
+from examples.tiny.score import MISSED, score
+from examples.tiny.score import Options as ScoreOptions
 from examples.tiny.text import documents, held_out
 from examples.tiny.tokens import Batch, Packer, encode, make_tokenizer
+from mixtral_jax import cli
 from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.errors import BAD_CONFIG, OK, MixtralError
 from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load
 from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.model.transformer import Mixtral, assemble
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.tokenizer import Tokenizer
 
-SHAPES = ((64, 64), (32, 128), (16, 256))  # rows x tokens of an update
+RESULTS = Path(__file__).parent / "results"
+SHAPES = ((64, 64), (32, 128), (16, 256), (2, 2048))  # rows x tokens of an update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +52,11 @@ class Options:
 
     output: Path = EMBEDDED_FOLDER
     """A folder for the model."""
-    record: Path = Path(__file__).parent / "results"
-    """A folder for the training curve and the score."""
+    record: Path | None = None
+    """A folder for the training curve and the score; beside the model, if None."""
     seed: int = 0
     """Of the text and of the first weights."""
-    steps: int = 4200
+    steps: int = 3000
     """Updates, of 4,096 tokens each."""
     learning_rate: float = 4e-3
     """After the warm-up; constant for half of the steps, then linear to zero."""
@@ -66,6 +70,8 @@ class Options:
     capacity_factor: float = 1.25
     """Rows of each expert while training, as a multiple of a balanced load."""
     log_every: int = 50
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
@@ -102,7 +108,6 @@ def loss_of(
     logits = model.unembed(hidden.x.reshape(-1, config.hidden_size)[batch.positions], placement)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     loss = (losses * batch.weights).sum() / batch.weights.sum()
-    # E * sum of (share of tokens) x (mean probability), as Switch Transformer, arXiv 2101.03961.
     E, A = config.num_local_experts, config.num_experts_per_tok
     counted = valid.reshape(-1, 1) / valid.sum()
     loads = jnp.stack(
@@ -112,12 +117,24 @@ def loss_of(
         ]
     )
     means = [(jax.nn.softmax(x) * counted).sum(axis=0) for x in hidden.router_logits]
-    unbalance = (E * loads * jnp.stack(means)).sum(axis=1).mean()
     is_answer = batch.weights == 1
     right = (logits.argmax(axis=-1) == batch.targets) & is_answer
     accuracy = right.sum() / jnp.maximum(is_answer.sum(), 1)
     measures = Measures(loss, accuracy, hidden.dropped.sum(), loads)
-    return loss + options.balance * unbalance, measures
+    return loss + options.balance * unbalance(loads, jnp.stack(means)), measures
+
+
+def unbalance(loads: jax.Array, means: jax.Array) -> jax.Array:
+    """E * sum of load x mean probability, as Switch Transformer (arXiv 2101.03961).
+
+    Args:
+        loads: ``[L, E]``, each expert's share of the assignments of its layer.
+        means: ``[L, E]``, each expert's mean probability under the router.
+
+    Returns:
+        The mean over layers: 1 where all is even, E where one expert has everything.
+    """
+    return loads.shape[1] * (loads * means).sum(axis=1).mean()
 
 
 def is_matrix(name: str) -> bool:
@@ -213,19 +230,29 @@ class Trainer:
 def batches(options: Options, tokenizer: Tokenizer) -> Iterator[Batch]:
     """Stacked batches, one for each device, made by a thread of its own."""
     devices = jax.device_count()
+    if any(rows % devices for rows, _ in SHAPES):
+        least = min(rows for rows, _ in SHAPES)
+        got = f"{devices} devices"
+        raise MixtralError("training", expected=f"a divisor of {least}", got=got, code=BAD_CONFIG)
     shapes = [(rows // devices, length) for rows, length in SHAPES]
     encoded = (encode(document, tokenizer) for document in documents(options.seed))
     packer = Packer(encoded, shapes, seed=options.seed)
-    made: queue.Queue[Batch] = queue.Queue(maxsize=8)
+    made: queue.Queue[Batch | Exception] = queue.Queue(maxsize=8)
 
     def make() -> None:
-        for _ in range(options.steps):
-            columns = zip(*packer.batches(devices), strict=True)
-            made.put(Batch(*(np.stack(column) for column in columns)))
+        try:
+            for _ in range(options.steps):
+                columns = zip(*packer.batches(devices), strict=True)
+                made.put(Batch(*(np.stack(column) for column in columns)))
+        except Exception as error:
+            made.put(error)
 
     threading.Thread(target=make, daemon=True).start()
     for _ in range(options.steps):
-        yield made.get()
+        batch = made.get()
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def main(options: Options) -> int:
@@ -250,23 +277,23 @@ def main(options: Options) -> int:
                     print(json.dumps(curve[-1]), file=sys.stderr, flush=True)
             progress.advance(task)
     leaves = jax.device_get(trainer.leaves)
+    folder = options.record or (RESULTS if options.output == EMBEDDED_FOLDER else options.output)
     save.model(options.output, config, leaves, model)
-    save.record(options.record / "curve.json", {"curve": curve}, options)
-    scores = score_all(assemble(config, jax.device_put(leaves)), tokenizer, options)
-    save.record(options.record / "score.json", scores, options)
-    return 0 if all(found["is_enough"] for found in scores.values()) else 1
+    save.record(folder / "curve.json", {"curve": curve}, options)
+    scores = score_all(assemble(config, jax.device_put(leaves)), tokenizer, options.output)
+    digest = hashlib.sha256((options.output / "model.safetensors").read_bytes()).hexdigest()
+    save.record(folder / "score.json", {"sha256": digest, "scores": scores}, options)
+    return OK if all(found["is_enough"] for found in scores.values()) else MISSED
 
 
-def score_all(model: Mixtral, tokenizer: Tokenizer, options: Options) -> dict[str, Any]:
+def score_all(model: Mixtral, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Exact answers of the weights as trained, and of the folder in two dtypes."""
     lm = LanguageModel(model, tokenizer=tokenizer, placement=LOCAL, spec=MeshSpec.parse("1x1"))
     models = {"trained, float32": lambda: lm}
     for dtype in ("float32", "bfloat16"):
-        models[f"stored, {dtype}"] = functools.partial(
-            load, options.output, mesh="1x1", dtype=dtype
-        )
-    examples = held_out(600, seed=0)
-    return {name: score(make(), examples).record() for name, make in models.items()}
+        models[f"stored, {dtype}"] = functools.partial(load, folder, mesh="1x1", dtype=dtype)
+    asked = held_out(ScoreOptions.per_family, seed=ScoreOptions.seed)
+    return {name: score(make(), asked).record() for name, make in models.items()}
 
 
 def point(step: int, seconds: float, recent: list[Measures]) -> dict[str, Any]:
@@ -291,4 +318,4 @@ def point(step: int, seconds: float, recent: list[Measures]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 2)  # says nothing to a GPU
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(cli.run(main, Options, "python -m examples.tiny.train"))

@@ -53,8 +53,10 @@ class Progress:
     """What a generation reports while and after it runs.
 
     ``is_bad`` marks rows that ended because their logits were NaN; ``dropped`` counts expert
-    assignments left out per layer; ``expert_counts[row, layer, expert]`` how often a row's tokens,
-    prompt and answer, chose an expert; seconds are wall time, compilation apart.
+    assignments left out per layer; ``expert_counts[row, layer, expert]`` how often the tokens that
+    a row read, of its prompt and its answer, chose an expert (nothing reads the last token; a row
+    that meets a stop string reads on to the end of its chunk); seconds are wall time, compilation
+    apart.
     """
 
     prefill_tokens: int = 0

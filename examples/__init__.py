@@ -1,0 +1,1 @@
+"""Recipes that can be run and read."""

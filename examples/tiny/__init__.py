@@ -1,0 +1,1 @@
+"""The embedded model: its text, its training, its score. See README.md."""
