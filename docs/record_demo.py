@@ -59,8 +59,10 @@ def talk() -> str:
 
 
 def plain(shown: str) -> str:
-    """Without cursor movements, and without what was overwritten in a line."""
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-ln-z]", "", shown).replace("\r\n", "\n")
+    """Colours kept; without cursor movements, erased lines and what was overwritten."""
+    shown = re.sub(r"\x1b\[\?[0-9]+[hl]", "", shown)
+    shown = re.sub(r"[^\n]*\n\r?\x1b\[1A\x1b\[2K", "", shown)
+    shown = re.sub(r"\x1b\[[0-9;]*[A-Za-ln-z]", "", shown).replace("\r\n", "\n")
     return "\n".join(line.rpartition("\r")[2] for line in shown.split("\n"))
 
 

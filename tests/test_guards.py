@@ -73,10 +73,10 @@ HARMLESS = [
     "def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1),
     "jax.shard_map(f, check_vma=True)  # TODO(#12): more",
 ]
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_keeps_the_rules(path):
     source = path.read_text(encoding="utf-8")
     assert [fault for guard in GUARDS for fault in guard(source)] == []

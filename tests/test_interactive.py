@@ -19,6 +19,7 @@ from mixtral_jax.errors import OK
 from mixtral_jax.language_model import LanguageModel, load
 
 SECONDS_TO_START = 120
+PROMPT_SIGN = "\r\n[^\n]*> $"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def lm() -> LanguageModel:
 class Person:
     """Types the lines, then leaves with Ctrl-D; an exception among them is raised instead."""
 
-    def __init__(self, *lines: str | type[BaseException]):
+    def __init__(self, *lines: str | BaseException | type[BaseException]):
         self._lines = list(lines)
 
     def __call__(self, prompt: str) -> str:
@@ -55,7 +56,9 @@ def asked(lm, monkeypatch) -> list[list[dict]]:
     return seen
 
 
-def talk(lm: LanguageModel, *lines: str | type[BaseException], **fields: Any) -> int:
+def talk(
+    lm: LanguageModel, *lines: str | BaseException | type[BaseException], **fields: Any
+) -> int:
     sampling = SamplingOptions(max_new_tokens=4, ignore_eos=True)
     return interactive.interact(lm, sampling, ask=Person(*lines), **fields)
 
@@ -115,15 +118,25 @@ def test_an_error_ends_an_answer_and_not_the_conversation(lm, asked, capsys):
 
 
 def test_a_conversation_that_grew_too_long_loses_its_beginning(lm, asked, capsys, monkeypatch):
-    monkeypatch.setattr(lm, "config", dataclasses.replace(lm.config, max_position_embeddings=40))
-    lines = ("uno due tre", "quattro cinque sei", "sette otto nove", "dieci")
-    assert talk(lm, *lines) == OK
-    assert [messages[-1]["content"] for messages in asked] == list(lines)
-    assert all(len(lm.encode_chat(messages)) <= 36 for messages in asked)
-    assert 1 < len(asked[-1]) < 7, "it forgot some turns, not all"
-    assert (
-        "the conversation is too long for the model: forgot its first 2" in capsys.readouterr().err
-    )
+    monkeypatch.setattr(lm, "config", dataclasses.replace(lm.config, max_position_embeddings=24))
+    lines = ["uno due tre", "quattro cinque sei", "sette otto nove", "dieci"]
+    assert talk(lm, *lines, "undici " * 2048, "/history") == OK
+    assert [messages[-1]["content"] for messages in asked[:4]] == lines
+    assert all(len(lm.encode_chat(messages)) <= 20 for messages in asked[:4])
+    assert 1 < len(asked[3]) < 7, "it forgot some turns, not all"
+    shown = capsys.readouterr()
+    assert "too long for the model: it no longer sees the first 2 turns" in shown.err
+    assert "error: prompt 0" in shown.err
+    assert "> dieci" in shown.out.splitlines(), "a line that is too long loses nothing else"
+
+
+def test_a_line_in_another_encoding_is_told(lm, capsys):
+    fault = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "invalid")
+
+    assert talk(lm, fault, "/help") == OK
+    shown = capsys.readouterr()
+    assert "error: that line is not utf-8: type it again\n" in shown.err
+    assert shown.out.startswith(interactive.HELP)
 
 
 def test_history_is_shown(lm, capsys):
@@ -157,7 +170,7 @@ class Terminal:
         self._child.expect("/help for help, Ctrl-D to leave")
         self._child.expect("> ")
 
-    def type(self, line: str, until: str = "\n[^\n]*> $") -> str:
+    def type(self, line: str, until: str = PROMPT_SIGN) -> str:
         """Types a line; returns what was shown from it to the next prompt sign, as plain text."""
         self._child.sendline(line)
         self._child.expect(until)
@@ -166,7 +179,7 @@ class Terminal:
     def interrupt(self) -> str:
         """Ctrl-C; returns what was shown to the next prompt sign."""
         self._child.sendintr()
-        self._child.expect("\n[^\n]*> $")
+        self._child.expect(PROMPT_SIGN)
         return self._shown()
 
     def leave(self) -> int:
@@ -183,9 +196,10 @@ class Terminal:
         self._child.close(force=True)
 
     def _shown(self) -> str:
-        """Without colours, cursor movements and what was overwritten in a line."""
-        text = str(self._child.before)
-        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+        """As a person sees it: without colours, erased lines and what was overwritten."""
+        text = re.sub(r"\x1b\[\?[0-9]+[hl]", "", str(self._child.before))
+        text = re.sub(r"[^\n]*\n\r?\x1b\[1A\x1b\[2K", "", text)
+        text = re.sub(r"\x1b\[[0-9;]*[a-zA-Z]", "", text)
         return "\n".join(
             line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n")
         )
@@ -223,10 +237,10 @@ def test_at_a_terminal(terminal):
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(terminal):
     talk = terminal("--ignore-eos", "--max-new-tokens", "1500")
-    began = talk.type("Count from 3 to 9.", until="3, 4, 5, 6")
-    assert began.endswith("Count from 3 to 9.\n")
+    assert talk.type("Count from 3 to 9.", until="3, 4, 5, 6").endswith("Count from 3 to 9.\n")
     assert "[stopped]" in talk.interrupt()
     assert "3, 4, 5, 6" in talk.type("/history")
+    assert talk.type("/reset").endswith("forgotten")
     talk.type("Count from 5 to 8.", until="5, 6, 7, 8")
     assert "[stopped]" in talk.interrupt()
     assert talk.leave() == OK

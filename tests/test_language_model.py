@@ -223,30 +223,28 @@ def test_a_stop_string_ends_its_row_only(lm, greedy):
 
 
 def test_the_end_of_text_ends_a_row(lm):
-    eos_id, fields = lm.tokenizer.eos_id, {"max_new_tokens": 100, "temperature": 50.0}
-    for seed in range(20):  # at this temperature every second batch meets it
-        rows = lm.generate(PROMPTS, seed=seed, **fields)
-        ended = [row for row in rows if row.finish_reason == "eos_token"]
-        if ended:
-            break
-    assert all(row.token_ids.index(eos_id) == len(row.token_ids) - 1 for row in ended)
-    assert all(len(row.token_ids) == 100 for row in rows if row not in ended)
-    place = rows.index(ended[0])
-    longer = lm.generate(PROMPTS, seed=seed, ignore_eos=True, **fields)
-    assert {(row.finish_reason, len(row.token_ids)) for row in longer} == {("length", 100)}
-    assert longer[place].token_ids[: len(ended[0].token_ids)] == ended[0].token_ids
+    asked = ("12+30=", "Count from 3 to 9.")
+    ids = [lm.encode_chat([{"role": "user", "content": text}]) for text in asked]
+    rows = lm.generate(prompt_token_ids=ids, max_new_tokens=60)
+    assert [row.generated_text for row in rows] == [" 42", " 3, 4, 5, 6, 7, 8, 9"]
+    assert [row.finish_reason for row in rows] == ["eos_token"] * 2
+    assert [row.token_ids.index(lm.tokenizer.eos_id) for row in rows] == [3, 27]
+    longer = lm.generate(prompt_token_ids=ids, max_new_tokens=60, ignore_eos=True)
+    for row, more in zip(rows, longer, strict=True):
+        assert (more.finish_reason, len(more.token_ids)) == ("length", 60)
+        assert more.token_ids[: len(row.token_ids)] == row.token_ids
 
 
 # What is refused.
 
 
-@pytest.mark.parametrize("wrong", [-1, 512, 2**31, 2**70])
+@pytest.mark.parametrize("wrong", [-1, 2048, 2**31, 2**70])
 def test_ids_outside_the_vocabulary_are_refused(lm, wrong):
-    with refused(BAD_DATA, "prompt 1, token id: expected 0 to 511"):
+    with refused(BAD_DATA, "prompt 1, token id: expected 0 to 2047"):
         lm.generate(prompt_token_ids=[[1], [1, wrong, 2]])
-    with refused(BAD_DATA, "expected 0 to 511"):
+    with refused(BAD_DATA, "expected 0 to 2047"):
         lm.logits([[1, wrong]])
-    assert lm.logits([[511]]).shape == (1, 1, 512)
+    assert lm.logits([[2047]]).shape == (1, 1, 2048)
 
 
 def test_the_context_may_be_filled_and_no_more(lm, tmp_path):

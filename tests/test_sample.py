@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ STATS = {
     "decode_tokens_per_second",
     "compile_seconds",
 }
+ROOT = Path(__file__).parent.parent
 SHORT = ("--max-new-tokens", "6", "--mesh", "1x1")
 
 
@@ -152,6 +155,23 @@ def test_several_answers_have_one_summary_and_their_questions(capsys):
     assert "2 eos_token" in captured.err
 
 
+def test_the_demo_is_answered_right(capsys):
+    """The command of `make demo`, word for word."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = [line for line in recipe.splitlines() if "mixtral_jax.sample" in line]
+    assert run(*shlex.split(line.partition("mixtral_jax.sample")[2])) == OK
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [
+        "42",
+        "La capitale de la France est Paris.",
+        "3, 4, 5, 6, 7, 8, 9",
+        "red",
+        "martedì",
+    ]
+    assert "tokens/s" in captured.err
+    assert "layer 3" in captured.err
+
+
 def test_experts_are_drawn_beside_the_text(capsys):
     assert run("--prompt", "the red house", "--show-experts", *SHORT) == OK
     captured = capsys.readouterr()
@@ -193,6 +213,7 @@ def test_defaults_are_those_of_the_python_api():
         (["--prompt-ids", "1", "--chat"], USAGE, "--chat needs text"),
         (["--prompt", "a", "--system", "b"], USAGE, "--system needs --chat"),
         (["--interactive", "--json"], USAGE, "--interactive prints text"),
+        (["--interactive", "--show-experts"], USAGE, "neither --json nor --show-experts"),
         (["no-such-folder", "--prompt", "a"], INPUT_NOT_FOUND, "no-such-folder"),
         (["--prompt", "a", "--adapter", "nowhere"], INPUT_NOT_FOUND, "adapter nowhere: expected"),
     ],

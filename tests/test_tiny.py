@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -69,21 +70,26 @@ def test_folder_is_small():
 
 def test_the_committed_score_reaches_the_targets():
     """What `python -m examples.tiny.train` wrote when it made the folder."""
-    scores = json.loads((ROOT / "examples/tiny/results/score.json").read_text())
-    del scores["made_by"]
+    record = json.loads((ROOT / "examples/tiny/results/score.json").read_text())
+    assert record["sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
+    scores = record["scores"]
     assert scores.keys() == {"trained, float32", "stored, float32", "stored, bfloat16"}
     for found in scores.values():
         assert found["overall"] >= OVERALL
         assert min(found["families"].values()) >= EACH_FAMILY
         assert min(map(min, found["expert_loads"])) >= EACH_EXPERT
         assert found["asked"] > 6000
+    found = scores["stored, float32"]
+    said = f"exact answer to {found['overall']:.1%} of {found['asked']:,} held-out prompts"
+    assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     argv = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(argv, cwd=ROOT, check=True, capture_output=True)
+    built = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
     (path,) = folder.glob("*.whl")
     return path
 

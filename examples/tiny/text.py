@@ -24,7 +24,7 @@ LONGEST_CONVERSATION = 8
 LONGEST_MARATHON = 80  # turns of the few conversations that fill the model's context
 
 
-MARATHONS = 0.015  # of the conversations of several turns
+MARATHONS = 0.006  # of the conversations of several turns
 
 
 class Example(NamedTuple):

@@ -56,7 +56,7 @@ class Options:
     """A folder for the training curve and the score; beside the model, if None."""
     seed: int = 0
     """Of the text and of the first weights."""
-    steps: int = 3000
+    steps: int = 2500
     """Updates, of 4,096 tokens each."""
     learning_rate: float = 4e-3
     """After the warm-up; constant for half of the steps, then linear to zero."""
@@ -195,7 +195,7 @@ class Trainer:
             local = jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), leaves)
             return jax.lax.pmean(gradient(local, Batch(*(x[0] for x in batch))), "data")
 
-        spread = jax.shard_map(
+        self.gradients = jax.shard_map(
             of_device,
             mesh=self.mesh,
             in_specs=(PartitionSpec(), PartitionSpec("data")),
@@ -204,7 +204,7 @@ class Trainer:
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def update(leaves: Any, state: Any, batch: Batch) -> Any:
-            gradients, measures = spread(leaves, batch)
+            gradients, measures = self.gradients(leaves, batch)
             # Each device orthogonalises its own experts.
             updates, state = self.optimizer.update(self._placed(gradients), state, leaves)
             leaves = optax.apply_updates(leaves, self._placed(updates))

@@ -180,6 +180,53 @@ def test_python_answers_run(trained):
     assert min(checked.values()) > 50
 
 
+LARGER = re.compile("larger|greater|plus grand|größer|mayor|maggior", re.I)
+SMALLER = re.compile("smaller|less|plus petit|kleiner|menor|minor", re.I)
+BEFORE = re.compile("before|precede|avant|précéd|vor |voraus|antes|anterior|prima|precedente", re.I)
+
+# What a person knows, in each language: a part of what the families ask.
+KNOWN = {
+    ("en", "What is 42 in words?"): "forty-two",
+    ("en", "Which number is seventeen?"): "17",
+    ("en", 'What is "red" in German?'): "rot",
+    ("en", 'What is "Wednesday" in Spanish?'): "miércoles",
+    ("en", "Which day comes after Sunday?"): "Monday",
+    ("en", "Which day comes before Monday?"): "Sunday",
+    ("en", "Which month comes after December?"): "January",
+    ("en", "What is the capital of Japan?"): "The capital of Japan is Tokyo.",
+    ("fr", "Écris 81 en lettres."): "quatre-vingt-un",
+    ("fr", "Écris soixante et onze en chiffres."): "71",
+    ("fr", "Que veut dire « grey » en français ?"): "gris",
+    ("fr", "Que veut dire « noir » en italien ?"): "nero",
+    ("fr", "Quel jour vient avant lundi ?"): "dimanche",
+    ("fr", "Quel mois vient après juillet ?"): "août",
+    ("fr", "Quelle est la capitale de la Suisse ?"): "La capitale de la Suisse est Berne.",
+    ("de", "Schreibe 35 in Worten."): "fünfunddreißig",
+    ("de", "Was heißt „sábado“ auf Deutsch?"): "Samstag",
+    ("de", "Was heißt „lila“ auf Englisch?"): "purple",
+    ("de", "Welcher Tag kommt nach Dienstag?"): "Mittwoch",
+    ("de", "Welcher Monat kommt vor März?"): "Februar",
+    ("de", "Was ist die Hauptstadt der Türkei?"): "Die Hauptstadt der Türkei ist Ankara.",
+    ("es", "Escribe 22 en letras."): "veintidós",
+    ("es", "¿Qué es «blue» en español?"): "azul",
+    ("es", "¿Qué es «agosto» en francés?"): "août",
+    ("es", "¿Qué día viene después del viernes?"): "sábado",
+    ("es", "¿Qué mes viene antes de enero?"): "diciembre",
+    ("es", "¿Cuál es la capital de Cuba?"): "La capital de Cuba es La Habana.",
+    ("it", "Scrivi 28 in lettere."): "ventotto",
+    ("it", "Che cos'è «vendredi» in italiano?"): "venerdì",
+    ("it", "Che cos'è «rosso» in inglese?"): "red",
+    ("it", "Quale giorno viene prima di giovedì?"): "mercoledì",
+    ("it", "Quale mese viene dopo aprile?"): "maggio",
+    ("it", "Qual è la capitale dell'Egitto?"): "La capitale dell'Egitto è Il Cairo.",
+}
+
+
+def test_facts_are_those_that_a_person_knows(everything):
+    found = {question: everything[text.normalised(question[1])].answers for question in KNOWN}
+    assert found == {question: {answer} for question, answer in KNOWN.items()}
+
+
 def test_counts_and_comparisons_are_right(trained):
     for example in trained:
         if example.family == "count":
@@ -187,13 +234,14 @@ def test_counts_and_comparisons_are_right(trained):
             step = 1 if a < b else -1
             assert numbers(example.answer) == list(range(a, b + step, step))
         elif example.family == "compare":
-            assert int(example.answer) in (
-                min(numbers(example.prompt)),
-                max(numbers(example.prompt)),
-            )
+            is_larger = LARGER.search(example.prompt)
+            assert bool(is_larger) != bool(SMALLER.search(example.prompt)), example
+            choose = max if is_larger else min
+            assert int(example.answer) == choose(numbers(example.prompt))
         elif example.family == "next_number":
             (n,) = numbers(example.prompt)
-            assert abs(int(example.answer) - n) == 1
+            is_before = BEFORE.search(example.prompt)
+            assert int(example.answer) == (n - 1 if is_before else n + 1), example
 
 
 def test_words_of_the_languages_are_parallel():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,10 +102,62 @@ def test_take_and_its_gradient():
     np.testing.assert_array_equal(gradient, want)
 
 
+def test_devices_average_their_gradients(small_config, tokenizer):
+    config = small_config(vocab_size=2048, num_hidden_layers=1, intermediate_size=32)
+    options = train.Options(warmup_steps=1, steps=4)
+    trainer = train.Trainer(config, options)
+    batches = packer(tokenizer, [(2, 64)]).batches(jax.device_count())
+    leaves = train.initial_weights(config, options.seed)
+    gradient = jax.jit(
+        jax.grad(lambda w, b: train.loss_of(w, b, config=config, options=options), has_aux=True)
+    )
+    alone = [gradient(leaves, batch) for batch in batches]
+    want = jax.tree.map(lambda *parts: sum(parts) / len(parts), *alone)
+    stacked = tokens.Batch(*(np.stack(column) for column in zip(*batches, strict=True)))
+    got = jax.jit(trainer.gradients)(leaves, stacked)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_weighted_mean_of_the_scored_tokens(small_config, tokenizer):
+    config = small_config(vocab_size=2048, initializer_range=0.1)
+    options = train.Options(capacity_factor=4.0, balance=0.0)
+    (batch,) = packer(tokenizer, [(2, 64)]).batches(1)
+    leaves = train.initial_weights(config, seed=0)
+    run = jax.jit(lambda w, b: train.loss_of(w, b, config=config, options=options))
+    loss, measures = run(leaves, batch)
+    model = assemble(config, leaves)
+    total = weight = 0.0
+    for row in range(2):
+        for segment in range(1, batch.segments[row].max() + 1):
+            (where,) = np.nonzero(batch.segments[row] == segment)
+            padded = np.pad(batch.tokens[row, where], (0, 64 - len(where)))[None]
+            logprobs = jax.nn.log_softmax(forward(model, padded)[0])
+            for at in where[:-1]:
+                (scored,) = np.nonzero((batch.positions == row * 64 + at) & (batch.weights > 0))
+                for i in scored:
+                    total -= batch.weights[i] * logprobs[at - where[0], batch.targets[i]]
+                    weight += batch.weights[i]
+    np.testing.assert_allclose(loss, total / weight, rtol=1e-4)
+    np.testing.assert_allclose(measures.loads.sum(axis=1), 1, rtol=1e-5)
+    even = train.Options(capacity_factor=4.0, balance=1.0)
+    balanced, _ = jax.jit(lambda w, b: train.loss_of(w, b, config=config, options=even))(
+        leaves, batch
+    )
+    assert 0.9 < balanced - loss < 8, "the balance loss is added"
+
+
+def test_balance_is_one_where_even_and_all_where_one_expert_has_everything():
+    even, one = jnp.full((3, 8), 1 / 8), jnp.zeros((3, 8)).at[:, 2].set(1.0)
+    assert train.unbalance(even, even) == 1
+    assert train.unbalance(one, one) == 8
+    assert train.unbalance(one, even) == 1
+
+
 def test_a_few_updates_learn_and_are_the_same_every_time(small_config, tokenizer, monkeypatch):
     monkeypatch.setattr(train, "SHAPES", ((16, 64),))
     config = small_config(vocab_size=2048, num_hidden_layers=1, intermediate_size=32)
-    options = train.Options(output=Path("unused"), steps=24, warmup_steps=4)
+    options = train.Options(steps=24, warmup_steps=4)
 
     def losses() -> list[float]:
         trainer = train.Trainer(config, options)
