@@ -16,22 +16,26 @@ STORED = "stored, float32"
 def main(folder: Path = RESULTS) -> None:
     """Writes training.png beside the JSON files it is drawn from."""
     curve = json.loads((folder / "curve.json").read_text())["curve"]
-    found = json.loads((folder / "score.json").read_text())[STORED]
+    found = json.loads((folder / "score.json").read_text())["scores"][STORED]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
 
     minutes = [point["seconds"] / 60 for point in curve]
-    left.plot(minutes, [point["loss"] for point in curve], color="tab:blue")
+    left.plot(minutes, [point["loss"] for point in curve], color="tab:blue", label="loss")
     left.set(xlabel="minutes on two cores", ylabel="loss", yscale="log", title="Training")
     shares = left.twinx()
-    shares.plot(minutes, [point["token_accuracy"] for point in curve], color="tab:orange")
-    shares.plot(minutes, [point["dropped"] for point in curve], color="tab:red", linewidth=0.8)
+    for name, colour, label in (
+        ("token_accuracy", "tab:orange", "answer tokens right"),
+        ("dropped", "tab:red", "assignments dropped"),
+    ):
+        shares.plot(minutes, [point[name] for point in curve], color=colour, label=label)
     shares.set_ylim(0, 1)
-    shares.set_ylabel("answer tokens right (orange), assignments dropped (red)")
+    left.figure.legend(loc="upper left", bbox_to_anchor=(0.08, 0.75))
 
     families = sorted(found["families"].items(), key=lambda item: item[1])
     middle.barh([name for name, _ in families], [share for _, share in families])
     middle.axvline(EACH_FAMILY, color="black", linewidth=0.8)
     middle.set_xlim(0.8, 1)
+    middle.set_xticks([0.8, 0.85, 0.9, 0.95, 1.0])
     middle.set_title(f"Exact answers, held out: {found['overall']:.1%} of {found['asked']}")
 
     loads = found["expert_loads"]

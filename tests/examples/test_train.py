@@ -76,7 +76,7 @@ def test_experts_and_their_gradients_are_the_models():
         for p in (LOCAL, PackedPlacement(segments, capacity_factor=4.0))
     ]
     for want, got in zip(*map(jax.tree.leaves, both), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
 def test_what_finds_no_room_is_counted():
@@ -155,9 +155,9 @@ def test_balance_is_one_where_even_and_all_where_one_expert_has_everything():
 
 
 def test_a_few_updates_learn_and_are_the_same_every_time(small_config, tokenizer, monkeypatch):
-    monkeypatch.setattr(train, "SHAPES", ((16, 64),))
+    monkeypatch.setattr(train, "SHAPES", ((8, 64),))
     config = small_config(vocab_size=2048, num_hidden_layers=1, intermediate_size=32)
-    options = train.Options(steps=24, warmup_steps=4)
+    options = train.Options(steps=16, warmup_steps=2)
 
     def losses() -> list[float]:
         trainer = train.Trainer(config, options)
@@ -165,7 +165,7 @@ def test_a_few_updates_learn_and_are_the_same_every_time(small_config, tokenizer
 
     first = losses()
     assert len(first) == options.steps
-    assert np.mean(first[-4:]) < np.mean(first[:4]) - 1
+    assert np.mean(first[-4:]) < np.mean(first[:4]) - 0.4, first
     assert losses() == first
 
 
