@@ -36,7 +36,7 @@ STATS = {
     "compile_seconds",
 }
 ROOT = Path(__file__).parent.parent
-SHORT = ("--max-new-tokens", "6", "--mesh", "1x1")
+SHORT = ("--max-new-tokens", "6", "--ignore-eos", "--mesh", "1x1")
 
 
 def run(*argv: str) -> int:

@@ -29,7 +29,7 @@ def main(folder: Path = RESULTS) -> None:
     ):
         shares.plot(minutes, [point[name] for point in curve], color=colour, label=label)
     shares.set_ylim(0, 1)
-    left.figure.legend(loc="upper left", bbox_to_anchor=(0.08, 0.75))
+    left.figure.legend(loc="upper left", bbox_to_anchor=(0.12, 0.66))
 
     families = sorted(found["families"].items(), key=lambda item: item[1])
     middle.barh([name for name, _ in families], [share for _, share in families])

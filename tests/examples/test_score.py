@@ -15,7 +15,7 @@ from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load
 from mixtral_jax.model.transformer import assemble
 from tests.reference import mixtral as reference
 
-PER_FAMILY = 24
+PER_FAMILY = 12
 
 
 @pytest.fixture(scope="module")

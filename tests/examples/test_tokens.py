@@ -19,7 +19,7 @@ from mixtral_jax.language_model import EMBEDDED_FOLDER
 from mixtral_jax.tokenizer import Tokenizer
 
 RESULTS = Path(tokens.__file__).parent / "results"
-SHAPES = ((6, 64), (4, 128), (2, 256))
+SHAPES = ((6, 64), (2, 128), (2, 256))
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def packed(tokenizer: Tokenizer, count: int) -> Iterator[tokens.Batch]:
 
 def test_packed_rows_hold_whole_documents_once(tokenizer):
     given = collections.Counter(
-        tuple(tokens.encode(document, tokenizer).token_ids) for document in some(4000, seed=5)
+        tuple(tokens.encode(document, tokenizer).token_ids) for document in some(12000, seed=5)
     )
     shapes = set()
-    for batch in packed(tokenizer, 12):
+    for batch in packed(tokenizer, 400):
         shapes.add(batch.tokens.shape)
         for row, segments in zip(batch.tokens, batch.segments, strict=True):
             for segment in range(1, segments.max() + 1):
@@ -95,7 +95,7 @@ def test_scored_tokens_follow_their_places(tokenizer):
         np.testing.assert_array_equal(segments[used + 1], segments[used])
         assert (segments[used] > 0).all()
         assert (used % length < length - 1).all()
-        assert (batch.weights == 1).sum() > 100
+        assert (batch.weights == 1).sum() > 50
 
 
 def test_vocabulary_is_made_by_its_script(tokenizer):
