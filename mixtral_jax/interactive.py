@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 from mixtral_jax.decode.sampling import SamplingOptions
@@ -86,9 +88,12 @@ class Conversation:
         try:
             turns = self._shortened(turns)
             stream = self._lm.stream(self._with_system(turns), options=self._sampling)
-            for piece in _waiting(stream):
-                print(piece, end="", flush=True)
-                pieces.append(piece)
+            with _interruptible() as is_stopped:
+                for piece in _waiting(stream):
+                    print(piece, end="", flush=True)
+                    pieces.append(piece)
+                    if is_stopped():
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             print(" [stopped]", file=sys.stderr, end="")
         except MixtralError as error:
@@ -112,6 +117,30 @@ class Conversation:
                     note(f"too long for the model: it no longer sees the first {start} turns")
                 return turns[start:]
         return turns  # not even the last: the model says so
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks for an end after this piece; a second one breaks off whatever is running.
+
+    An exception in the middle of JAX could get lost in one of its callbacks.
+    """
+    asked: list[int] = []
+
+    def ask(signum: int, frame: object) -> None:
+        del frame
+        asked.append(signum)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _waiting(pieces: Iterator[str]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -111,6 +112,26 @@ def test_what_an_interrupt_left_of_an_answer_is_remembered(lm, monkeypatch):
     assert seen == [[user("jour")], [user("jour"), answer, user("nuit")]]
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+def test_one_ctrl_c_waits_for_the_piece_and_two_do_not(lm, monkeypatch, capsys, presses):
+    def pressed(self, prompt, **fields):
+        yield "one "
+        for _ in range(presses):
+            signal.raise_signal(signal.SIGINT)
+        yield "two "
+        yield "three"
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(LanguageModel, "stream", pressed)
+    assert talk(lm, "jour", "/history") == OK
+    said = "one two " if presses == 1 else "one "
+    shown = capsys.readouterr()
+    assert shown.out.startswith(said + "\n")
+    assert f"> jour\n{said}\n" in shown.out
+    assert "[stopped]" in shown.err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_an_error_ends_an_answer_and_not_the_conversation(lm, asked, capsys):
     assert talk(lm, "jour " * 2048, "nuit") == OK
     assert asked[1] == [user("nuit")], "the turn that failed is forgotten"
@@ -166,6 +187,8 @@ class Terminal:
                 encoding="utf-8",
                 codec_errors="replace",
                 timeout=SECONDS_TO_START,
+                # A run in the background of a script ignores Ctrl-C, and so would its children.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         self._child.expect("/help for help, Ctrl-D to leave")
         self._child.expect("> ")
