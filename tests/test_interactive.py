@@ -172,6 +172,11 @@ def test_history_is_shown(lm, capsys):
 # Through a pseudo-terminal: a process of its own, with a keyboard.
 
 
+def _heed_ctrl_c() -> None:
+    """A run in the background of a script ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """A conversation in a process of its own."""
 
@@ -187,8 +192,7 @@ class Terminal:
                 encoding="utf-8",
                 codec_errors="replace",
                 timeout=SECONDS_TO_START,
-                # A run in the background of a script ignores Ctrl-C, and so would its children.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+                preexec_fn=_heed_ctrl_c,
             )
         self._child.expect("/help for help, Ctrl-D to leave")
         self._child.expect("> ")
