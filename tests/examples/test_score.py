@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
 from examples.tiny.score import EACH_FAMILY, OVERALL, Score, expert_loads, score
-from examples.tiny.text import Conversation, Example, held_out
+from examples.tiny.text import Conversation, Example, example, held_out
 from examples.tiny.tokens import encode
 from mixtral_jax.config import config_to_dict
+from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load
 from mixtral_jax.model.transformer import assemble
 from tests.reference import mixtral as reference
@@ -25,7 +28,7 @@ def lm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def examples() -> list[Example]:
-    return held_out(PER_FAMILY, seed=3)  # others than those of the committed score
+    return held_out(PER_FAMILY, seed=3)  # small families have few: some are in every score
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,6 +39,22 @@ def test_held_out_prompts_are_answered(lm, examples, dtype):
     # One family has few prompts here: the whole count is `make score`.
     assert min(map(found.share, found.asked)) >= EACH_FAMILY - 0.1, found.mistakes
     assert found.least_load >= 0.03
+
+
+def test_the_fortieth_turn_of_a_conversation_is_answered_too(lm):
+    draw = random.Random(5)
+    ids, answers = [], []
+    for _ in range(8):
+        turns = [example(draw, split="train") for _ in range(40)]
+        ids.append(encode(Conversation(tuple(turns)), lm.tokenizer).token_ids)
+        answers.append(turns[-1].answer)
+        end = [*lm.tokenizer.encode(answers[-1], bos=False), lm.tokenizer.eos_id]
+        assert ids[-1][-len(end) :] == end
+        del ids[-1][-len(end) :]
+    assert min(map(len, ids)) > 600
+    rows = lm.complete(lm.batch(ids, SamplingOptions(max_new_tokens=64), is_answer=True))
+    right = [row.generated_text == want for row, want in zip(rows, answers, strict=True)]
+    assert sum(right) >= 7
 
 
 def test_a_damaged_model_does_not_pass(lm, examples):
@@ -59,8 +78,8 @@ def test_loads_are_those_of_the_reference(lm, examples):
         for name, tensor in load_file(EMBEDDED_FOLDER / "model.safetensors").items()
     }
     counts = np.zeros((4, 8))
-    for example in examples[::60]:
-        ids = encode(Conversation((example,)), lm.tokenizer).token_ids
+    for one in examples[::60]:
+        ids = encode(Conversation((one,)), lm.tokenizer).token_ids
         routing = reference.forward(weights, config_to_dict(lm.config), np.array([ids])).routing
         for layer, chosen in enumerate(routing):
             counts[layer] += np.bincount(chosen.expert_ids.reshape(-1), minlength=8)
