@@ -7,6 +7,7 @@ facts pairs of a fact and a phrasing.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import zlib
@@ -22,8 +23,6 @@ HELD_OUT_OPERANDS = 10  # one fact of so many
 HELD_OUT_PHRASINGS = 7  # one phrasing of so many; never more than one of fewer
 LONGEST_CONVERSATION = 8
 LONGEST_MARATHON = 80  # turns of the few conversations that fill the model's context
-
-
 MARATHONS = 0.006  # of the conversations of several turns
 
 
@@ -185,4 +184,4 @@ def _equation(draw: random.Random) -> str:
 
 
 _NAMES = list(FAMILIES)
-_SHARES = [sum(f.weight for f in list(FAMILIES.values())[: i + 1]) for i in range(len(FAMILIES))]
+_SHARES = list(itertools.accumulate(family.weight for family in FAMILIES.values()))

@@ -43,7 +43,8 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = ((64, 64), (32, 128), (16, 256), (2, 2048))  # rows x tokens of an update
+TOKENS = 4096  # of an update
+SHAPES = tuple((TOKENS // length, length) for length in (64, 128, 256, 2048))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class Options:
     capacity_factor: float = 1.25
     """Rows of each expert while training, as a multiple of a balanced load."""
     log_every: int = 50
+    """Steps between two points of the curve."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -303,7 +305,7 @@ def point(step: int, seconds: float, recent: list[Measures]) -> dict[str, Any]:
         raise FloatingPointError(f"the loss is not finite before step {step}: lower learning_rate")
     mean = {name: np.mean([getattr(m, name) for m in measures]) for name in ("loss", "accuracy")}
     config = PRESETS["tiny"]
-    assignments = 4096 * config.num_hidden_layers * config.num_experts_per_tok
+    assignments = TOKENS * config.num_hidden_layers * config.num_experts_per_tok
     dropped = np.mean([m.dropped for m in measures]) * jax.device_count() / assignments
     loads = np.mean([m.loads for m in measures], axis=0)
     return {

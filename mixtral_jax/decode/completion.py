@@ -99,7 +99,7 @@ class Batch:
         self._token_ids: list[list[int]] = [[] for _ in self.requests]
         self._logprobs: list[list[float]] = [[] for _ in self.requests]
         self._rests = [""] * len(self.requests)
-        self._progress = Progress()
+        self.progress = Progress()  # of the whole batch, once it has finished
 
     def take(self, chunk: Chunk, stop_row: Callable[[int], None]) -> list[str]:
         """Adds a chunk; returns each row's new text, and stops rows that met a stop string."""
@@ -125,13 +125,8 @@ class Batch:
 
     def finish(self, progress: Progress) -> None:
         """Ends the batch: the last held-back text is given, and timing is known."""
-        self._progress = progress
+        self.progress = progress
         self._rests = ["" if text is None else text.flush() for text in self._texts]
-
-    @property
-    def progress(self) -> Progress:
-        """Timing and counts of the whole batch, once it has finished."""
-        return self._progress
 
     def rest(self, row: int) -> str:
         """Text that only ``finish`` could show."""
@@ -142,7 +137,7 @@ class Batch:
         return [self._completion(row) for row in range(len(self.requests))]
 
     def _completion(self, row: int) -> Completion:
-        text, ids, progress = self._texts[row], self._token_ids[row], self._progress
+        text, ids, progress = self._texts[row], self._token_ids[row], self.progress
         error = None
         # A row that met a stop string wrote on to the end of its chunk; that is not its text.
         if progress.is_bad[row] and not (text is not None and text.is_stopped):

@@ -55,8 +55,8 @@ class Progress:
     ``is_bad`` marks rows that ended because their logits were NaN; ``dropped`` counts expert
     assignments left out per layer; ``expert_counts[row, layer, expert]`` how often the tokens that
     a row read, of its prompt and its answer, chose an expert (nothing reads the last token; a row
-    that meets a stop string reads on to the end of its chunk); seconds are wall time, compilation
-    apart.
+    that meets a stop string reads on to the end of its chunk), known once all rows have ended;
+    seconds are wall time, compilation apart.
     """
 
     prefill_tokens: int = 0
@@ -215,8 +215,8 @@ class Generation:
                 np.int32(steps_per_chunk),
                 placement=self.placement,
             )
-            tokens, logprobs, counts, done, bad, dropped, chosen = jax.device_get(
-                (*emitted, state.is_done, state.is_bad, state.dropped, state.expert_counts)
+            tokens, logprobs, counts, done, bad, dropped = jax.device_get(
+                (*emitted, state.is_done, state.is_bad, state.dropped)
             )
             seconds, compiling = watch.read()
             progress.decode_seconds += seconds
@@ -224,10 +224,10 @@ class Generation:
             progress.decode_tokens += int(counts[:num].sum())
             progress.dropped = dropped.tolist()
             progress.is_bad = bad[:num].tolist()
-            progress.expert_counts = chosen[:num]
             is_done = bool(done.all())
             yield Chunk(
                 token_ids=[tokens[b, : counts[b]].tolist() for b in range(num)],
                 logprobs=[logprobs[b, : counts[b]].tolist() for b in range(num)],
             )
             is_done |= bool((done | self._stopped).all())
+        progress.expert_counts = jax.device_get(state.expert_counts)[:num]
