@@ -43,7 +43,12 @@ def interact(
     talk = Conversation(lm, sampling, system)
     while True:
         try:
-            line = ask("> ").strip()
+            try:
+                line = ask("> ").strip()
+                line.encode("utf-8")  # half of a character may arrive as a surrogate
+            except UnicodeError:
+                print("error: that line is not UTF-8: type it again", file=sys.stderr)
+                continue
             if line.startswith("/"):
                 print(talk.command(line))
             elif line:
@@ -53,8 +58,6 @@ def interact(
             return OK
         except KeyboardInterrupt:
             print()
-        except UnicodeDecodeError as error:
-            print(f"error: that line is not {error.encoding}: type it again", file=sys.stderr)
 
 
 class Conversation:
@@ -93,7 +96,9 @@ class Conversation:
                     print(piece, end="", flush=True)
                     pieces.append(piece)
                     if is_stopped():
-                        raise KeyboardInterrupt
+                        break
+                if is_stopped():  # perhaps after the last text
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
             print(" [stopped]", file=sys.stderr, end="")
         except MixtralError as error:
