@@ -2,7 +2,7 @@
 
 Values of the presets: the config.json files of mistralai/Mixtral-8x7B-v0.1 and 8x22B-v0.1 and
 their Instruct versions. Both spellings of transformers are read (v4: ``rope_theta``,
-``torch_dtype``; v5: ``rope_parameters``, ``dtype``).
+``torch_dtype``; v5: ``rope_parameters``, ``dtype``), and Mistral's params.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.native_config import spelled_as_config
 
+CONFIG_NAME, NATIVE_NAME = "config.json", "params.json"
 DTYPES = ("float32", "bfloat16", "float16")
 
 # Several repackings of Mixtral publish the window of Mistral 7B; the model was trained without one.
@@ -331,24 +333,26 @@ def _window(raw: Mapping[str, Any], asked: int | None, source: str, note: Note) 
 def read_config(
     folder: str | Path, *, sliding_window: int | None = None, note: Note = lambda line: None
 ) -> ModelConfig:
-    """Reads ``config.json`` of a checkpoint folder; arguments as in ``config_from_dict``.
+    """Reads ``config.json`` of a checkpoint folder, or ``params.json`` where only that is there.
+
+    Arguments as in ``config_from_dict``.
 
     Raises:
         MixtralError: exit code 66 without the file, 65 if it is no JSON object, 78 if unusable.
     """
-    path = Path(folder) / "config.json"
+    path = config_path(Path(folder))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise MixtralError(
-            f"no config.json in {folder}",
+            f"no {CONFIG_NAME} in {folder}",
             fix="name a checkpoint folder, or 'tiny' for the embedded model",
             code=INPUT_NOT_FOUND,
         ) from None
     except IsADirectoryError:
         raise MixtralError(
             f"{path} is a folder",
-            fix="copy config.json from the published checkpoint again",
+            fix=f"copy {path.name} from the published checkpoint again",
             code=BAD_DATA,
         ) from None
     except (ValueError, RecursionError) as error:
@@ -357,7 +361,25 @@ def read_config(
         raise MixtralError(
             f"{path}", expected="a JSON object", got=type(raw).__name__, code=BAD_DATA
         )
-    return config_from_dict(raw, source=str(path), sliding_window=sliding_window, note=note)
+    source = str(path)
+    if path.name == NATIVE_NAME:
+        raw = spelled_as_config(raw, source=source, max_positions=_published_context, note=note)
+    return config_from_dict(raw, source=source, sliding_window=sliding_window, note=note)
+
+
+def config_path(folder: Path) -> Path:
+    """The file that configures a checkpoint: config.json, unless there is only params.json."""
+    path, native = folder / CONFIG_NAME, folder / NATIVE_NAME
+    return native if native.exists() and not path.exists() else path
+
+
+def _published_context(raw: Mapping[str, Any]) -> int:
+    """max_position_embeddings of the published model of the same sizes; Mixtral 8x7B's if none."""
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    for preset in PRESETS.values():
+        if all(getattr(preset, name) == raw.get(name) for name in sizes):
+            return preset.max_position_embeddings
+    return _8X7B.max_position_embeddings
 
 
 def config_to_dict(config: ModelConfig) -> dict[str, Any]:

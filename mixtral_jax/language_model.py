@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.chat import encode_chat
 from mixtral_jax.config import DTYPES, ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
+from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.load import load_weights
 from mixtral_jax.decode.completion import Batch, Completion
 from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
@@ -90,7 +91,8 @@ def load(
     """Loads a checkpoint straight onto a mesh, each device reading only its own experts.
 
     Args:
-        checkpoint: a folder written by ``convert``, a Hugging Face folder, or ``"tiny"``.
+        checkpoint: a folder written by ``convert``, a Hugging Face or native Mistral folder,
+            ``"tiny"``, or ``org/name[@revision]`` on the Hub.
         note: called with one line where something is not as published or asked.
         progress: called with the number of bytes just read, from several threads.
         **options: fields of LoadOptions.
@@ -109,14 +111,7 @@ def load(
     )
     spec = None if asked.mesh is None else MeshSpec.parse(asked.mesh)
     is_embedded = str(checkpoint) == EMBEDDED
-    folder = EMBEDDED_FOLDER if is_embedded else Path(checkpoint)
-    if not folder.is_dir():
-        raise MixtralError(
-            f"checkpoint {checkpoint}",
-            expected="a folder, or 'tiny' for the embedded model",
-            got="no such folder",
-            code=INPUT_NOT_FOUND,
-        )
+    folder = EMBEDDED_FOLDER if is_embedded else resolve(checkpoint, note).folder
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
     dtype = asked.dtype or ("float32" if is_embedded else None)
     if spec is not None:

@@ -26,7 +26,7 @@ class Options:
     """
 
     checkpoint: tyro.conf.Positional[str] = EMBEDDED
-    """A checkpoint folder, or 'tiny'."""
+    """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     prompt: tuple[str, ...] = ()
     """A text to continue, or with --chat the user's turn of a conversation of its own; repeat it
     for a batch."""

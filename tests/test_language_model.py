@@ -312,7 +312,7 @@ def test_nothing_asked_is_nothing_given(lm):
 @pytest.mark.parametrize(
     ("checkpoint", "fields", "code", "match"),
     [
-        ("no-such-folder", {}, INPUT_NOT_FOUND, "no-such-folder: expected a folder"),
+        ("no-such-folder", {}, INPUT_NOT_FOUND, "no such folder: no-such-folder; fix: "),
         ("tiny", {"mesh": "many"}, USAGE, "--mesh"),
         ("tiny", {"mesh": "1x3"}, BAD_CONFIG, "mesh 1x3"),
         ("tiny", {"mesh": "4x4"}, BAD_CONFIG, "expected 16 devices, got 8"),

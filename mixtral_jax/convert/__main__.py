@@ -19,13 +19,13 @@ from mixtral_jax.errors import INTERRUPTED, OK
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(ConvertOptions):
-    """Converts published Mixtral weights (a Hugging Face folder) to this project's format.
+    """Converts Mixtral weights, in any published layout, to Orbax or to Hugging Face safetensors.
 
     Run the same command again after any interruption: it resumes.
     """
 
-    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """The Hugging Face folder."""
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """A Hugging Face or native Mistral folder, one that convert wrote, or org/name[@revision]."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to make; work goes on in DST.partial until all is done."""
     json: bool = False

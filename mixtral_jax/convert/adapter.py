@@ -1,4 +1,4 @@
-"""Puts a PEFT LoRA folder on top of loaded weights; the base is never changed.
+"""Reads a PEFT LoRA folder and puts it on top of loaded weights; merge.py adds it to them.
 
 Two styles of expert adapters exist. One pair of factors per expert (transformers 4) lies beside the
 names of the ``original`` layout. One pair for all experts (transformers 5) lies on the module
@@ -8,6 +8,7 @@ outermost, B ``[out, r * E]`` has them innermost (ParamWrapper of peft, tuners/l
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from jax.sharding import NamedSharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.convert import names
 from mixtral_jax.convert.adapter_config import LoraConfig
-from mixtral_jax.convert.reader import FLOATS, PICKLES, Checkpoint, Tensor, safe_path
+from mixtral_jax.convert.finite import all_finite
+from mixtral_jax.convert.reader import PICKLES, Checkpoint, safe_path
+from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 from mixtral_jax.sharding.rules import kind_specs
@@ -88,7 +91,7 @@ class Adapter:
             )
         lora = LoraConfig(safe_path(self.folder, CONFIG_NAME))
         with _open(self.folder) as checkpoint:
-            self._fingerprint = checkpoint.fingerprint
+            self.fingerprint = checkpoint.fingerprint | {CONFIG_NAME: lora.digest}
             self.parts = _Plan(checkpoint.tensors, lora, leaf_specs(config)).parts(self.folder)
 
     def attach(
@@ -101,21 +104,36 @@ class Adapter:
             sharding_of: as for ``load_weights``; the factors lie along the base.
         """
         found = dict(leaves)
+        with self.open() as factors:
+            for leaf in self.parts:
+                found[leaf] = _adapted(leaves[leaf], factors(leaf), sharding_of(leaf))
+        return found
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Callable[[str], Factors]]:
+        """Opens the tensors again; gives a function from the path of an adapted leaf to factors.
+
+        Raises:
+            MixtralError: exit code 65 if they changed meanwhile, or are NaN or infinite.
+        """
         with _open(self.folder) as checkpoint:
-            if checkpoint.fingerprint != self._fingerprint:
+            if checkpoint.fingerprint[TENSORS_NAME] != self.fingerprint[TENSORS_NAME]:
                 what = f"{self.folder}: {TENSORS_NAME} changed while the model was loaded"
                 raise MixtralError(what, fix="load again", code=BAD_DATA)
             read = functools.lru_cache(maxsize=2)(functools.partial(_read, checkpoint))
-            for leaf, parts in self.parts.items():
-                factors = _factors(parts, read)
-                found[leaf] = _adapted(leaves[leaf], factors, sharding_of(leaf))
-        return found
+            yield lambda leaf: _factors(self.parts[leaf], read)
 
 
 def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
     tensor = checkpoint.tensors[name]
     out = np.empty(tensor.shape, FLOATS[tensor.dtype])
     checkpoint.read_rows(name, 0, tensor.shape[0], out)
+    if not all_finite(out):
+        raise MixtralError(
+            f"{checkpoint.folder / TENSORS_NAME}: {name} has NaN or infinite values",
+            fix="train the adapter again",
+            code=BAD_DATA,
+        )
     return out.astype(np.float32)
 
 
@@ -126,7 +144,9 @@ class _Plan:
         self, tensors: Mapping[str, Tensor], lora: LoraConfig, specs: Mapping[str, LeafSpec]
     ):
         self.tensors, self.lora = tensors, lora
-        self.layout = names.detect_layout(tensors)
+        # Adapters of attention alone look the same in both.
+        is_fused = any(names.moe_marker("fused") in name for name in tensors)
+        self.layout = "fused" if is_fused else "original"
         # The matrices inside layers. An embedding or a head is no matrix product that adapts.
         self.specs = {
             leaf: spec
@@ -165,6 +185,11 @@ class _Plan:
             stacked = expert if len(shape) == 3 else None
             part = None if pair is None else Part(pair, stacked, rows)
             found.setdefault(piece.chunk.leaf, []).append(part)
+        # Proves the accounting itself: what was checked off is what will be read.
+        read = {
+            name for parts in found.values() for part in parts if part for name in part.pair[:2]
+        }
+        assert read == self.used == self.tensors.keys()
         return {leaf: parts for leaf, parts in found.items() if any(parts)}
 
     def _pairs(self, modules: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Pair]]:
@@ -175,7 +200,7 @@ class _Plan:
                 stacked.setdefault(tensor.rpartition(".")[0], []).append(tensor)
                 continue
             # In transformers 5 the router is a parameter, which peft calls by its full name.
-            is_parameter = self.layout == "fused" and ".mlp." in tensor
+            is_parameter = self.layout == "fused" and names.moe_marker("fused") in tensor
             key = tensor if is_parameter else module
             if pair := self._names(module):
                 yield tensor, self._checked(pair, key, shape, 1)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mixtral_jax.convert.reader import parse_json
+from mixtral_jax.convert.safetensors_file import parse_json
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -27,6 +29,9 @@ CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class LoraConfig:
     """What adapter_config.json says of ranks and scales.
 
+    Attributes:
+        digest: sha256 (hex) of all fields.
+
     Raises:
         MixtralError: exit code 65 for what is not plain LoRA, with the fix.
     """
@@ -34,6 +39,8 @@ class LoraConfig:
     def __init__(self, path: Path):
         self.path = path
         fields = _read_json(path)
+        canonical = json.dumps(fields, sort_keys=True).encode()
+        self.digest = hashlib.sha256(canonical).hexdigest()
         if fields.get("peft_type") != "LORA":
             raise self.refuse("peft_type", "LORA", fields.get("peft_type"), "train a LoRA adapter")
         for name in REFUSED:

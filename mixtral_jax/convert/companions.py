@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from mixtral_jax.config import CONFIG_NAME as CONFIG
+from mixtral_jax.config import NATIVE_NAME, ModelConfig, config_path
 from mixtral_jax.convert.leaves import config_content
+from mixtral_jax.convert.manifest import NAME as MANIFEST
 from mixtral_jax.convert.manifest import write_durably
 from mixtral_jax.convert.reader import INDEX_NAME, safe_path
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.tokenizer import find_tokenizer
 
-CONFIG = "config.json"
 # config.json is written anew, not copied. A tokenizer of another name travels too.
 COMPANIONS = (
     "tokenizer.model",
@@ -39,14 +41,14 @@ def find_companions(src: Path, note: Callable[[str], None]) -> tuple[str, ...]:
     Raises:
         MixtralError: exit code 65 for a link that leaves the checkpoint, before any work.
     """
-    for name in (CONFIG, INDEX_NAME, *COMPANIONS):
+    for name in (CONFIG, NATIVE_NAME, INDEX_NAME, *COMPANIONS):
         safe_path(src, name)
     tokenizer = find_tokenizer(src)
     wanted: list[str] = list(COMPANIONS)
     if tokenizer is not None and tokenizer.name not in wanted:
         wanted.append(tokenizer.name)
     found = tuple(name for name in wanted if _fits(safe_path(src, name)))
-    known = {CONFIG, INDEX_NAME, *found}
+    known = {CONFIG, config_path(src).name, INDEX_NAME, MANIFEST, *found}
     left = {path.name for pattern in _NOTEWORTHY for path in src.glob(pattern)} - known
     if left:
         note(f"not copied: {', '.join(repr(name) for name in sorted(left))}")
@@ -57,18 +59,20 @@ def _fits(path: Path) -> bool:
     return path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES
 
 
-def copy_companions(src: Path, dst: Path, names: tuple[str, ...], *, dtype: str) -> dict[str, str]:
+def copy_companions(
+    src: Path, dst: Path, names: tuple[str, ...], *, config: ModelConfig, dtype: str
+) -> dict[str, str]:
     """Copies the files and writes config.json for weights of ``dtype``.
 
     Returns:
         The sha256 of each file by its name.
     """
     contents = {name: safe_path(src, name).read_bytes() for name in names}
-    config = config_content(src)
+    fields = config_content(src, config)
     for key in ("dtype", "torch_dtype"):
-        if key in config or key == "torch_dtype":
-            config[key] = dtype
-    contents[CONFIG] = json.dumps(config, indent=2).encode()
+        if key in fields or key == "torch_dtype":
+            fields[key] = dtype
+    contents[CONFIG] = json.dumps(fields, indent=2).encode()
     for name, content in contents.items():
         write_durably(dst / name, content)
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}

@@ -17,15 +17,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from mixtral_jax.config import read_config
+from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.companions import copy_companions, find_companions
+from mixtral_jax.convert.export import SafetensorsOutput, parse_size
+from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
-from mixtral_jax.convert.leaves import (
-    WEIGHTS,
-    HuggingFaceLeaves,
-    OrbaxLeaves,
-    common_dtype,
-    is_checkpoint,
-)
+from mixtral_jax.convert.leaves import Leaves, common_dtype, is_checkpoint, open_leaves
 from mixtral_jax.convert.manifest import (
     NAME,
     LeafRecord,
@@ -34,17 +31,19 @@ from mixtral_jax.convert.manifest import (
     sync_folder,
 )
 from mixtral_jax.convert.memory import PeakMemory
-from mixtral_jax.convert.orbax import disk_full, is_disk_full, write_leaf
+from mixtral_jax.convert.merge import Merge
+from mixtral_jax.convert.orbax import disk_full, is_disk_full
+from mixtral_jax.convert.output import OrbaxOutput, Output
 from mixtral_jax.convert.preflight import check_destination, check_disk, check_work_folder
-from mixtral_jax.convert.reader import FLOATS
+from mixtral_jax.convert.safetensors_file import np_dtype
 from mixtral_jax.convert.transfer import fetch_leaf
-from mixtral_jax.convert.verify import is_intact, reads_back, verify_output
+from mixtral_jax.convert.verify import verify_output
 from mixtral_jax.errors import (
     BAD_DATA,
-    INPUT_NOT_FOUND,
     INTERRUPTED,
     IO_ERROR,
     OUTPUT_EXISTS,
+    USAGE,
     MixtralError,
 )
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
@@ -56,20 +55,32 @@ Progress: TypeAlias = Callable[[int, int], None]
 WORK_SUFFIX = ".partial"
 JOURNAL_NAME, OUTPUT_NAME = "journal.jsonl", "output"
 THREADS = min(8, os.cpu_count() or 1)
+DEFAULT_SHARD_SIZE = "5GB"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
     """How to convert."""
 
-    format: Literal["orbax"] = "orbax"
-    """Format of the weights in the output folder."""
+    format: Literal["orbax", "safetensors"] = "orbax"
+    """Format of the weights in the output folder; safetensors has the names of Hugging Face."""
     dtype: Dtype = "keep"
     """Store the weights in this dtype."""
+    adapter: str | None = None
+    """A folder with a PEFT LoRA adapter, merged into the weights."""
+    max_shard_size: str | None = None
+    """With safetensors: most bytes of tensors in one file, as 500MB (5GB unless given)."""
     verify: bool = False
-    """Read every leaf back through Orbax and compare digests, of a finished output too."""
+    """Read every leaf back through the format's library, of a finished output too."""
     allow_nonfinite: bool = False
     """Accept NaN and infinite weights."""
+
+    def __post_init__(self):
+        if self.max_shard_size is not None:
+            if self.format != "safetensors":
+                fix = "add --format safetensors, or leave it out"
+                raise MixtralError("--max-shard-size is for safetensors", fix=fix, code=USAGE)
+            parse_size(self.max_shard_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,14 +104,15 @@ def convert(
     progress: Progress = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> ConvertReport:
-    """Converts a Hugging Face folder.
+    """Converts a checkpoint in any layout to Orbax, or to the safetensors of Hugging Face.
 
     Works in ``<dst>.partial`` and renames when all is done, so ``dst`` is absent or complete. After
     any interruption the same call resumes and redoes at most one leaf. Memory stays below twice
     the largest leaf plus 512 MB.
 
     Args:
-        src: a Hugging Face folder, in the original or the fused layout.
+        src: a Hugging Face folder (original or fused names), a native Mistral folder, a folder
+            that ``convert`` wrote, or the name of a repository on the Hub, ``org/name[@revision]``.
         dst: the folder to make.
         options: how; the defaults keep the dtype.
         note: called with one line for each thing a person should know.
@@ -108,16 +120,18 @@ def convert(
         stop: asked before each leaf; True ends the work there, to be resumed by another call.
 
     Raises:
-        MixtralError: exit codes 65 (bad source), 66 (no source), 73 (``dst`` is something else, or
-            the work folder is of another conversion), 74 (disk), 75 (stopped), 78 (config.json).
+        MixtralError: exit codes 65 (bad source or adapter), 66 (no source), 73 (``dst`` is
+            something else, or the work folder is of another conversion), 74 (disk), 75 (stopped),
+            78 (config.json).
     """
-    src, dst = Path(src), Path(os.path.abspath(dst))
+    source, dst = resolve(src, note), Path(os.path.abspath(dst))
     started = time.monotonic()
     with PeakMemory() as memory:
-        manifest = _Conversion(src, dst, options or ConvertOptions(), note, progress).run(stop)
+        work = _Conversion(source, dst, options or ConvertOptions(), note, progress)
+        manifest = work.run(stop)
     return ConvertReport(
         parameters=manifest.parameters,
-        tensors=len(manifest.leaves),
+        tensors=work.num_tensors,
         bytes=manifest.bytes,
         seconds=time.monotonic() - started,
         peak_rss_bytes=memory.bytes,
@@ -127,72 +141,95 @@ def convert(
 
 class _Conversion:
     def __init__(
-        self, src: Path, dst: Path, options: ConvertOptions, note: Note, progress: Progress
+        self, source: Source, dst: Path, options: ConvertOptions, note: Note, progress: Progress
     ):
-        if is_checkpoint(src) == "orbax":
+        self.source, self.src, self.dst = source, source.folder, dst
+        self.options, self.note = options, note
+        is_change = (options.format, options.dtype, options.adapter) != ("orbax", "keep", None)
+        if is_checkpoint(self.src) == "orbax" and not is_change:
             raise MixtralError(
-                f"{src} is converted already",
-                fix="name the Hugging Face folder that it was made from",
+                f"{self.src} is converted already",
+                fix="ask for --format safetensors, another --dtype or an --adapter",
                 code=BAD_DATA,
             )
-        if not src.is_dir():
-            raise MixtralError(f"no such folder: {src}", code=INPUT_NOT_FOUND)
-        self.src, self.dst, self.options, self.note = src, dst, options, note
         self.work = Path(f"{dst}{WORK_SUFFIX}")
-        self.output, self.journal = self.work / OUTPUT_NAME, self.work / JOURNAL_NAME
+        self.output_folder, self.journal = self.work / OUTPUT_NAME, self.work / JOURNAL_NAME
         check_destination(dst)
-        self.companions = find_companions(src, note)
-        self.config = read_config(src, note=note)
+        self.companions = find_companions(self.src, note)
+        self.config = read_config(self.src, note=note)
         self.specs: Mapping[str, LeafSpec] = leaf_specs(self.config)
         self._progress = progress
         self._done = self._total = 0
         self._counting = threading.Lock()
 
     def run(self, stop: Callable[[], bool]) -> Manifest:
-        leaves = HuggingFaceLeaves(self.src, self.specs, note=self.note)
         try:
-            self.fingerprint = self._fingerprint(leaves)
-            finished = self._finished_already(leaves)
-            if finished is not None:
-                return finished
-            check_work_folder(self.work, self.journal)
-            num_bytes = sum(self._num_bytes(leaves, leaf) for leaf in self.specs)
-            check_disk(self.dst.parent, num_bytes, self.output / WEIGHTS)
-            self.work.mkdir(exist_ok=True)
-            # Resuming trusts more than content that was sampled: these must be the same files.
-            resumable = self.fingerprint | {"whereabouts": leaves.checkpoint.whereabouts}
-            journal = Journal(self.journal, resumable)
-            try:
-                return self._convert(leaves, journal, stop)
-            finally:
-                journal.close()
+            with contextlib.ExitStack() as stack:
+                head_dim = self.config.head_dim
+                self.leaves = open_leaves(self.src, self.specs, head_dim=head_dim, note=self.note)
+                stack.callback(self.leaves.close)
+                self.dtypes = {leaf: self._dtype(leaf) for leaf in self.specs}
+                self.fingerprint = self._fingerprint(self.leaves)
+                self.merge = self._open_adapter(stack)
+                output = self._output(self.output_folder)
+                self.num_tensors = output.num_tensors()
+                pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+                finished = self._finished_already(pool)
+                if finished is not None:
+                    return finished
+                check_work_folder(self.work, self.journal)
+                num_bytes = sum(map(self._num_bytes, self.specs))
+                check_disk(self.dst.parent, num_bytes, self.output_folder)
+                self.work.mkdir(exist_ok=True)
+                # Resuming trusts more than content that was sampled: these must be the same files.
+                resumable = self.fingerprint | {"whereabouts": self.leaves.whereabouts}
+                journal = Journal(self.journal, resumable)
+                stack.callback(journal.close)
+                return self._convert(output, journal, stop, pool)
         except OSError as error:
             if is_disk_full(error):
                 raise disk_full(self.work) from error
             raise
-        finally:
-            leaves.close()
 
-    def _fingerprint(self, leaves: HuggingFaceLeaves) -> dict[str, Any]:
-        return {
-            "files": leaves.checkpoint.fingerprint,
+    def _open_adapter(self, stack: contextlib.ExitStack) -> Merge | None:
+        if self.options.adapter is None:
+            return None
+        adapter = Adapter(self.options.adapter, self.config)
+        self.fingerprint["adapter"] = adapter.fingerprint
+        return Merge(adapter, stack.enter_context(adapter.open()), self.note)
+
+    def _output(self, folder: Path) -> Output:
+        if self.options.format == "orbax":
+            return OrbaxOutput(folder, self.specs)
+        size = parse_size(self.options.max_shard_size or DEFAULT_SHARD_SIZE)
+        return SafetensorsOutput(folder, self.specs, self.dtypes, max_shard_bytes=size)
+
+    def _fingerprint(self, leaves: Leaves) -> dict[str, Any]:
+        found = {
+            "files": leaves.fingerprint,
             "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             "format": self.options.format,
             "dtype": self.options.dtype,
         }
+        if self.options.format == "safetensors":
+            found["max_shard_size"] = parse_size(self.options.max_shard_size or DEFAULT_SHARD_SIZE)
+        return found
 
-    def _finished_already(self, leaves: HuggingFaceLeaves) -> Manifest | None:
+    def _finished_already(self, pool: Executor) -> Manifest | None:
         """The manifest of ``dst`` if an earlier run of the same conversion completed it."""
         if not self.dst.exists() or not any(self.dst.iterdir()):
             return None
         if (self.dst / NAME).is_file():
             manifest = read_manifest(self.dst)
             if manifest.fingerprint == self.fingerprint:
-                output = OrbaxLeaves(self.dst, self.specs)
+                output = self._output(self.dst)
+                output.check()
                 if self.options.verify:
-                    with ThreadPoolExecutor(THREADS) as pool:
-                        allowed = self.options.allow_nonfinite
-                        verify_output(output, leaves, allow_nonfinite=allowed, pool=pool)
+
+                    def fetch(leaf: str, value: np.ndarray) -> LeafRecord:
+                        return self._fetch(leaf, value, pool)
+
+                    verify_output(output, manifest, fetch, pool)
                 self._remove_work_folder()
                 self.note(f"{self.dst} is complete already; nothing to do")
                 return manifest
@@ -204,82 +241,93 @@ class _Conversion:
 
     def _remove_work_folder(self) -> None:
         """Removes what a run leaves behind once its output has moved, and nothing else."""
-        if not self.output.exists() and is_journal(self.journal):
+        if not self.output_folder.exists() and is_journal(self.journal):
             self.journal.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something is in it, or it is no folder of ours
             self.work.rmdir()
 
-    def _dtype(self, leaves: HuggingFaceLeaves, leaf: str) -> np.dtype:
+    def _dtype(self, leaf: str) -> np.dtype:
         if self.options.dtype == "keep":
-            return leaves.dtype(leaf)
-        return next(dtype for dtype in FLOATS.values() if dtype.name == self.options.dtype)
+            return self.leaves.dtype(leaf)
+        return np_dtype(self.options.dtype)
 
-    def _num_bytes(self, leaves: HuggingFaceLeaves, leaf: str) -> int:
-        return math.prod(self.specs[leaf].shape) * self._dtype(leaves, leaf).itemsize
+    def _num_bytes(self, leaf: str) -> int:
+        return math.prod(self.specs[leaf].shape) * self.dtypes[leaf].itemsize
+
+    def _source_bytes(self, leaf: str) -> int:
+        return math.prod(self.specs[leaf].shape) * self.leaves.dtype(leaf).itemsize
 
     def _convert(
-        self, leaves: HuggingFaceLeaves, journal: Journal, stop: Callable[[], bool]
+        self, output: Output, journal: Journal, stop: Callable[[], bool], pool: Executor
     ) -> Manifest:
-        (self.output / WEIGHTS).mkdir(parents=True, exist_ok=True)
-        self._total = sum(
-            math.prod(self.specs[leaf].shape) * leaves.dtype(leaf).itemsize for leaf in self.specs
-        )
+        output.prepare()
+        self._total = sum(map(self._source_bytes, self.specs))
         records: dict[str, LeafRecord] = {}
         if journal.finished:
             self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
-        with ThreadPoolExecutor(THREADS) as pool:
-            for leaf, spec in self.specs.items():
-                if self._is_finished(leaf, journal.finished.get(leaf), pool):
-                    records[leaf] = journal.finished[leaf]
-                    self._advance(math.prod(spec.shape) * leaves.dtype(leaf).itemsize)
-                    continue
-                if stop():
-                    raise MixtralError(
-                        "interrupted",
-                        fix="run the same command again to resume",
-                        code=INTERRUPTED,
-                    )
-                records[leaf] = self._convert_leaf(leaves, leaf, pool)
-                journal.record(leaf, records[leaf])
+        for leaf in self.specs:
+            if self._is_finished(output, leaf, journal.finished.get(leaf), pool):
+                records[leaf] = journal.finished[leaf]
+                self._advance(self._source_bytes(leaf))
+                continue
+            if stop():
+                raise MixtralError(
+                    "interrupted",
+                    fix="run the same command again to resume",
+                    code=INTERRUPTED,
+                )
+            records[leaf] = self._convert_leaf(output, leaf, pool)
+            journal.record(leaf, records[leaf])
+        output.finish(records)
         manifest = Manifest(
             fingerprint=self.fingerprint,
             leaves=records,
             parameters=sum(math.prod(spec.shape) for spec in self.specs.values()),
-            bytes=sum(self._num_bytes(leaves, leaf) for leaf in self.specs),
+            bytes=sum(map(self._num_bytes, self.specs)),
+            source=self._source(),
         )
-        return self._finish(manifest, leaves)
+        return self._finish(manifest)
 
-    def _is_finished(self, leaf: str, record: LeafRecord | None, pool: Executor) -> bool:
+    def _source(self) -> dict[str, str]:
+        """What the manifest says of the source; no path of this machine."""
+        found = {"name": self.source.repo or self.src.resolve().name, "layout": self.leaves.layout}
+        if self.source.revision is not None:
+            found["revision"] = self.source.revision
+        return found
+
+    def _is_finished(
+        self, output: Output, leaf: str, record: LeafRecord | None, pool: Executor
+    ) -> bool:
         """True if an earlier run finished a leaf and the disk still holds it."""
         if record is None:
             return False
-        intact = record.shape == self.specs[leaf].shape and is_intact(
-            self.output, leaf, record, pool
-        )
+        intact = record.shape == self.specs[leaf].shape and output.is_intact(leaf, record, pool)
         if intact and self.options.verify:
-            intact = reads_back(self.output, leaf, record, pool)
+            intact = output.reads_back(leaf, record, pool)
         if not intact:
             self.note(f"{leaf} is no longer as it was written, and is converted again")
         return intact
 
-    def _convert_leaf(
-        self, leaves: HuggingFaceLeaves, leaf: str, pool: ThreadPoolExecutor
-    ) -> LeafRecord:
-        value = np.empty(self.specs[leaf].shape, self._dtype(leaves, leaf))
-        record = fetch_leaf(
-            leaves,
+    def _fetch(self, leaf: str, value: np.ndarray, pool: Executor, **kwargs: Any) -> LeafRecord:
+        return fetch_leaf(
+            self.leaves,
             leaf,
             value,
             allow_nonfinite=self.options.allow_nonfinite,
             pool=pool,
-            progress=self._advance,
+            merge=None if self.merge is None else self.merge.leaf(leaf),
+            **kwargs,
         )
-        write_leaf(self.output, leaf, value)
+
+    def _convert_leaf(self, output: Output, leaf: str, pool: Executor) -> LeafRecord:
+        value = np.empty(self.specs[leaf].shape, self.dtypes[leaf])
+        record = self._fetch(leaf, value, pool, progress=self._advance)
+        output.write(leaf, value)
         if self.options.verify:
             del value
-            if not reads_back(self.output, leaf, record, pool):
+            if not output.reads_back(leaf, record, pool):
                 raise MixtralError(
-                    f"{self.output / WEIGHTS / leaf} does not read back as it was written",
+                    f"{leaf} in {output.folder} does not read back as it was written",
                     fix="check the disk and the memory of this machine",
                     code=IO_ERROR,
                 )
@@ -290,18 +338,17 @@ class _Conversion:
             self._done += num_bytes
             self._progress(self._done, self._total)
 
-    def _finish(self, manifest: Manifest, leaves: HuggingFaceLeaves) -> Manifest:
-        dtype = common_dtype(self.specs, self._stored(leaves), preferred=self.config.dtype)
-        digests = copy_companions(self.src, self.output, self.companions, dtype=dtype.name)
+    def _finish(self, manifest: Manifest) -> Manifest:
+        dtype = common_dtype(self.specs, self.dtypes, preferred=self.config.dtype)
+        digests = copy_companions(
+            self.src, self.output_folder, self.companions, config=self.config, dtype=dtype.name
+        )
         manifest = dataclasses.replace(manifest, companions=digests)
-        manifest.write(self.output)
-        sync_folder(self.output)
+        manifest.write(self.output_folder)
+        sync_folder(self.output_folder)
         with contextlib.suppress(FileNotFoundError):
             self.dst.rmdir()
-        os.rename(self.output, self.dst)
+        os.rename(self.output_folder, self.dst)
         sync_folder(self.dst.parent)
         self._remove_work_folder()
         return manifest
-
-    def _stored(self, leaves: HuggingFaceLeaves) -> dict[str, np.dtype]:
-        return {leaf: self._dtype(leaves, leaf) for leaf in self.specs}

@@ -10,18 +10,12 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from mixtral_jax.config import NATIVE_NAME, ModelConfig, config_path, config_to_dict
 from mixtral_jax.convert import manifest as manifests
-from mixtral_jax.convert import names
+from mixtral_jax.convert import names, transforms
 from mixtral_jax.convert.names import Chunk, chunks_of
-from mixtral_jax.convert.reader import (
-    FLOATS,
-    INDEX_NAME,
-    PICKLES,
-    Checkpoint,
-    bytes_of,
-    parse_json,
-    read_exactly,
-)
+from mixtral_jax.convert.reader import INDEX_NAME, PICKLES, Checkpoint
+from mixtral_jax.convert.safetensors_file import FLOATS, bytes_of, parse_json, read_exactly
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
 
@@ -33,6 +27,29 @@ _DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
 @runtime_checkable
 class Leaves(Protocol):
     """A readable set of leaves; each chunk is a C-ordered ``[rows, ...]`` array."""
+
+    @property
+    def layout(self) -> str:
+        """A key of ``names.LAYOUTS``; ``orbax`` for a folder of ours."""
+        ...
+
+    @property
+    def fingerprint(self) -> Any:
+        """Identifies the content."""
+        ...
+
+    @property
+    def whereabouts(self) -> Any:
+        """Which files they are, on this machine."""
+        ...
+
+    def unit(self, chunk: Chunk) -> int:
+        """Reads begin and end at multiples of so many rows, or at the chunk's end."""
+        ...
+
+    def source_name(self, chunk: Chunk) -> str:
+        """What a chunk is called in the files, for error lines."""
+        ...
 
     def dtype(self, leaf: str) -> np.dtype:
         """The stored dtype of a leaf."""
@@ -51,17 +68,28 @@ class Leaves(Protocol):
         ...
 
 
-class HuggingFaceLeaves:
-    """The leaves of a Hugging Face folder, in the original or the fused layout.
+class PublishedLeaves:
+    """The leaves of a folder of published files, in any layout of ``names.LAYOUTS``.
+
+    Args:
+        folder: where the files are.
+        specs: what the model needs.
+        head_dim: channels per head.
+        note: called with one line for each thing a person should know.
 
     Raises:
         MixtralError: as ``Checkpoint`` and ``names.plan``.
     """
 
     def __init__(
-        self, folder: Path, specs: Mapping[str, LeafSpec], *, note: Note = lambda line: None
+        self,
+        folder: Path,
+        specs: Mapping[str, LeafSpec],
+        *,
+        head_dim: int,
+        note: Note = lambda line: None,
     ):
-        self._specs = specs
+        self._specs, self._head_dim = specs, head_dim
         self.checkpoint = Checkpoint(folder)
         try:
             self.plan = names.plan(
@@ -72,8 +100,10 @@ class HuggingFaceLeaves:
             )
             if self.plan.ignored:
                 note(f"{folder}: {len(self.plan.ignored)} rotary_emb.inv_freq buffers are ignored")
+            if self.checkpoint.unread:
+                note(f"{folder}: not read: {', '.join(self.checkpoint.unread)}")
             if self.plan.tied_head:
-                _same_tensor(self.checkpoint, names.EMBEDDING, names.HEAD)
+                _same_tensor(self.checkpoint, *self.plan.tied_head)
         except BaseException:
             self.close()
             raise
@@ -81,16 +111,41 @@ class HuggingFaceLeaves:
     def dtype(self, leaf: str) -> np.dtype:
         """The stored dtype of a leaf."""
         chunk = chunks_of(leaf, self._specs[leaf].shape)[0]
-        return FLOATS[self.checkpoint.tensors[self.plan.sources[chunk].tensor].dtype]
+        return FLOATS[self.checkpoint.tensors[self.source_name(chunk)].dtype]
+
+    @property
+    def layout(self) -> str:
+        """The layout that the names told."""
+        return self.plan.layout
+
+    @property
+    def fingerprint(self) -> dict[str, dict[str, Any]]:
+        """Identifies the content of every file by little of it."""
+        return self.checkpoint.fingerprint
+
+    @property
+    def whereabouts(self) -> dict[str, dict[str, Any]]:
+        """Which files they are."""
+        return self.checkpoint.whereabouts
+
+    def unit(self, chunk: Chunk) -> int:
+        """More than 1 where rows are permuted or transposed."""
+        shape = self._specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
+        return transforms.unit(self.plan.sources[chunk].transform, shape, self._head_dim)
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """Reads rows of a chunk."""
-        rows = self.plan.sources[chunk]
-        self.checkpoint.read_rows(rows.tensor, rows.start + start, rows.start + stop, out)
+        piece = self.plan.sources[chunk]
+        name, first, _ = piece.rows
+
+        def rows(start: int, stop: int, into: np.ndarray) -> None:
+            self.checkpoint.read_rows(name, first + start, first + stop, into)
+
+        transforms.read(piece.transform, rows, start, stop, out, head_dim=self._head_dim)
 
     def source_name(self, chunk: Chunk) -> str:
-        """The published tensor that a chunk lies in, for error lines."""
-        return self.plan.sources[chunk].tensor
+        """The published tensor that a chunk lies in."""
+        return self.plan.sources[chunk].rows.tensor
 
     def digest(self, chunk: Chunk) -> str | None:
         """None: published files record no digests."""
@@ -132,6 +187,8 @@ class OrbaxLeaves:
         MixtralError: exit code 65 listing leaves that are missing, extra, misshapen or truncated.
     """
 
+    layout = "orbax"
+
     def __init__(self, folder: Path, specs: Mapping[str, LeafSpec]):
         self.folder = folder
         self.manifest = manifests.read_manifest(folder)
@@ -147,6 +204,24 @@ class OrbaxLeaves:
                 fix="convert the checkpoint again",
                 code=BAD_DATA,
             )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The digest of the weights."""
+        return {manifests.NAME: {"digest": self.manifest.digest}}
+
+    @property
+    def whereabouts(self) -> dict[str, Any]:
+        """Nothing more: the digest is of all the content, and is proved while it is read."""
+        return {}
+
+    def unit(self, chunk: Chunk) -> int:
+        """Any row can be read."""
+        return 1
+
+    def source_name(self, chunk: Chunk) -> str:
+        """The leaf, and the expert if it has some."""
+        return chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
 
     def dtype(self, leaf: str) -> np.dtype:
         """The stored dtype of a leaf."""
@@ -225,24 +300,28 @@ def common_dtype(
     return max(sizes, key=lambda dtype: (dtype.name == preferred, sizes[dtype]))
 
 
-def is_checkpoint(folder: str | Path) -> Literal["orbax", "huggingface"] | None:
+def is_checkpoint(folder: str | Path) -> Literal["orbax", "published"] | None:
     """Tells what a folder is by the files in it; None if it is no checkpoint.
 
-    A folder of pickles counts as Hugging Face: reading it says why they are refused.
+    A folder of pickles counts as published: reading it says why they are refused.
     """
     folder = Path(folder)
     if (folder / manifests.NAME).is_file() and (folder / WEIGHTS).is_dir():
         return "orbax"
-    if (folder / INDEX_NAME).is_file() or (folder / "config.json").is_file():
-        return "huggingface"
+    if (folder / INDEX_NAME).is_file() or config_path(folder).is_file():
+        return "published"
     suffixes = {".safetensors", *PICKLES}
     if folder.is_dir() and any(path.suffix in suffixes for path in folder.iterdir()):
-        return "huggingface"
+        return "published"
     return None
 
 
 def open_leaves(
-    folder: str | Path, specs: Mapping[str, LeafSpec], *, note: Note = lambda line: None
+    folder: str | Path,
+    specs: Mapping[str, LeafSpec],
+    *,
+    head_dim: int,
+    note: Note = lambda line: None,
 ) -> Leaves:
     """Opens a checkpoint folder of any known format.
 
@@ -252,15 +331,18 @@ def open_leaves(
     kind = is_checkpoint(folder)
     if kind == "orbax":
         return OrbaxLeaves(Path(folder), specs)
-    if kind == "huggingface":
-        return HuggingFaceLeaves(Path(folder), specs, note=note)
+    if kind == "published":
+        return PublishedLeaves(Path(folder), specs, head_dim=head_dim, note=note)
     raise MixtralError(
         f"no checkpoint in {folder}",
-        fix="name a folder that convert wrote, or a Hugging Face folder",
+        fix="name a folder that convert wrote, a Hugging Face folder, or a native Mistral folder",
         code=INPUT_NOT_FOUND,
     )
 
 
-def config_content(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a folder, as it stands."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def config_content(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """The parsed config.json of a folder as it stands; made of ``config`` where it has none."""
+    path = config_path(folder)
+    if path.name == NATIVE_NAME:
+        return config_to_dict(config)
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -20,9 +20,10 @@ import numpy as np
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.convert.companions import check_companions
+from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.leaves import Leaves, OrbaxLeaves, common_dtype, open_leaves
 from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
-from mixtral_jax.convert.transfer import all_finite, sha256
+from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 from mixtral_jax.weights import ExpertSlots, Weight
@@ -53,7 +54,7 @@ def load_weights(
     """Loads every leaf of the model.
 
     Args:
-        folder: a folder that ``convert`` wrote, or a Hugging Face folder.
+        folder: a folder that ``convert`` wrote, or one of published files in any layout.
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
             dim is on the expert axis, which fits the stack and each slot.
@@ -78,7 +79,7 @@ def load_weights(
     if config.num_local_experts % expert_shards:
         raise ValueError(f"{expert_shards} expert shards do not divide {config.num_local_experts}")
     specs = leaf_specs(config)
-    leaves = open_leaves(folder, specs, note=note)
+    leaves = open_leaves(folder, specs, head_dim=config.head_dim, note=note)
     if verify and isinstance(leaves, OrbaxLeaves):
         check_companions(leaves.folder, leaves.manifest.companions)
     dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
@@ -166,8 +167,9 @@ class _Loader:
             if self.progress is not None:
                 self.progress(out.nbytes)
         if self.verify and sha256(out) != self.leaves.digest(chunk):
+            name = self.leaves.source_name(chunk)
             raise MixtralError(
-                f"{_name(chunk)}: its bytes are not those that were written (its sha256 differs)",
+                f"{name}: its bytes are not those that were written (its sha256 differs)",
                 fix="convert the checkpoint again; the disk may be failing",
                 code=BAD_DATA,
             )
@@ -213,8 +215,10 @@ class _Array:
         whole_rows = all(
             part == (0, size) for part, size in zip(columns, self.chunk_shape[1:], strict=True)
         )
-        whole = whole_rows and (start, stop) == (0, self.chunk_shape[0])
-        if whole or (whole_rows and not self.loader.verify):
+        end, unit = self.chunk_shape[0], self.loader.leaves.unit(chunk)
+        whole = whole_rows and (start, stop) == (0, end)
+        aligned = whole_rows and start % unit == 0 and (stop % unit == 0 or stop == end)
+        if whole or (aligned and not self.loader.verify):
             rows = out if self.stored == self.dtype else np.empty(out.shape, self.stored)
             self.loader.read(chunk, start, stop, rows, devices)
         else:
@@ -232,14 +236,10 @@ class _Array:
         if all_finite(out) or not np.any(np.isfinite(rows) & ~np.isfinite(out)):
             return
         raise MixtralError(
-            f"{_name(chunk)} has values too large for {self.dtype.name}",
+            f"{self.loader.leaves.source_name(chunk)} has values too large for {self.dtype.name}",
             fix="choose dtype bfloat16 or float32",
             code=BAD_DATA,
         )
-
-
-def _name(chunk: Chunk) -> str:
-    return chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.convert.reader import parse_json
+from mixtral_jax.convert.safetensors_file import parse_json
 from mixtral_jax.errors import BAD_DATA, MixtralError
 
 NAME = "manifest.json"
@@ -41,6 +41,7 @@ class Manifest:
         parameters: number of weights.
         bytes: of all leaves.
         companions: sha256 (hex) of each small file by name; no part of ``digest``.
+        source: what it was made from: name, layout, and repository and commit on the Hub.
     """
 
     fingerprint: Mapping[str, Any]
@@ -48,6 +49,7 @@ class Manifest:
     parameters: int
     bytes: int
     companions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -63,6 +65,7 @@ class Manifest:
             "bytes": self.bytes,
             "fingerprint": self.fingerprint,
             "companions": self.companions,
+            "source": self.source,
             "leaves": {path: dataclasses.asdict(leaf) for path, leaf in self.leaves.items()},
         }
         write_durably(folder / NAME, json.dumps(content, indent=1).encode())
@@ -107,6 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
             parameters=raw["parameters"],
             bytes=raw["bytes"],
             companions=dict(raw.get("companions", {})),
+            source=dict(raw.get("source", {})),
         )
         plain = all(Path(name).name == name and "\0" not in name for name in manifest.companions)
         intact = plain and manifest.digest == raw["digest"]

@@ -1,8 +1,9 @@
 """The names of weights: one table between published tensors and canonical leaves, read both ways.
 
-``original`` is what every published Mixtral has on disk; ``fused`` is the in-memory layout of
-transformers 5, on disk with ``save_pretrained(save_original_format=False)``. The layout is told
-by the keys of the file, never by the name of the model.
+``original`` is what every published Mixtral has on disk at Hugging Face; ``fused`` is the in-memory
+layout of transformers 5, on disk with ``save_pretrained(save_original_format=False)``; ``native``
+and ``native_stacked`` are Mistral's own files, of mistral-inference and of the first release. The
+layout is told by the keys of the files, never by the name of the model. See docs/formats.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixtral_jax.convert.reader import FLOATS, Tensor
+from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
+from mixtral_jax.convert.transforms import Transform
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
 
@@ -24,12 +26,16 @@ class Row(NamedTuple):
 
     ``{i}`` is the layer, ``{e}`` the expert (one tensor per expert; without it, experts are
     stacked as in the leaf). ``part`` (k, n) says that the tensor holds n leaves, joined along the
-    outputs of each expert, and this leaf is the k-th.
+    outputs of each expert, and this leaf is the k-th. ``transform`` is how the published matrix
+    differs from the canonical one (convert/transforms.py). ``flat``: a stack is published as one
+    tall matrix.
     """
 
     tensor: str
     leaf: str
     part: tuple[int, int] = (0, 1)
+    transform: Transform = "as_is"
+    flat: bool = False
 
 
 _LAYER, _MOE = "model.layers.{i}.", "model.layers.{i}.block_sparse_moe."
@@ -43,6 +49,19 @@ _COMMON = (
     Row(_LAYER + "post_attention_layernorm.weight", "layers.{i}.moe_norm.weight"),
     Row("model.norm.weight", "norm.weight"),
     Row("lm_head.weight", "lm_head"),
+)
+_NATIVE_LAYER, _NATIVE_MOE = "layers.{i}.", "layers.{i}.feed_forward."
+_STACKED_MOE = "layers.{i}.block_sparse_moe."
+_NATIVE_COMMON = (
+    Row("tok_embeddings.weight", "embed_tokens"),
+    Row(_NATIVE_LAYER + "attention_norm.weight", "layers.{i}.attention_norm.weight"),
+    Row(_NATIVE_LAYER + "attention.wq.weight", "layers.{i}.attention.q_proj", transform="rope"),
+    Row(_NATIVE_LAYER + "attention.wk.weight", "layers.{i}.attention.k_proj", transform="rope"),
+    Row(_NATIVE_LAYER + "attention.wv.weight", "layers.{i}.attention.v_proj"),
+    Row(_NATIVE_LAYER + "attention.wo.weight", "layers.{i}.attention.o_proj"),
+    Row(_NATIVE_LAYER + "ffn_norm.weight", "layers.{i}.moe_norm.weight"),
+    Row("norm.weight", "norm.weight"),
+    Row("output.weight", "lm_head"),
 )
 LAYOUTS: dict[str, tuple[Row, ...]] = {
     "original": (
@@ -59,11 +78,41 @@ LAYOUTS: dict[str, tuple[Row, ...]] = {
         Row(_LAYER + "mlp.experts.gate_up_proj", "layers.{i}.moe.experts.up", (1, 2)),
         Row(_LAYER + "mlp.experts.down_proj", "layers.{i}.moe.experts.down"),
     ),
+    "native": (
+        *_NATIVE_COMMON,
+        Row(_NATIVE_MOE + "gate.weight", "layers.{i}.moe.router.weight"),
+        Row(_NATIVE_MOE + "experts.{e}.w1.weight", "layers.{i}.moe.experts.gate"),
+        Row(_NATIVE_MOE + "experts.{e}.w3.weight", "layers.{i}.moe.experts.up"),
+        Row(_NATIVE_MOE + "experts.{e}.w2.weight", "layers.{i}.moe.experts.down"),
+    ),
+    "native_stacked": (
+        *_NATIVE_COMMON,
+        Row(_STACKED_MOE + "gate.weight", "layers.{i}.moe.router.weight"),
+        Row(_STACKED_MOE + "w1", "layers.{i}.moe.experts.gate", flat=True),
+        Row(_STACKED_MOE + "w3", "layers.{i}.moe.experts.up", flat=True),
+        Row(_STACKED_MOE + "w2", "layers.{i}.moe.experts.down", flat=True, transform="transpose"),
+    ),
+}
+# What export writes: the names that every tool reads.
+PUBLISHED = "original"
+# How quantized checkpoints name what stands in place of one weight: the endings that follow its
+# name, or, where the name ends in ".weight", take the place of that.
+QUANTIZED = {
+    "GPTQ": (".qweight", ".qzeros", ".scales", ".g_idx"),
+    "bitsandbytes 4-bit": (
+        ".weight.absmax",
+        ".weight.quant_map",
+        ".weight.nested_absmax",
+        ".weight.nested_quant_map",
+        ".weight.quant_state.bitsandbytes__nf4",
+        ".weight.quant_state.bitsandbytes__fp4",
+    ),
+    "bitsandbytes 8-bit": (".SCB", ".weight_format"),
 }
 
 # Buffers of old checkpoints that are recomputed, not weights.
+_ROWS = {layout: {row.leaf: row for row in rows} for layout, rows in LAYOUTS.items()}
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)")
 
 
@@ -90,13 +139,13 @@ class Plan:
         layout: a key of ``LAYOUTS``.
         sources: one entry per chunk of every leaf.
         ignored: tensors that are known not to be weights.
-        tied_head: True where the file repeats the embedding as a head.
+        tied_head: the embedding and the head, where the file repeats the one as the other.
     """
 
     layout: str
-    sources: Mapping[Chunk, Rows]
+    sources: Mapping[Chunk, Piece]
     ignored: tuple[str, ...]
-    tied_head: bool
+    tied_head: tuple[str, str] | None
 
 
 def chunks_of(leaf: str, shape: tuple[int, ...]) -> list[Chunk]:
@@ -112,26 +161,41 @@ class Piece(NamedTuple):
     chunk: Chunk
     rows: Rows
     tensor_shape: tuple[int, ...]
+    transform: Transform = "as_is"
+
+
+def moe_marker(layout: str) -> str:
+    """What stands between the layer and its router in a layout's names: ``.block_sparse_moe.``."""
+    router = _ROWS[layout]["layers.{i}.moe.router.weight"].tensor
+    return router.partition("{i}")[2].rpartition("gate.")[0]
+
+
+def row_of(layout: str, leaf: str) -> Row:
+    """The row of the table for a leaf (``layers.3.moe.router.weight``)."""
+    generic = re.sub(r"^layers\.\d+\.", "layers.{i}.", leaf)
+    return _ROWS[layout][generic]
 
 
 def pieces(layout: str, specs: Mapping[str, LeafSpec]) -> Iterator[Piece]:
     """Reads the table from leaves to tensors: every chunk of every leaf with its place."""
-    table = {row.leaf: row for row in LAYOUTS[layout]}
     for leaf, spec in specs.items():
-        layer = re.fullmatch(r"layers\.(\d+)\.(.*)", leaf)
-        row = table[f"layers.{{i}}.{layer[2]}" if layer else leaf]
+        row = row_of(layout, leaf)
+        layer = re.match(r"layers\.(\d+)\.", leaf)
         i = layer[1] if layer else ""
         k, n = row.part
         for chunk in chunks_of(leaf, spec.shape):
             shape = spec.shape if chunk.expert is None else spec.shape[1:]
+            shape = shape[::-1] if row.transform == "transpose" else shape
             num_rows = shape[0]
             if chunk.expert is None or "{e}" in row.tensor:
                 start, tensor_shape = 0, shape
             else:
                 start = (chunk.expert * n + k) * num_rows
                 tensor_shape = (spec.shape[0], num_rows * n, *shape[1:])
+                if row.flat:
+                    tensor_shape = (spec.shape[0] * num_rows * n, *shape[1:])
             name = row.tensor.format(i=i, e=chunk.expert)
-            yield Piece(chunk, Rows(name, start, start + num_rows), tensor_shape)
+            yield Piece(chunk, Rows(name, start, start + num_rows), tensor_shape, row.transform)
 
 
 def plan(
@@ -152,13 +216,15 @@ def plan(
     Raises:
         MixtralError: exit code 65, listing all that is missing, extra, misshapen or mistyped.
     """
+    _refuse_quantized(tensors, source)
     layout = detect_layout(tensors)
     wanted = list(pieces(layout, specs))
     shapes = {piece.rows.tensor: piece.tensor_shape for piece in wanted}
     ignored = tuple(name for name in tensors if IGNORED.fullmatch(name))
-    tied_head = "lm_head" not in specs and HEAD in tensors
+    embedding, head = (row_of(layout, leaf).tensor for leaf in ("embed_tokens", "lm_head"))
+    tied_head = (embedding, head) if "lm_head" not in specs and head in tensors else None
     if tied_head:
-        shapes[HEAD] = shapes[EMBEDDING]
+        shapes[head] = shapes[embedding]
     found = [*(problems or ())]
     found += [f"missing {name}" for name in shapes if name not in tensors]
     found += [f"extra {name}" for name in tensors.keys() - shapes.keys() - set(ignored)]
@@ -176,15 +242,34 @@ def plan(
             fix="use the config.json and every file that were published together",
             code=BAD_DATA,
         )
-    sources = {piece.chunk: piece.rows for piece in wanted}
+    sources = {piece.chunk: piece for piece in wanted}
     return Plan(layout=layout, sources=sources, ignored=ignored, tied_head=tied_head)
 
 
 def detect_layout(tensors: Mapping[str, Any]) -> str:
-    """A key of ``LAYOUTS``, by the names of a file."""
-    fused = sum(".mlp." in name for name in tensors)
-    original = sum(".block_sparse_moe." in name for name in tensors)
-    return "fused" if fused > original else "original"
+    """The key of ``LAYOUTS`` whose table names most of the tensors."""
+    known = {layout: re.compile("|".join(map(_pattern, rows))) for layout, rows in LAYOUTS.items()}
+    return max(
+        LAYOUTS,
+        key=lambda layout: sum(known[layout].fullmatch(name) is not None for name in tensors),
+    )
+
+
+def _pattern(row: Row) -> str:
+    return re.escape(row.tensor).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+")
+
+
+def _refuse_quantized(tensors: Mapping[str, Any], source: str | Path) -> None:
+    for scheme, endings in QUANTIZED.items():
+        found = next((name for name in tensors if name.endswith(endings)), None)
+        if found is not None:
+            raise MixtralError(
+                f"{source}: {found}",
+                expected="weights in f32, bf16 or f16",
+                got=f"a {scheme} checkpoint",
+                fix="use the checkpoint it was made from; quantized layouts are not read yet",
+                code=BAD_DATA,
+            )
 
 
 def _mixed(wanted: list[Piece], tensors: Mapping[str, Tensor]) -> list[str]:

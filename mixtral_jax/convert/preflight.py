@@ -49,7 +49,8 @@ def check_disk(place: Path, num_bytes: int, present: Path) -> None:
     needed = num_bytes + DISK_SLACK_BYTES
     if present.is_dir():
         files = (path for path in present.rglob("*") if path.is_file())
-        needed -= sum(path.stat().st_size for path in files)
+        # In blocks, not sizes: files of an unfinished export are holes where nothing is written.
+        needed -= sum(path.stat().st_blocks * 512 for path in files)
     free = shutil.disk_usage(place).free
     if needed > free:
         raise MixtralError(

@@ -1,226 +1,42 @@
-"""Reads safetensors files defensively, with positioned reads only.
-
-Never mapped: a mapped file that is truncated meanwhile kills the process. Every offset is proved
-to lie inside the file before a byte of data is read. Format:
-https://huggingface.co/docs/safetensors (an 8-byte length, a JSON header, the data).
-"""
+"""The tensors of a published folder: which files they lie in, and safe ways to them."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 import os
-import stat
-import struct
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from mixtral_jax.convert.safetensors_file import (
+    MAX_HEADER_BYTES,
+    SafetensorsFile,
+    Tensor,
+    bad_file,
+    bytes_of,
+    parse_json,
+)
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 
-# The format allows 100 MB; the largest Mixtral header is 0.2 MB, and parsing must stay under 2 s.
-MAX_HEADER_BYTES = 32_000_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# What stands for a file's content in a fingerprint: blocks, evenly spaced, and bytes of each.
-SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 64 << 10
+# Native Mistral: one file, or several of disjoint tensors without an index.
+NATIVE_FILE = re.compile(r"consolidated(\.\d{2,3})?\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-# safetensors dtype -> bytes per element. What Mixtral weights may be is in FLOATS.
-_WIDTHS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
-FLOATS: dict[str, np.dtype] = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """Where one tensor lies. ``start`` and ``stop`` are bytes from the beginning of the file."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row: the last dim of a matrix, one element of a vector."""
-        rows = math.prod(self.shape[:-1] or self.shape)
-        return (self.stop - self.start) // rows if rows else 0
-
-
-class SafetensorsFile:
-    """One open file with a proved header.
-
-    Args:
-        path: a regular file (or a link to one).
-
-    Raises:
-        MixtralError: exit code 66 if it is not there, 65 naming the file if it is not sound.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise MixtralError(
-                f"no such file: {path}",
-                fix="download the checkpoint again; every shard of its index is needed",
-                code=INPUT_NOT_FOUND,
-            ) from None
-        try:
-            status = os.fstat(self._fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise _bad(path, "not a regular file")
-            self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
-            header = _read_header(self._fd, path, self.size)
-            self.header_digest = hashlib.sha256(header).hexdigest()
-            self.tensors = _parse_header(header, path, self.size)
-        except BaseException:
-            os.close(self._fd)
-            raise
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._fd)
-
-    def read_into(self, out: memoryview, offset: int) -> None:
-        """Fills ``out`` (writable bytes) from ``offset`` of the file.
-
-        Raises:
-            MixtralError: exit code 65 if the file has become shorter than its header says.
-        """
-        read_exactly(self._fd, out, offset, self.path)
-
-    def sample_digest(self) -> str:
-        """The sha256 of a sample of the file; of all of it, up to 1 MiB."""
-        sample = hashlib.sha256()
-        for i in range(SAMPLE_BLOCKS):
-            start = max(0, self.size - SAMPLE_BYTES) * i // (SAMPLE_BLOCKS - 1)
-            block = bytearray(min(SAMPLE_BYTES, self.size))
-            self.read_into(memoryview(block), start)
-            sample.update(block)
-        return sample.hexdigest()
-
-
-def bytes_of(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, shared with it."""
-    return memoryview(cast(Any, array.view(np.uint8).reshape(-1)))
-
-
-def read_exactly(fd: int, out: memoryview, offset: int, path: Path) -> None:
-    """Fills ``out`` (writable bytes) from ``offset`` of an open file, or raises exit code 65."""
-    done = 0
-    while done < len(out):
-        got = os.preadv(fd, [out[done:]], offset + done)
-        if got == 0:
-            raise _bad(path, f"truncated: it ends at byte {offset + done}")
-        done += got
-
-
-def _bad(path: Path | str, why: str) -> MixtralError:
-    return MixtralError(f"{path}: {why}", fix="download or convert it again", code=BAD_DATA)
-
-
-def _read_header(fd: int, path: Path, size: int) -> bytes:
-    if size < 8:
-        raise _bad(path, f"not a safetensors file: {size} bytes")
-    (length,) = struct.unpack("<Q", os.pread(fd, 8, 0))
-    if length > MAX_HEADER_BYTES:
-        raise _bad(path, f"header length {length}, at most {MAX_HEADER_BYTES} are accepted")
-    if length + 8 > size:
-        raise _bad(path, f"truncated: header of {length} bytes in a file of {size}")
-    header = bytearray(length)
-    read_exactly(fd, memoryview(header), 8, path)
-    return bytes(header)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"duplicate key {name!r}")
-        found[name] = value
-    return found
-
-
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object of a file that may lie: duplicate keys and deep nesting are refused."""
-    try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"unreadable JSON: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise _bad(path, "JSON: expected an object")
-    return found
-
-
-def _parse_header(header: bytes, path: Path, size: int) -> dict[str, Tensor]:
-    entries = parse_json(header, path)
-    entries.pop("__metadata__", None)
-    base = 8 + len(header)
-    tensors = {name: _parse_entry(name, entry, path, base, size) for name, entry in entries.items()}
-    end = base
-    for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):
-        if tensor.start != end:
-            kind = "overlaps its neighbour" if tensor.start < end else "leaves a hole before it"
-            raise _bad(path, f"tensor {tensor.name!r} {kind}")
-        end = tensor.stop
-    if end != size:
-        raise _bad(path, f"header accounts for {end} bytes, the file has {size}")
-    return tensors
-
-
-def _parse_entry(name: str, entry: Any, path: Path, base: int, size: int) -> Tensor:
-    where = f"tensor {name[:200]!r}"
-    if "\0" in name or not isinstance(entry, dict):
-        raise _bad(path, f"{where} is not described by an object")
-    dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in _WIDTHS or len(entry) != 3:
-        raise _bad(path, f"{where}: unknown dtype or fields")
-    shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
-    if shape is None or len(shape) > 8 or offsets is None or len(offsets) != 2:
-        raise _bad(path, f"{where}: shape and data_offsets must be lists of sizes")
-    start, stop = offsets
-    if not start <= stop <= size - base:
-        raise _bad(path, f"{where}: bytes {start}..{stop} of {size - base}")
-    if math.prod(shape) * _WIDTHS[dtype] != stop - start:
-        raise _bad(path, f"{where}: {dtype}{shape} does not take {stop - start} bytes")
-    return Tensor(
-        name=name,
-        file=path.name,
-        dtype=dtype,
-        shape=tuple(shape),
-        start=base + start,
-        stop=base + stop,
-    )
-
-
-def _sizes(value: Any) -> list[int] | None:
-    sound = isinstance(value, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**63 for n in value
-    )
-    return value if sound else None
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face folder: one file, or shards named by an index.
+    """The tensors of a published folder: one file, or several.
+
+    Hugging Face: ``model.safetensors``, or shards named by an index. Native Mistral:
+    ``consolidated.safetensors``, or numbered files of disjoint tensors. Where a folder has both,
+    the files of Hugging Face are read, as its config.json describes them.
 
     Shards must be plain names inside the folder. A link is followed only as the Hugging Face
     cache makes them: to a regular file in the snapshot's own ``../../blobs``, or in the folder.
@@ -231,6 +47,7 @@ class Checkpoint:
 
     Attributes:
         tensors: every tensor by name.
+        unread: names of other safetensors files of the folder.
         problems: what is wrong with the accounting of tensors to files, for one joint error.
         fingerprint: file name -> its content, by size, header and a sample.
         whereabouts: file name -> which file it is, by its path (hashed) and time.
@@ -248,6 +65,8 @@ class Checkpoint:
             names = set(weight_map.values())
         else:
             names = {file} if file else _weight_files(self.folder)
+        others = () if file else self.folder.glob("*.safetensors")
+        self.unread = tuple(sorted({path.name for path in others} - names))
         try:
             for name in sorted(names):
                 self._files[name] = SafetensorsFile(safe_path(self.folder, name))
@@ -285,6 +104,9 @@ class Checkpoint:
             for name, tensor in file.tensors.items():
                 if weight_map is not None and weight_map.get(name) != file_name:
                     self.problems.append(f"{name} in {file_name} is not listed there by the index")
+                elif name in tensors:
+                    both = f"{tensors[name].file} and {file_name}"
+                    self.problems.append(f"{name} is in both {both}")
                 else:
                     tensors[name] = tensor
         for name in sorted((weight_map or {}).keys() - tensors.keys()):
@@ -323,16 +145,16 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     if not path.exists():
         return None
     if not path.is_file():
-        raise _bad(path, "not a regular file")
+        raise bad_file(path, "not a regular file")
     if path.stat().st_size > MAX_HEADER_BYTES:
-        raise _bad(path, f"larger than {MAX_HEADER_BYTES} bytes")
+        raise bad_file(path, f"larger than {MAX_HEADER_BYTES} bytes")
     weight_map = parse_json(path.read_bytes(), path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _bad(path, "weight_map: expected an object of tensor -> file")
+        raise bad_file(path, "weight_map: expected an object of tensor -> file")
     for name in weight_map.values():
         plain = isinstance(name, str) and name.endswith(".safetensors")
         if not plain or any(part in name for part in ("/", "\\", "\0")) or name.startswith(".."):
-            raise _bad(path, f"weight_map names {name!r}, not a plain .safetensors file name")
+            raise bad_file(path, f"weight_map names {name!r}, not a plain .safetensors file name")
     if (folder / SINGLE_NAME).exists() and set(weight_map.values()) != {SINGLE_NAME}:
         raise MixtralError(
             f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}, which names other files",
@@ -347,19 +169,48 @@ def _weight_files(folder: Path) -> set[str]:
         return {SINGLE_NAME}
     if not folder.is_dir():
         raise MixtralError(f"no such folder: {folder}", code=INPUT_NOT_FOUND)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    names = {path.name for path in folder.iterdir()}
+    native = {name for name in names if NATIVE_FILE.fullmatch(name)}
+    whole = "consolidated.safetensors"
+    if whole in native and len(native) > 1:
+        raise MixtralError(
+            f"{folder} has both {whole} and {min(native - {whole})}",
+            fix="remove the one that is not the model",
+            code=BAD_DATA,
+        )
+    if native:
+        return native
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise MixtralError(
             f"{folder / pickles[0]} is a pickle, which can run code when read, and is refused",
-            fix='resave as safetensors: python -c "from transformers import AutoModelForCausalLM '
-            f"as M; M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\"",
+            fix=f"resave as safetensors: {_resave(folder, pickles[0])}",
             code=BAD_DATA,
         )
     raise MixtralError(
-        f"no {SINGLE_NAME} or {INDEX_NAME} in {folder}",
-        fix="name a Hugging Face checkpoint folder",
+        f"no {SINGLE_NAME}, {INDEX_NAME} or {whole} in {folder}",
+        fix="name the folder of a published checkpoint",
         code=INPUT_NOT_FOUND,
     )
+
+
+def _resave(folder: Path, pickle: str) -> str:
+    """The command that turns the pickles of a folder into safetensors."""
+    place = json.dumps(str(folder))
+    if pickle.startswith("consolidated"):
+        code = (
+            "import glob, torch; from safetensors.torch import save_file; "
+            "[save_file({k: v.clone() for k, v in "
+            'torch.load(f, map_location="cpu", weights_only=True).items()}, '
+            'f.rpartition(".")[0] + ".safetensors") '
+            f'for f in glob.glob({place} + "/consolidated*.pt*")]'
+        )
+    else:
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f'M.from_pretrained({place}, dtype="auto").save_pretrained("NEW_FOLDER")'
+        )
+    return f"python -c {shlex.quote(code)}"
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -370,5 +221,5 @@ def safe_path(folder: Path, name: str) -> Path:
         target = path.resolve()
         blobs = home.parent.parent / "blobs"
         if target.parent not in (home, blobs):
-            raise _bad(path, f"a link that leaves the checkpoint, to {target}")
+            raise bad_file(path, f"a link that leaves the checkpoint, to {target}")
     return path

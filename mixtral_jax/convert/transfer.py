@@ -1,4 +1,4 @@
-"""Moves one leaf from a checkpoint into one host array: read, prove, cast, digest."""
+"""Moves one leaf from a checkpoint into one host array: read, prove, merge, cast, digest."""
 
 from __future__ import annotations
 
@@ -7,39 +7,18 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Executor
 
-import ml_dtypes
 import numpy as np
 
-from mixtral_jax.convert.leaves import HuggingFaceLeaves
+from mixtral_jax.convert.finite import all_finite
+from mixtral_jax.convert.leaves import Leaves
 from mixtral_jax.convert.manifest import LeafRecord
+from mixtral_jax.convert.merge import LeafMerge
 from mixtral_jax.convert.names import Chunk, chunks_of
-from mixtral_jax.convert.reader import bytes_of
+from mixtral_jax.convert.safetensors_file import bytes_of
 from mixtral_jax.errors import BAD_DATA, MixtralError
 
 # Bytes of the source in flight per thread.
 BLOCK_BYTES = 16 << 20
-
-# dtype -> (unsigned view, all bits but the sign, exponent all ones): NaN and Inf have the exponent
-# full, so the largest magnitude tells.
-_EXPONENTS: dict[np.dtype, tuple[type, int, int]] = {
-    np.dtype(np.float32): (np.uint32, 0x7FFFFFFF, 0x7F800000),
-    np.dtype(np.float16): (np.uint16, 0x7FFF, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7FFF, 0x7F80),
-}
-_CHECK_ELEMENTS = 1 << 20
-
-
-def all_finite(values: np.ndarray) -> bool:
-    """True if no element is NaN or infinite; uses little memory beyond ``values``."""
-    unsigned, magnitude, full = _EXPONENTS[values.dtype]
-    bits = values.view(unsigned).reshape(-1)
-    scratch = np.empty(min(len(bits), _CHECK_ELEMENTS), unsigned)
-    for start in range(0, len(bits), _CHECK_ELEMENTS):
-        part = bits[start : start + _CHECK_ELEMENTS]
-        masked = np.bitwise_and(part, unsigned(magnitude), out=scratch[: len(part)])
-        if masked.max() >= full:
-            return False
-    return True
 
 
 def sha256(values: np.ndarray) -> str:
@@ -48,12 +27,13 @@ def sha256(values: np.ndarray) -> str:
 
 
 def fetch_leaf(
-    leaves: HuggingFaceLeaves,
+    leaves: Leaves,
     leaf: str,
     out: np.ndarray,
     *,
     allow_nonfinite: bool,
     pool: Executor,
+    merge: LeafMerge | None = None,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> LeafRecord:
     """Fills ``out`` with a leaf in ``out``'s dtype, chunks in parallel.
@@ -64,32 +44,51 @@ def fetch_leaf(
         out: C-ordered, of the canonical shape.
         allow_nonfinite: accept NaN and Inf.
         pool: runs one chunk per task.
+        merge: the part of an adapter that is added to this leaf.
         progress: called with the bytes of the source that were read.
 
     Returns:
         The record of what ``out`` now holds.
 
     Raises:
-        MixtralError: exit code 65 naming the tensor with NaN or Inf, or one that a cast made Inf.
+        MixtralError: exit code 65 naming the tensor with NaN or Inf, or one that a cast made Inf,
+            or one whose bytes are not those that its folder recorded, or one that the adapter
+            leaves as it was.
     """
+    stored_dtype = leaves.dtype(leaf)
+    is_copy = stored_dtype == out.dtype and merge is None
 
     def fetch(chunk: Chunk) -> str:
         part = out if chunk.expert is None else out[chunk.expert]
-        for start, stop in _blocks(part.shape, leaves.dtype(leaf).itemsize):
+        recorded, source = leaves.digest(chunk), hashlib.sha256()
+        for start, stop in _blocks(part.shape, stored_dtype.itemsize, leaves.unit(chunk)):
             rows = part[start:stop]
-            if leaves.dtype(leaf) == out.dtype:
-                leaves.read_rows(chunk, start, stop, rows)
-            else:
-                stored = np.empty(rows.shape, leaves.dtype(leaf))
-                leaves.read_rows(chunk, start, stop, stored)
+            stored = rows if is_copy else np.empty(rows.shape, stored_dtype)
+            leaves.read_rows(chunk, start, stop, stored)
+            if not is_copy:
+                if recorded is not None:
+                    source.update(bytes_of(stored))
                 if not allow_nonfinite and not all_finite(stored):
                     raise _not_finite(leaves, chunk)
                 with np.errstate(over="ignore", invalid="ignore"):
-                    rows[...] = stored.astype(out.dtype)
+                    if merge is None:
+                        rows[...] = stored.astype(out.dtype)
+                    else:
+                        merge.add(chunk, start, stored, rows)
             if not allow_nonfinite and not all_finite(rows):
                 raise _not_finite(leaves, chunk, dtype=out.dtype)
-            progress(math.prod(rows.shape) * leaves.dtype(leaf).itemsize)
-        return sha256(part)
+            progress(math.prod(rows.shape) * stored_dtype.itemsize)
+        digest = sha256(part)
+        if recorded is not None and recorded != (digest if is_copy else source.hexdigest()):
+            raise MixtralError(
+                f"{leaves.source_name(chunk)}: its bytes are not those that were written "
+                "(its sha256 differs)",
+                fix="convert the published checkpoint again; the disk may be failing",
+                code=BAD_DATA,
+            )
+        if merge is not None:
+            merge.check(chunk, leaves.source_name(chunk), out.dtype)
+        return digest
 
     digests = tuple(pool.map(fetch, chunks_of(leaf, out.shape)))
     return LeafRecord(shape=tuple(out.shape), dtype=out.dtype.name, chunks=digests)
@@ -105,15 +104,13 @@ def digest_leaf(leaf: str, value: np.ndarray, pool: Executor) -> LeafRecord:
     return LeafRecord(shape=tuple(value.shape), dtype=value.dtype.name, chunks=digests)
 
 
-def _blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:
-    row_bytes = math.prod(shape[1:]) * itemsize
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+def _blocks(shape: tuple[int, ...], itemsize: int, unit: int) -> list[tuple[int, int]]:
+    unit_bytes = unit * math.prod(shape[1:]) * itemsize
+    step = unit * max(1, BLOCK_BYTES // max(1, unit_bytes))
     return [(start, min(shape[0], start + step)) for start in range(0, shape[0], step)]
 
 
-def _not_finite(
-    leaves: HuggingFaceLeaves, chunk: Chunk, dtype: np.dtype | None = None
-) -> MixtralError:
+def _not_finite(leaves: Leaves, chunk: Chunk, dtype: np.dtype | None = None) -> MixtralError:
     name = leaves.source_name(chunk)
     stored = leaves.dtype(chunk.leaf)
     if dtype is not None and dtype != stored:

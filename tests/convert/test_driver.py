@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.config import read_config
-from mixtral_jax.convert import ConvertOptions, convert, driver
+from mixtral_jax.convert import ConvertOptions, convert, orbax
 from mixtral_jax.convert.leaves import OrbaxLeaves
 from mixtral_jax.convert.names import chunks_of
 from mixtral_jax.convert.orbax import read_leaf
@@ -224,7 +224,7 @@ def test_full_disk_is_seen_before_anything_is_written(tmp_path, original, monkey
 def interrupt_after(monkeypatch, num_leaves: int, error: BaseException) -> list[str]:
     """Makes the writing of the leaf after so many raise; gives the leaves that were written."""
     written: list[str] = []
-    write_leaf = driver.write_leaf
+    write_leaf = orbax.write_leaf
 
     def write(folder, leaf, value):
         if len(written) == num_leaves:
@@ -232,7 +232,7 @@ def interrupt_after(monkeypatch, num_leaves: int, error: BaseException) -> list[
         write_leaf(folder, leaf, value)
         written.append(leaf)
 
-    monkeypatch.setattr(driver, "write_leaf", write)
+    monkeypatch.setattr(orbax, "write_leaf", write)
     return written
 
 
@@ -314,21 +314,21 @@ def test_work_folder_of_another_conversion_is_refused(tmp_path, config, unfinish
 
 def test_two_conversions_at_once_are_refused(tmp_path, original, monkeypatch):
     errors = []
-    write_leaf = driver.write_leaf
+    write_leaf = orbax.write_leaf
 
     def write(folder, leaf, value):
         if not errors:
             errors.append(refusal(original, tmp_path / "out"))
         write_leaf(folder, leaf, value)
 
-    monkeypatch.setattr(driver, "write_leaf", write)
+    monkeypatch.setattr(orbax, "write_leaf", write)
     convert(original, tmp_path / "out")
     assert errors[0].code == OUTPUT_EXISTS
     assert "another conversion" in str(errors[0])
 
 
 def test_verify_notices_what_the_disk_changed(tmp_path, original, monkeypatch):
-    write_leaf = driver.write_leaf
+    write_leaf = orbax.write_leaf
 
     def write(folder, leaf, value):
         value = value.copy()
@@ -336,7 +336,7 @@ def test_verify_notices_what_the_disk_changed(tmp_path, original, monkeypatch):
             value.view(np.uint16)[3] ^= 1
         write_leaf(folder, leaf, value)
 
-    monkeypatch.setattr(driver, "write_leaf", write)
+    monkeypatch.setattr(orbax, "write_leaf", write)
     error = refusal(original, tmp_path / "out", ConvertOptions(verify=True))
     assert error.code == IO_ERROR
     assert "norm.weight" in str(error)

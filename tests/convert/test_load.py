@@ -42,12 +42,12 @@ def one_device(path):
     return SingleDeviceSharding(jax.devices()[0])
 
 
-@pytest.fixture(scope="module", params=["huggingface", "orbax", "fused"])
+@pytest.fixture(scope="module", params=["published", "orbax", "fused"])
 def folder(request, config, tensors, original, converted, tmp_path_factory):
     if request.param == "fused":
         path = tmp_path_factory.mktemp("fused") / "hf"
         return checkpoints.write(path, config, checkpoints.fused(tensors, config), num_files=2)
-    return {"huggingface": original, "orbax": converted}[request.param]
+    return {"published": original, "orbax": converted}[request.param]
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -199,7 +199,7 @@ def test_expert_shards_must_divide_the_experts(folder, config):
 
 
 def test_folders_are_told_by_their_files(tmp_path, original, converted, config):
-    assert is_checkpoint(original) == "huggingface"
+    assert is_checkpoint(original) == "published"
     assert is_checkpoint(converted) == "orbax"
     assert is_checkpoint(tmp_path) is None
     assert is_checkpoint(tmp_path / "nowhere") is None

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from mixtral_jax.convert.leaves import HuggingFaceLeaves
-from mixtral_jax.convert.reader import INDEX_NAME, MAX_HEADER_BYTES, Checkpoint
+from mixtral_jax.convert.leaves import PublishedLeaves
+from mixtral_jax.convert.reader import INDEX_NAME, Checkpoint
+from mixtral_jax.convert.safetensors_file import MAX_HEADER_BYTES
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 
@@ -213,10 +214,18 @@ def test_directory_in_place_of_a_file_is_refused(tmp_path):
     assert caught.value.code == BAD_DATA
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickles_are_refused_by_name_with_the_fix(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("pytorch_model.bin", "save_pretrained"),
+        ("model.pt", "save_pretrained"),
+        ("consolidated.00.pth", "save_file"),
+        ("consolidated.07.pt", "save_file"),
+    ],
+)
+def test_pickles_are_refused_by_name_with_the_fix(tmp_path, name, how):
     (tmp_path / name).write_bytes(b"\x80\x04.")
-    with pytest.raises(MixtralError, match=f"{name} is a pickle.*save_pretrained") as caught:
+    with pytest.raises(MixtralError, match=f"{name} is a pickle.*fix: .*{how}") as caught:
         Checkpoint(tmp_path)
     assert caught.value.code == BAD_DATA
 
@@ -266,7 +275,7 @@ def test_names_in_files_cannot_reach_the_terminal(tmp_path, small_config):
     evil = "w\n\x1b[31m\u202eerror: all is well"
     save_file({evil: np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(MixtralError) as caught:
-        HuggingFaceLeaves(tmp_path, leaf_specs(small_config()))
+        PublishedLeaves(tmp_path, leaf_specs(small_config()), head_dim=8)
     index(tmp_path, {"w": f"{evil}.safetensors"})
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(MixtralError) as also_caught:

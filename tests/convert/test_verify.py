@@ -106,7 +106,7 @@ def test_complete_output_with_a_flipped_bit_is_refused_under_verify(tmp_path, or
 def test_content_that_the_sample_misses_is_seen_under_verify(
     tmp_path, config, tensors, original, monkeypatch
 ):
-    monkeypatch.setattr("mixtral_jax.convert.reader.SAMPLE_BYTES", 1)
+    monkeypatch.setattr("mixtral_jax.convert.safetensors_file.SAMPLE_BYTES", 1)
     changed = tensors | {NORM: tensors[NORM].copy()}
     changed[NORM].view(np.uint16)[3] ^= 1
     src = checkpoints.write(tmp_path / "hf", config, changed)

@@ -1,0 +1,103 @@
+"""Where converted leaves go: one interface for the formats that can be written.
+
+An output is filled leaf by leaf in any order, survives kill -9 between any two writes, and can
+prove a leaf that an earlier run wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mixtral_jax.convert import orbax
+from mixtral_jax.convert.leaves import WEIGHTS, OrbaxLeaves, check_leaf, chunk_path
+from mixtral_jax.convert.manifest import LeafRecord
+from mixtral_jax.convert.names import Chunk, chunks_of
+from mixtral_jax.convert.transfer import digest_leaf
+from mixtral_jax.model.transformer import LeafSpec
+
+
+@runtime_checkable
+class Output(Protocol):
+    """Weights of one format in ``folder``, in the making or finished."""
+
+    folder: Path
+
+    def prepare(self) -> None:
+        """Makes what must be there before the first leaf; harmless when repeated."""
+        ...
+
+    def write(self, leaf: str, value: np.ndarray) -> None:
+        """Writes a leaf durably; raises exit code 74 if the disk is full."""
+        ...
+
+    def is_intact(self, leaf: str, record: LeafRecord, pool: Executor) -> bool:
+        """True if the disk holds the bytes that were recorded."""
+        ...
+
+    def reads_back(self, leaf: str, record: LeafRecord, pool: Executor) -> bool:
+        """True if the format's own library reads what was recorded."""
+        ...
+
+    def finish(self, records: Mapping[str, LeafRecord]) -> None:
+        """Writes what describes the whole."""
+        ...
+
+    def check(self) -> None:
+        """Proves a finished output without reading its data; raises exit code 65."""
+        ...
+
+    def num_tensors(self) -> int:
+        """Number of arrays in the files."""
+        ...
+
+
+class OrbaxOutput:
+    """One Orbax checkpoint per leaf."""
+
+    def __init__(self, folder: Path, specs: Mapping[str, LeafSpec]):
+        self.folder, self._specs = folder, specs
+
+    def prepare(self) -> None:
+        """Makes the folder of the weights."""
+        (self.folder / WEIGHTS).mkdir(parents=True, exist_ok=True)
+
+    def write(self, leaf: str, value: np.ndarray) -> None:
+        """Writes ``weights/<leaf>``."""
+        orbax.write_leaf(self.folder, leaf, value)
+
+    def is_intact(self, leaf: str, record: LeafRecord, pool: Executor) -> bool:
+        """Compares the chunk files with their digests."""
+        if check_leaf(self.folder, leaf, self._specs[leaf].shape, record):
+            return False
+
+        def digest(chunk: Chunk) -> str:
+            with open(chunk_path(self.folder, chunk, len(record.shape)), "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        return tuple(pool.map(digest, chunks_of(leaf, record.shape))) == tuple(record.chunks)
+
+    def reads_back(self, leaf: str, record: LeafRecord, pool: Executor) -> bool:
+        """Reads the leaf with Orbax."""
+        try:
+            value = orbax.read_leaf(self.folder, leaf)
+        except (OSError, ValueError, KeyError):  # damaged metadata, in the words of Orbax
+            return False
+        return digest_leaf(leaf, value, pool) == record
+
+    def finish(self, records: Mapping[str, LeafRecord]) -> None:
+        """Nothing: the manifest says it all."""
+        assert records.keys() == self._specs.keys()
+
+    def check(self) -> None:
+        """Finds every chunk file in its size."""
+        OrbaxLeaves(self.folder, self._specs)
+
+    def num_tensors(self) -> int:
+        """One per leaf."""
+        return len(self._specs)
