@@ -1,4 +1,4 @@
-"""Adapters that peft made and saved: our logits with the adapter attached are peft's own."""
+"""Adapters that peft made and saved: our logits and merged weights are peft's own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import mixtral_jax as mj
+from mixtral_jax.convert import ConvertOptions, convert
 from tests.parity.test_transformers import build
 
 pytestmark = [
@@ -61,6 +62,32 @@ def test_f32_logits(fields, torch, transformers, tmp_path):
     assert np.abs(plain - want).max() > 100 * F32
 
 
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
+def test_merged_weights(fields, torch, transformers, tmp_path):
+    """convert --adapter gives the tensors of merge_and_unload, by the names that it saves."""
+    peft = importlib.import_module("peft")
+    base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
+    base.save_pretrained(tmp_path / "base")
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | fields
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "peft")
+    ours = ConvertOptions(format="safetensors", adapter=str(tmp_path / "adapter"))
+    convert(tmp_path / "base", tmp_path / "ours", ours)
+    plain, got, want = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "ours", "peft")
+    )
+    assert got.keys() == want.keys() == plain.keys()
+    touched = 0
+    for name, tensor in want.items():
+        scale = np.abs(tensor).max()
+        assert np.abs(got[name] - tensor).max() <= 1e-5 * scale, name
+        changed = not np.array_equal(tensor, plain[name])
+        assert changed == (not np.array_equal(got[name], plain[name])), name
+        touched += changed
+    assert touched
+
+
 def test_an_old_adapter_with_a_pair_per_expert(torch, transformers, tmp_path):
     """Written as transformers 4 named it; peft converts it while loading, we read it as it is."""
     peft = importlib.import_module("peft")
@@ -85,3 +112,6 @@ def test_an_old_adapter_with_a_pair_per_expert(torch, transformers, tmp_path):
         want = adapted(torch.tensor(tokens)).logits.numpy()
     got = mj.load(tmp_path / "base", adapter=str(tmp_path)).logits(tokens.tolist())
     np.testing.assert_allclose(got, want, atol=F32)
+    convert(tmp_path / "base", tmp_path / "merged", ConvertOptions(adapter=str(tmp_path)))
+    merged = mj.load(tmp_path / "merged").logits(tokens.tolist())
+    np.testing.assert_allclose(merged, want, atol=F32)
