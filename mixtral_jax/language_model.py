@@ -18,6 +18,7 @@ from mixtral_jax.config import DTYPES, ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.load import load_weights
+from mixtral_jax.convert.save import save_model
 from mixtral_jax.decode.completion import Batch, Completion
 from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
@@ -139,6 +140,7 @@ def load(
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
         placement=MeshPlacement(mesh, dispatch),
         spec=spec,
+        folder=folder,
         note=note,
     )
 
@@ -157,6 +159,7 @@ class LanguageModel:
     Attributes:
         config: sizes.
         tokenizer: None where the checkpoint has none; only text needs one.
+        folder: where it was loaded from.
     """
 
     def __init__(
@@ -166,9 +169,10 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         placement: Placement,
         spec: MeshSpec,
+        folder: Path | None = None,
         note: Callable[[str], None] = _silent,
     ):
-        self.model, self.placement, self.spec = model, placement, spec
+        self.model, self.placement, self.spec, self.folder = model, placement, spec, folder
         self.config: ModelConfig = model.config
         self.tokenizer = tokenizer
         self._note = note
@@ -342,6 +346,10 @@ class LanguageModel:
         if any(dropped):
             counts = ", ".join(map(str, dropped))
             self._note(f"dropped {sum(dropped)} expert assignments; per layer: {counts}")
+
+    def save(self, dst: str | Path) -> str:
+        """Saves weights and small files as ``convert`` does (see save_model); gives the digest."""
+        return save_model(self.model, dst, companions=self.folder, note=self._note).digest
 
     def complete(self, batch: Batch) -> list[Completion]:
         """Generates a batch to its end."""

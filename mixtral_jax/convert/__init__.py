@@ -1,4 +1,4 @@
-"""Published checkpoints in: names, bytes, digests.
+"""Published checkpoints in and out: names, bytes, digests.
 
 The names below load when first used, so that importing a part costs only that part.
 """
@@ -12,8 +12,16 @@ if TYPE_CHECKING:
     from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
     from mixtral_jax.convert.leaves import is_checkpoint
     from mixtral_jax.convert.load import load_weights
+    from mixtral_jax.convert.save import save_model
 
-__all__ = ["ConvertOptions", "ConvertReport", "convert", "is_checkpoint", "load_weights"]
+__all__ = [
+    "ConvertOptions",
+    "ConvertReport",
+    "convert",
+    "is_checkpoint",
+    "load_weights",
+    "save_model",
+]
 
 _HOMES = {
     "ConvertOptions": "driver",
@@ -21,6 +29,7 @@ _HOMES = {
     "convert": "driver",
     "is_checkpoint": "leaves",
     "load_weights": "load",
+    "save_model": "save",
 }
 
 

@@ -6,9 +6,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.config import CONFIG_NAME as CONFIG
-from mixtral_jax.config import NATIVE_NAME, ModelConfig, config_path
+from mixtral_jax.config import NATIVE_NAME, ModelConfig, config_path, config_to_dict
 from mixtral_jax.convert.leaves import config_content
 from mixtral_jax.convert.manifest import NAME as MANIFEST
 from mixtral_jax.convert.manifest import write_durably
@@ -68,7 +69,17 @@ def copy_companions(
         The sha256 of each file by its name.
     """
     contents = {name: safe_path(src, name).read_bytes() for name in names}
-    fields = config_content(src, config)
+    return _write(dst, contents, config_content(src, config), dtype)
+
+
+def write_config(dst: Path, config: ModelConfig, *, dtype: str) -> dict[str, str]:
+    """Writes config.json alone, for weights that have no folder they came from."""
+    return _write(dst, {}, config_to_dict(config), dtype)
+
+
+def _write(
+    dst: Path, contents: dict[str, bytes], fields: dict[str, Any], dtype: str
+) -> dict[str, str]:
     for key in ("dtype", "torch_dtype"):
         if key in fields or key == "torch_dtype":
             fields[key] = dtype

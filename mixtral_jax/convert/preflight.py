@@ -32,6 +32,11 @@ def check_work_folder(work: Path, journal: Path) -> None:
         raise _taken(work, "was not made by a conversion (it has no journal of one)")
 
 
+def refuse_existing(dst: Path) -> MixtralError:
+    """The error of a destination that holds something."""
+    return _taken(dst, "exists")
+
+
 def _taken(path: Path, what: str) -> MixtralError:
     return MixtralError(
         f"{path} {what}",

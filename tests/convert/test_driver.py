@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,61 +337,3 @@ def test_verify_notices_what_the_disk_changed(tmp_path, original, monkeypatch):
     error = refusal(original, tmp_path / "out", ConvertOptions(verify=True))
     assert error.code == IO_ERROR
     assert "norm.weight" in str(error)
-
-
-# Kills itself without warning at the n-th system event (opening, renaming, making, removing).
-KILLED = """
-import os, signal, sys
-src, dst, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-import jax; jax.config.update("jax_platforms", "cpu")
-from mixtral_jax.convert import convert
-events = 0
-def count(event, arguments):
-    global events
-    if event.startswith(("open", "os.", "shutil.")):
-        events += 1
-        if events == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
-digest = convert(src, dst).digest
-print(digest, events)
-"""
-
-
-def run_and_kill(src: Path, dst: Path, n: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(src), str(dst), str(n)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def survive(tmp_path: Path, original: Path, num_kills: int, seed: int) -> None:
-    whole = run_and_kill(original, tmp_path / "whole", -1)
-    digest, events = whole.stdout.split()
-    rng = random.Random(seed)
-    killed = 0
-    for _ in range(num_kills):
-        done = run_and_kill(original, tmp_path / "out", rng.randrange(1, int(events)))
-        if done.returncode == 0:  # resumed to the end before the event came
-            assert done.stdout.split()[0] == digest, f"seed {seed}"
-            shutil.rmtree(tmp_path / "out")
-            continue
-        assert done.returncode == -9, done.stderr
-        killed += 1
-    done = run_and_kill(original, tmp_path / "out", -1)
-    assert done.returncode == 0, f"seed {seed}: {done.stderr}"
-    assert done.stdout.split()[0] == digest, f"seed {seed}"
-    assert killed > 0, f"seed {seed}"
-    assert_same(stored(tmp_path / "out"), stored(tmp_path / "whole"))
-
-
-def test_killed_at_any_moment_it_resumes_to_the_same_digest(tmp_path, original):
-    survive(tmp_path, original, num_kills=3, seed=random.randrange(10**6))
-
-
-@pytest.mark.fault
-def test_killed_twenty_times_it_resumes_to_the_same_digest(tmp_path, original):
-    survive(tmp_path, original, num_kills=20, seed=random.randrange(10**6))

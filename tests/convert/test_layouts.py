@@ -115,31 +115,6 @@ def test_a_matrix_that_is_not_transformed_as_published_is_noticed(
     assert convert(src, tmp_path / "out").digest != convert(original, tmp_path / "right").digest
 
 
-@pytest.mark.parametrize("layout", NATIVE)
-@pytest.mark.parametrize("mesh", ["1x8", "1x4x2", "2x2x2"])
-@pytest.mark.parametrize("order", ["slots", "stacked"])
-def test_native_files_load_onto_any_mesh_bit_exact(tmp_path, small_config, layout, mesh, order):
-    config = small_config()
-    tensors = checkpoints.random_tensors(config)
-    src = write(layout, tmp_path / layout, config, tensors)
-    spec = MeshSpec.parse(mesh).fit(config)
-    shardings = weight_shardings(leaf_specs(config), spec.build())
-    found = load_weights(
-        src,
-        config,
-        sharding_of=lambda leaf: shardings[leaf],
-        expert_shards=spec.expert,
-        layout=order,
-    )
-    for leaf, expected in checkpoints.leaves(tensors, config).items():
-        w = found[leaf]
-        if order == "slots" and ".experts." in leaf:
-            slots = [np.asarray(jax.device_get(slot)) for slot in w.slots]
-            assert checkpoints.same_bits(np.stack(slots, 1).reshape(expected.shape), expected)
-        else:
-            assert checkpoints.same_bits(jax.device_get(w), expected), leaf
-
-
 def test_table_names_the_tensors_of_the_independent_native_writer(config, tensors):
     for layout, written in (
         ("native", native.per_expert(tensors, config)),

@@ -18,9 +18,9 @@ from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import assemble
 from mixtral_jax.weights import ExpertSlots, slots_of
-from tests.convert import checkpoints
+from tests.convert import checkpoints, native
 
-MESHES = [(1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8), (1, 1, 1)]
+MESHES = [(1, 8, 1), (8, 1, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8), (1, 1, 1)]
 SPECS = {
     "gate": P("expert", "tensor", None),
     "up": P("expert", "tensor", None),
@@ -42,11 +42,14 @@ def one_device(path):
     return SingleDeviceSharding(jax.devices()[0])
 
 
-@pytest.fixture(scope="module", params=["published", "orbax", "fused"])
+@pytest.fixture(scope="module", params=["published", "orbax", "fused", "native_stacked"])
 def folder(request, config, tensors, original, converted, tmp_path_factory):
     if request.param == "fused":
         path = tmp_path_factory.mktemp("fused") / "hf"
         return checkpoints.write(path, config, checkpoints.fused(tensors, config), num_files=2)
+    if request.param == "native_stacked":
+        path = tmp_path_factory.mktemp("native") / "src"
+        return native.write_layout(request.param, path, config, tensors)
     return {"published": original, "orbax": converted}[request.param]
 
 

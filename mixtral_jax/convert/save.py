@@ -1,0 +1,136 @@
+"""Writes a model that lies on a mesh as a folder of ours, as ``convert`` would have."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mixtral_jax.convert.companions import copy_companions, find_companions, write_config
+from mixtral_jax.convert.manifest import LeafRecord, Manifest, sync_folder
+from mixtral_jax.convert.orbax import disk_full, is_disk_full
+from mixtral_jax.convert.output import OrbaxOutput
+from mixtral_jax.convert.preflight import check_destination, check_disk, refuse_existing
+from mixtral_jax.convert.transfer import digest_leaf
+from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.model.transformer import Mixtral, leaf_specs
+from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
+
+THREADS = min(8, os.cpu_count() or 1)
+
+
+def save_model(
+    model: Mixtral,
+    dst: str | Path,
+    *,
+    companions: Path | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """Saves the weights leaf by leaf; at most one leaf is on the host at a time.
+
+    Args:
+        model: its weights are arrays of this process, on any mesh.
+        dst: the folder to make; it is absent until all is written.
+        companions: a checkpoint folder whose tokenizer and other small files go along.
+        note: called with one line for each small file that is left behind.
+
+    Returns:
+        The manifest; its digest is that of ``convert`` for the same weights.
+
+    Raises:
+        MixtralError: exit codes 64 (weights that are adapted, quantized or on other hosts), 73
+            (``dst`` exists), 74 (disk).
+    """
+    dst = Path(os.path.abspath(dst))
+    check_destination(dst)
+    if dst.exists() and any(dst.iterdir()):
+        raise refuse_existing(dst)
+    leaves = {
+        ".".join(map(str, path)): param.get_value()
+        for path, param in nnx.to_flat_state(nnx.state(model))
+    }
+    for leaf, weight in leaves.items():
+        _check(leaf, weight)
+    num_bytes = sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values())
+    check_disk(dst.parent, num_bytes, dst)
+    names = () if companions is None else find_companions(companions, note)
+    work = Path(tempfile.mkdtemp(prefix=f"{dst.name}.", suffix=".saving", dir=dst.parent))
+    try:
+        manifest = _write(model, leaves, work, companions, names)
+        with contextlib.suppress(FileNotFoundError):
+            dst.rmdir()
+        os.rename(work, dst)
+        sync_folder(dst.parent)
+    except OSError as error:
+        if is_disk_full(error):
+            raise disk_full(dst.parent) from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def _write(
+    model: Mixtral, leaves: dict[str, Any], work: Path, source: Path | None, names: tuple[str, ...]
+) -> Manifest:
+    os.chmod(work, 0o755)  # of mkdtemp: for nobody else
+    output = OrbaxOutput(work, leaf_specs(model.config))
+    output.prepare()
+    records: dict[str, LeafRecord] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for leaf, weight in leaves.items():
+            value = _canonical(weight)
+            records[leaf] = digest_leaf(leaf, value, pool)
+            output.write(leaf, value)
+    output.finish(records)
+    dtype = records["embed_tokens"].dtype
+    config = model.config
+    if source is None:
+        digests = write_config(work, config, dtype=dtype)
+    else:
+        digests = copy_companions(source, work, names, config=config, dtype=dtype)
+    manifest = Manifest(
+        fingerprint={"saved": True},
+        leaves=records,
+        parameters=sum(math.prod(record.shape) for record in records.values()),
+        bytes=sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values()),
+        companions=digests,
+        source={"name": "save_model", "layout": "orbax"},
+    )
+    manifest.write(work)
+    sync_folder(work)
+    return manifest
+
+
+def _check(leaf: str, weight: Any) -> None:
+    parts = weight.slots if isinstance(weight, ExpertSlots) else (weight,)
+    for part in parts:
+        if isinstance(part, (Adapted, QTensor)):
+            kind = "adapted" if isinstance(part, Adapted) else "quantized"
+            raise MixtralError(
+                f"{leaf} is {kind}, and only plain weights are saved",
+                fix="merge an adapter with convert --adapter",
+                code=USAGE,
+            )
+        if not part.is_fully_addressable:
+            raise MixtralError(
+                f"{leaf} lies on several hosts", fix="save from one process", code=USAGE
+            )
+
+
+def _canonical(weight: Any) -> np.ndarray:
+    """A leaf on the host in the published layout."""
+    if isinstance(weight, ExpertSlots):
+        slots = [np.asarray(jax.device_get(slot)) for slot in weight.slots]
+        return np.stack(slots, axis=1).reshape(weight.shape)
+    return np.ascontiguousarray(jax.device_get(weight))
