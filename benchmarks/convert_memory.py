@@ -7,10 +7,10 @@ digests. Exits 1 if a promise is broken.
 
     python benchmarks/convert_memory.py --gigabytes 2 --kills 10
 
-With ``--sweep`` the checkpoints have 1, 2, 4 and 8 GB and the same widest leaf (two full experts per
-layer, more layers), and each conversion follows a copy of the same files by ``dd conv=fsync`` to
-the same disk, from a dropped page cache where that is allowed. Promises: peaks within 10 % of each
-other, and at least 70 % of the throughput of dd.
+With ``--sweep`` the checkpoints have 1, 2, 4 and 8 GB and the same widest leaf (two experts per
+full-width layer, more layers), and each conversion follows a copy of the same files by
+``dd conv=fsync`` to the same disk, from a dropped page cache where that is allowed. Promises: peaks
+within 10 % of each other, and at least 70 % of the throughput of dd.
 
     python benchmarks/convert_memory.py --sweep
 """

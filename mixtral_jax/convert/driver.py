@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -261,10 +262,13 @@ class _Conversion:
         self, output: Output, journal: Journal, stop: Callable[[], bool], pool: Executor
     ) -> Manifest:
         output.prepare()
+        self._buffer = np.empty(max(map(self._num_bytes, self.specs)), np.uint8)
         self._total = sum(map(self._source_bytes, self.specs))
         records: dict[str, LeafRecord] = {}
         if journal.finished:
             self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
+        # While a leaf is written, the system reads the next one into its own cache.
+        following = dict(itertools.pairwise([*self.specs, None]))
         for leaf in self.specs:
             if self._is_finished(output, leaf, journal.finished.get(leaf), pool):
                 records[leaf] = journal.finished[leaf]
@@ -276,7 +280,7 @@ class _Conversion:
                     fix="run the same command again to resume",
                     code=INTERRUPTED,
                 )
-            records[leaf] = self._convert_leaf(output, leaf, pool)
+            records[leaf] = self._convert_leaf(output, leaf, following[leaf], pool)
             journal.record(leaf, records[leaf])
         output.finish(records)
         manifest = Manifest(
@@ -319,18 +323,22 @@ class _Conversion:
             **kwargs,
         )
 
-    def _convert_leaf(self, output: Output, leaf: str, pool: Executor) -> LeafRecord:
-        value = np.empty(self.specs[leaf].shape, self.dtypes[leaf])
+    def _convert_leaf(
+        self, output: Output, leaf: str, following: str | None, pool: Executor
+    ) -> LeafRecord:
+        # One buffer for all leaves: fresh memory would cost the system a page fault per 4 KiB.
+        value = self._buffer[: self._num_bytes(leaf)].view(self.dtypes[leaf])
+        value = value.reshape(self.specs[leaf].shape)
         record = self._fetch(leaf, value, pool, progress=self._advance)
+        if following is not None:
+            pool.submit(self.leaves.prefetch, following)
         output.write(leaf, value)
-        if self.options.verify:
-            del value
-            if not output.reads_back(leaf, record, pool):
-                raise MixtralError(
-                    f"{leaf} in {output.folder} does not read back as it was written",
-                    fix="check the disk and the memory of this machine",
-                    code=IO_ERROR,
-                )
+        if self.options.verify and not output.reads_back(leaf, record, pool):
+            raise MixtralError(
+                f"{leaf} in {output.folder} does not read back as it was written",
+                fix="check the disk and the memory of this machine",
+                code=IO_ERROR,
+            )
         return record
 
     def _advance(self, num_bytes: int) -> None:

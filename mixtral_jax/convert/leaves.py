@@ -15,7 +15,13 @@ from mixtral_jax.convert import manifest as manifests
 from mixtral_jax.convert import names, transforms
 from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.reader import INDEX_NAME, PICKLES, Checkpoint
-from mixtral_jax.convert.safetensors_file import FLOATS, bytes_of, parse_json, read_exactly
+from mixtral_jax.convert.safetensors_file import (
+    FLOATS,
+    bytes_of,
+    parse_json,
+    prefetch,
+    read_exactly,
+)
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
 
@@ -57,6 +63,10 @@ class Leaves(Protocol):
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """Reads rows ``[start, stop)`` of a chunk into a contiguous array of the stored dtype."""
+        ...
+
+    def prefetch(self, leaf: str) -> None:
+        """Asks the system to read a leaf ahead, into no memory of this process."""
         ...
 
     def digest(self, chunk: Chunk) -> str | None:
@@ -146,6 +156,11 @@ class PublishedLeaves:
     def source_name(self, chunk: Chunk) -> str:
         """The published tensor that a chunk lies in."""
         return self.plan.sources[chunk].rows.tensor
+
+    def prefetch(self, leaf: str) -> None:
+        """Asks for the rows of every chunk."""
+        for chunk in chunks_of(leaf, self._specs[leaf].shape):
+            self.checkpoint.prefetch(*self.plan.sources[chunk].rows)
 
     def digest(self, chunk: Chunk) -> str | None:
         """None: published files record no digests."""
@@ -237,6 +252,16 @@ class OrbaxLeaves:
             read_exactly(fd, view, start * (len(view) // (stop - start)), path)
         finally:
             os.close(fd)
+
+    def prefetch(self, leaf: str) -> None:
+        """Asks for every chunk file."""
+        shape = self.manifest.leaves[leaf].shape
+        for chunk in chunks_of(leaf, shape):
+            fd = os.open(chunk_path(self.folder, chunk, len(shape)), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                prefetch(fd, 0, os.fstat(fd).st_size)
+            finally:
+                os.close(fd)
 
     def digest(self, chunk: Chunk) -> str | None:
         """The sha256 that the conversion recorded."""

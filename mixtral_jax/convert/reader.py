@@ -122,6 +122,12 @@ class Checkpoint:
         assert tensor.start + stop * width <= tensor.stop
         self._files[tensor.file].read_into(view, tensor.start + start * width)
 
+    def prefetch(self, name: str, start: int, stop: int) -> None:
+        """Asks the system to read rows of a tensor ahead."""
+        tensor = self.tensors[name]
+        first = tensor.start + start * tensor.row_bytes
+        self._files[tensor.file].prefetch(first, first + (stop - start) * tensor.row_bytes)
+
     def close(self) -> None:
         """Closes all files."""
         for file in self._files.values():

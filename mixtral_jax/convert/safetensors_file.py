@@ -108,6 +108,10 @@ class SafetensorsFile:
         """
         read_exactly(self._fd, out, offset, self.path)
 
+    def prefetch(self, start: int, stop: int) -> None:
+        """Asks the system to read bytes ahead into its own cache."""
+        prefetch(self._fd, start, stop)
+
     def sample_digest(self) -> str:
         """The sha256 of a sample of the file; of all of it, up to 1 MiB."""
         sample = hashlib.sha256()
@@ -117,6 +121,12 @@ class SafetensorsFile:
             self.read_into(memoryview(block), start)
             sample.update(block)
         return sample.hexdigest()
+
+
+def prefetch(fd: int, start: int, stop: int) -> None:
+    """Asks the system to read bytes of an open file ahead, where it can be asked."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
 def bytes_of(array: np.ndarray) -> memoryview:
