@@ -205,22 +205,25 @@ def copy(src: Path, dst: Path) -> float:
 
 
 def sweep_one(gigabytes: float, options: Options, folder: Path) -> dict[str, Any]:
-    """One size: dd and the conversion in turn, medians of both."""
+    """One size: dd and the conversion in turn, each pair removed after both; medians."""
     config = sweep_model(gigabytes)
     write_checkpoint(folder / "hf", config)
     copies, seconds, walls, peaks = [], [], [], []
     cold = True
-    for _ in range(options.rounds):
+    for k in range(2 * options.rounds):
         cold = drop_cache() and cold
-        copies.append(copy(folder / "hf", folder / "dd"))
-        shutil.rmtree(folder / "dd")
-        cold = drop_cache() and cold
-        started = time.monotonic()
-        report = measure(folder / "hf", folder / "out", options.verify, options.format)
-        walls.append(time.monotonic() - started)
-        seconds.append(report["seconds"])
-        peaks.append(report["sampled_peak_bytes"])
-        shutil.rmtree(folder / "out")
+        # dd, convert, convert, dd, ...: neither always writes to the blocks that were just freed.
+        if k % 4 in (0, 3):
+            copies.append(copy(folder / "hf", folder / "dd"))
+        else:
+            started = time.monotonic()
+            report = measure(folder / "hf", folder / "out", options.verify, options.format)
+            walls.append(time.monotonic() - started)
+            seconds.append(report["seconds"])
+            peaks.append(report["sampled_peak_bytes"])
+        if k % 2:
+            shutil.rmtree(folder / "dd")
+            shutil.rmtree(folder / "out")
     shutil.rmtree(folder / "hf")
     leaf = max(2 * math.prod(spec.shape) for spec in leaf_specs(config).values())
     convert, dd = statistics.median(seconds), statistics.median(copies)

@@ -9,6 +9,7 @@ layout is told by the keys of the files, never by the name of the model. See doc
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -237,8 +238,10 @@ def plan(
     found += _mixed(wanted, tensors)
     _exactly_once(wanted, specs)
     if found:
+        shown = sorted(found)[:_ENOUGH_NAMES]
+        more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
         raise MixtralError(
-            f"{source}: {len(found)} problem(s) with its tensors: {'; '.join(sorted(found))}",
+            f"{source}: {len(found)} problem(s) with its tensors: {'; '.join(shown)}{more}",
             fix="use the config.json and every file that were published together",
             code=BAD_DATA,
         )
@@ -246,12 +249,17 @@ def plan(
     return Plan(layout=layout, sources=sources, ignored=ignored, tied_head=tied_head)
 
 
+# 8x22B has 1,739 tensors; a crafted header may have half a million.
+_ENOUGH_NAMES = 4000
+
+
 def detect_layout(tensors: Mapping[str, Any]) -> str:
-    """The key of ``LAYOUTS`` whose table names most of the tensors."""
+    """The key of ``LAYOUTS`` whose table names most of the tensors, of the first few thousand."""
+    some = list(itertools.islice(tensors, _ENOUGH_NAMES))
     known = {layout: re.compile("|".join(map(_pattern, rows))) for layout, rows in LAYOUTS.items()}
     return max(
         LAYOUTS,
-        key=lambda layout: sum(known[layout].fullmatch(name) is not None for name in tensors),
+        key=lambda layout: sum(known[layout].fullmatch(name) is not None for name in some),
     )
 
 

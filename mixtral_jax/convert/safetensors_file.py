@@ -24,6 +24,7 @@ from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 
 # The format allows 100 MB; the largest Mixtral header is 0.2 MB, and parsing must stay under 2 s.
 MAX_HEADER_BYTES = 32_000_000
+_LARGE_READ = 1 << 20
 # What stands for a file's content in a fingerprint: blocks, evenly spaced, and bytes of each.
 SAMPLE_BLOCKS, SAMPLE_BYTES = 16, 64 << 10
 
@@ -106,7 +107,17 @@ class SafetensorsFile:
         Raises:
             MixtralError: exit code 65 if the file has become shorter than its header says.
         """
-        read_exactly(self._fd, out, offset, self.path)
+        if len(out) < _LARGE_READ:
+            read_exactly(self._fd, out, offset, self.path)
+            return
+        # An open file of its own: the system reads ahead of one sequence per open file, and
+        # threads that share one break each other's.
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            same = os.path.sameopenfile(fd, self._fd)
+            read_exactly(fd if same else self._fd, out, offset, self.path)
+        finally:
+            os.close(fd)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Asks the system to read bytes ahead into its own cache."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
 
 from mixtral_jax.config import PRESETS
 from mixtral_jax.convert import convert
-from mixtral_jax.convert.names import pieces
+from mixtral_jax.convert.names import pieces, plan
+from mixtral_jax.convert.safetensors_file import Tensor
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from tests.convert import checkpoints
@@ -34,6 +36,20 @@ def test_table_names_the_tensors_of_an_independent_writer(config, tensors):
     for layout, written in (("original", tensors), ("fused", checkpoints.fused(tensors, config))):
         named = {p.rows.tensor: p.tensor_shape for p in pieces(layout, leaf_specs(config))}
         assert named == {name: w.shape for name, w in written.items()}
+
+
+def test_half_a_million_names_are_refused_at_once(config, tensors):
+    """No real model has so many; all of a real one's problems are listed."""
+    crafted = {
+        f"model.layers.{i}.mlp.x": Tensor(
+            name="x", file="f", dtype="F32", shape=(), start=0, stop=0
+        )
+        for i in range(500_000)
+    }
+    started = time.perf_counter()
+    with pytest.raises(MixtralError, match=r"; and \d{6} more; fix: "):
+        plan(crafted, leaf_specs(config), source="crafted")
+    assert time.perf_counter() - started < 2
 
 
 def problems(tmp_path, config, changed) -> str:
