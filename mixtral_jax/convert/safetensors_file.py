@@ -112,7 +112,11 @@ class SafetensorsFile:
             return
         # An open file of its own: the system reads ahead of one sequence per open file, and
         # threads that share one break each other's.
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:  # moved away meanwhile: the one that was proved is still open
+            read_exactly(self._fd, out, offset, self.path)
+            return
         try:
             same = os.path.sameopenfile(fd, self._fd)
             read_exactly(fd if same else self._fd, out, offset, self.path)

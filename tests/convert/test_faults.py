@@ -15,6 +15,7 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import pytest
 
@@ -27,7 +28,8 @@ from tests.convert import checkpoints, native
 from tests.convert.test_reader import CRAFTED, MAX_SECONDS
 
 ROOT = Path(__file__).parents[2]
-FORMATS = ("orbax", "safetensors")
+Format: TypeAlias = Literal["orbax", "safetensors"]
+FORMATS: tuple[Format, ...] = ("orbax", "safetensors")
 SHARD_SIZE = {"orbax": None, "safetensors": "20KB"}
 
 # Kills itself without warning at the n-th system event (opening, renaming, making, removing), and
@@ -70,7 +72,7 @@ def run_and_kill(src: Path, dst: Path, n: int, format: str) -> subprocess.Comple
     )
 
 
-def survive(folder: Path, src: Path, config, format: str, num_kills: int) -> None:
+def survive(folder: Path, src: Path, config, format: Format, num_kills: int) -> None:
     """Kills one conversion again and again, and compares the end with an unbroken run."""
     seed = random.randrange(10**6)
     rng = random.Random(seed)

@@ -97,7 +97,7 @@ def test_each_process_reads_its_part_bit_exact(tmp_path, small_config, kind):
     if kind == "published":  # negative control: one wrong value in what is expected
         leaves[planted] = leaves[planted].copy()
         leaves[planted][0, 0, 0] += 1
-    np.savez(tmp_path / "expected.npz", **leaves)
+    np.savez(tmp_path / "expected.npz", allow_pickle=False, **leaves)
     reports = load_in_two(folder, tmp_path / "expected.npz")
     assert [report["devices"] for report in reports] == [8, 8]
     for mesh, share in (("1x8", 2), ("2x4", 1)):  # on 2x4 each process holds all four shards

@@ -18,6 +18,7 @@ from mixtral_jax.convert import ConvertOptions, convert, load_weights
 from mixtral_jax.convert.leaves import OrbaxLeaves, PublishedLeaves
 from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.names import LAYOUTS, pieces
+from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, USAGE, MixtralError
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from mixtral_jax.model.transformer import leaf_specs
@@ -59,16 +60,14 @@ def assert_same(found, expected) -> None:
         assert checkpoints.same_bits(found[name], expected[name]), name
 
 
-def loaded(folder: Path, config, mesh: str = "1x1", layout="stacked", **options):
-    spec = MeshSpec.parse(mesh).fit(config)
+def loaded(folder: Path, config) -> dict[str, np.ndarray]:
+    spec = MeshSpec.parse("1x1").fit(config)
     shardings = weight_shardings(leaf_specs(config), spec.build())
     found = load_weights(
         folder,
         config,
         sharding_of=lambda leaf: shardings[leaf],
-        expert_shards=spec.expert,
-        layout=layout,
-        **options,
+        layout="stacked",
     )
     return {leaf: np.asarray(jax.device_get(w)) for leaf, w in found.items()}
 
@@ -299,12 +298,14 @@ def test_shard_size_is_read_as_transformers_does_or_refused(size):
 
 def test_exported_and_imported_model_says_the_same(tmp_path):
     convert(EMBEDDED_FOLDER, tmp_path / "ours")
-    options = ConvertOptions(format="safetensors", max_shard_size="2MB")
-    convert(tmp_path / "ours", tmp_path / "hf", options)
+    sharded = ConvertOptions(format="safetensors", max_shard_size="2MB")
+    convert(tmp_path / "ours", tmp_path / "hf", sharded)
     convert(tmp_path / "hf", tmp_path / "again")
-    asked = {"max_new_tokens": 12, "temperature": 0}
+    options = SamplingOptions(max_new_tokens=12, temperature=0)
     said = [
-        mj.load(folder, mesh="1x8", dtype="float32").generate(["What is 12 + 30?"], **asked)[0]
+        mj.load(folder, mesh="1x8", dtype="float32").generate(
+            ["What is 12 + 30?"], options=options
+        )[0]
         for folder in ("tiny", tmp_path / "hf", tmp_path / "again")
     ]
     assert said[0].token_ids

@@ -10,6 +10,7 @@ import mixtral_jax as mj
 from mixtral_jax.convert import convert, save_model
 from mixtral_jax.convert.leaves import OrbaxLeaves
 from mixtral_jax.convert.manifest import read_manifest
+from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import OUTPUT_EXISTS, USAGE, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.weights import QTensor
@@ -41,9 +42,9 @@ def test_one_changed_weight_changes_the_digest(tmp_path, small_config):
 def test_small_files_go_along_and_the_model_speaks_as_before(tmp_path):
     lm = mj.load("tiny", mesh="1x8")
     lm.save(tmp_path / "saved")
-    asked = {"max_new_tokens": 4, "temperature": 0}
-    said = mj.load(tmp_path / "saved", mesh="2x4").generate(["What is 12 + 30?"], **asked)
-    assert said[0].token_ids == lm.generate(["What is 12 + 30?"], **asked)[0].token_ids
+    options, prompts = SamplingOptions(max_new_tokens=4, temperature=0), ["What is 12 + 30?"]
+    said = mj.load(tmp_path / "saved", mesh="2x4").generate(prompts, options=options)
+    assert said[0].token_ids == lm.generate(prompts, options=options)[0].token_ids
 
 
 def test_what_exists_is_kept_and_a_failure_leaves_nothing(tmp_path, small_config, monkeypatch):
