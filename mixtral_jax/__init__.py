@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from mixtral_jax.decode.sampling import SamplingOptions
     from mixtral_jax.errors import MixtralError
     from mixtral_jax.language_model import Completion, LanguageModel, load
+    from mixtral_jax.sharding.cluster import ProcessOptions
+    from mixtral_jax.sharding.hosts import join
     from mixtral_jax.sharding.mesh import MeshSpec
 
     __version__: str
@@ -38,8 +40,10 @@ __all__ = [
     "MeshSpec",
     "MixtralError",
     "ModelConfig",
+    "ProcessOptions",
     "SamplingOptions",
     "__version__",
+    "join",
     "load",
 ]
 
@@ -51,7 +55,9 @@ _HOMES = {
     "MeshSpec": "sharding.mesh",
     "MixtralError": "errors",
     "ModelConfig": "config",
+    "ProcessOptions": "sharding.cluster",
     "SamplingOptions": "decode.sampling",
+    "join": "sharding.hosts",
     "load": "language_model",
 }
 

@@ -22,6 +22,7 @@ from mixtral_jax.errors import (
     MixtralError,
     printable,
 )
+from mixtral_jax.sharding import hosts
 
 Options = TypeVar("Options")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -50,6 +51,17 @@ def run(
     Raises:
         SystemExit: code 0 after ``--help``.
     """
+    code = _run(main, options_type, prog, argv)
+    hosts.leave(code)
+    return code
+
+
+def _run(
+    main: Callable[[Options], int],
+    options_type: type[Options],
+    prog: str,
+    argv: Sequence[str] | None,
+) -> int:
     # --flag without a --no-flag beside it; a sequence is its option repeated.
     plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
     refusal = io.StringIO()
@@ -79,6 +91,7 @@ def run(
         missing = isinstance(error, FileNotFoundError)
         return _fail(options, _mendable(error), INPUT_NOT_FOUND if missing else IO_ERROR)
     except Exception as error:
+        hosts.await_verdict()
         return _fail(options, _internal(error), INTERNAL)
 
 
@@ -110,5 +123,6 @@ def _internal(error: Exception) -> str:
 def _fail(options: object, line: str, code: int) -> int:
     if getattr(options, "debug", False):
         traceback.print_exc()
-    print(f"error: {line}", file=sys.stderr)
+    who = f"process {hosts.process_id()}: " if hosts.num_processes() > 1 else ""
+    print(f"error: {who}{line}", file=sys.stderr)
     return code

@@ -26,6 +26,7 @@ from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
@@ -134,6 +135,7 @@ def load(
     )
     if adapter is not None:
         leaves = adapter.attach(leaves, lambda path: shardings[path])
+    hosts.barrier("loaded")
     has_tokenizer = find_tokenizer(folder) is not None
     return LanguageModel(
         assemble(config, leaves),
@@ -222,8 +224,9 @@ class LanguageModel:
         padding = ((0, B - len(rows)), (0, T - len(rows[0])))
         tokens = np.pad(np.asarray(rows, np.int32), padding, mode="edge")
         valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
+        hosts.begin_step()
         scored = score(self.model, tokens, valid, placement=self.placement)
-        logits = np.asarray(jax.device_get(scored))[: len(rows), : len(rows[0])]
+        logits = hosts.fetch(scored)[: len(rows), : len(rows[0])]
         for row, scores in enumerate(logits):
             if not np.isfinite(scores).all():
                 what = f"token_ids row {row}: logits are NaN; the weights are damaged"

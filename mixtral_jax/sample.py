@@ -15,6 +15,8 @@ from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_DATA, OK, USAGE, MixtralError
 from mixtral_jax.interactive import interact
 from mixtral_jax.language_model import EMBEDDED, LanguageModel, LoadOptions, Message, load
+from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.cluster import ProcessOptions
 from mixtral_jax.terminal import expert_load, note
 
 
@@ -50,21 +52,27 @@ class Options:
     load: Annotated[LoadOptions, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=LoadOptions
     )
+    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ProcessOptions
+    )
 
 
 def main(options: Options) -> int:
     """Loads, samples and prints."""
     _check(options)
+    if hosts.join(options.processes) and options.interactive:
+        raise MixtralError("--interactive is for one process", code=USAGE)
     lm = _load(options)
     if options.interactive:
         return interact(lm, options.sampling, system=options.system)
     batch = _batch(lm, options)
     completions = lm.complete(batch)
-    code = OK
+    code = BAD_DATA if any(completion.error for completion in completions) else OK
+    if not hosts.is_first():
+        return code
     for completion in completions:
         if completion.error:
             print(f"error: {completion.error}", file=sys.stderr)
-            code = BAD_DATA
         _show(completion, options, is_only_prompt=len(options.prompt) <= 1)
     if completions and not options.json:
         note(_summary(completions))
@@ -102,7 +110,10 @@ def _load(options: Options) -> LanguageModel:
     console = Console(stderr=True)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns,
+        console=console,
+        transient=True,
+        disable=not (console.is_terminal and hosts.is_first()),
     ) as bar:
         task = bar.add_task("load", total=None)
         return load(

@@ -6,13 +6,16 @@ import sys
 
 import numpy as np
 
+from mixtral_jax.sharding import hosts
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDEST = 16  # experts for which a share in percent fits beside its bar
 
 
 def note(line: str) -> None:
-    """One line for the person at the terminal; stdout is for the text."""
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    """One line for the person at the terminal, of process 0 only; stdout is for the text."""
+    if hosts.is_first():
+        print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def expert_load(counts: np.ndarray) -> str:

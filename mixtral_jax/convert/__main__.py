@@ -15,6 +15,8 @@ import tyro
 from mixtral_jax import cli
 from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
 from mixtral_jax.errors import INTERRUPTED, OK
+from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.cluster import ProcessOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Options(ConvertOptions):
     """Print one JSON line on stdout and nothing else there."""
     debug: bool = False
     """Show tracebacks."""
+    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ProcessOptions
+    )
 
 
 def main(options: Options) -> int:
@@ -46,6 +51,9 @@ def main(options: Options) -> int:
         TransferSpeedColumn,
     )
 
+    if hosts.join(options.processes, with_jax=False) and not hosts.is_first():
+        hosts.barrier("converted")  # one process converts; the others must not run ahead of it
+        return OK
     stop = _Stop()
     fields = [field.name for field in dataclasses.fields(ConvertOptions)]
     console = Console(stderr=True, soft_wrap=True)
@@ -68,6 +76,7 @@ def main(options: Options) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             stop=lambda: stop.asked,
         )
+    hosts.barrier("converted")
     print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
     return OK
 

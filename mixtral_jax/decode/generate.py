@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mixtral_jax.config import ModelConfig
@@ -22,6 +21,7 @@ from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
+from mixtral_jax.sharding import hosts
 
 LENGTH_BUCKET = 128
 MIN_ROWS = 2  # a product of one row differs from the same row among two in its last bit
@@ -162,8 +162,8 @@ class Generation:
         fill = self.rows - len(last)
         return steps.empty_state(
             config,
-            jnp.asarray(last + [0] * fill, jnp.int32),
-            jnp.asarray([False] * len(last) + [True] * fill),
+            np.asarray(last + [0] * fill, np.int32),
+            np.asarray([False] * len(last) + [True] * fill),
             # For the largest chunk, so that the slots do not depend on the longest prompt.
             slots=num_slots(config, total=total, chunk=self._largest_chunk),
             dtype=self.model.embed_tokens.get_value().dtype,
@@ -180,6 +180,7 @@ class Generation:
                 part = ids[start : start + self.chunk]
                 tokens[row, : len(part)] = part
                 counts[row] = len(part)
+            hosts.begin_step()
             state = steps.prefill(self.model, state, tokens, counts, placement=self.placement)
         return state
 
@@ -207,15 +208,17 @@ class Generation:
         is_done = False
         while not is_done:
             watch = Stopwatch()
+            limits = self._limits()
+            hosts.begin_step()
             state, emitted = steps.decode_step(
                 self.model,
                 state,
                 rows,
-                self._limits(),
+                limits,
                 np.int32(steps_per_chunk),
                 placement=self.placement,
             )
-            tokens, logprobs, counts, done, bad, dropped = jax.device_get(
+            tokens, logprobs, counts, done, bad, dropped = hosts.fetch(
                 (*emitted, state.is_done, state.is_bad, state.dropped)
             )
             seconds, compiling = watch.read()
@@ -230,4 +233,4 @@ class Generation:
                 logprobs=[logprobs[b, : counts[b]].tolist() for b in range(num)],
             )
             is_done |= bool((done | self._stopped).all())
-        progress.expert_counts = jax.device_get(state.expert_counts)[:num]
+        progress.expert_counts = hosts.fetch(state.expert_counts)[:num]

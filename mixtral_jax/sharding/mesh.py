@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import BAD_CONFIG, USAGE, MixtralError
+from mixtral_jax.sharding import hosts
 
 AXES = ("data", "expert", "tensor")
 
@@ -112,6 +113,7 @@ class MeshSpec:
             MixtralError: exit code 78 if there are too few devices.
         """
         devices = jax.devices()
+        hosts.check_devices(self.num_devices, str(self))
         if len(devices) < self.num_devices:
             kind = devices[0].platform
             simulate = "JAX_PLATFORMS=cpu to simulate it"
@@ -143,7 +145,8 @@ def simulate_on_cpu(spec: MeshSpec, note: Callable[[str], None]) -> None:
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         try:
-            jax.config.update("jax_num_cpu_devices", spec.num_devices)
+            each = -(-spec.num_devices // hosts.num_processes())
+            jax.config.update("jax_num_cpu_devices", each)
         except RuntimeError:
             return  # the backend has started; build() says if its devices are too few
     if spec.num_devices > 1 and jax.default_backend() == "cpu":
@@ -155,7 +158,7 @@ def default_spec(config: ModelConfig, note: Callable[[str], None]) -> MeshSpec:
 
     Where their number does not fit the model the most that fit are taken, and ``note`` is told.
     """
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and hosts.num_processes() == 1:
         return MeshSpec()
     count = len(jax.devices())
     for size in range(count, 0, -1):

@@ -1,0 +1,167 @@
+"""Many processes, one program: joining, taking the same steps, and leaving.
+
+Everything here does nothing, at no cost, where a command runs as one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from typing import Any, TypeVar
+
+import jax
+
+from mixtral_jax.errors import OK, MixtralError
+from mixtral_jax.sharding.cluster import ProcessOptions, find_cluster
+from mixtral_jax.sharding.peers import Peers
+
+JOIN_SECONDS = 300.0
+_VERDICT_SECONDS = 3.0  # a broken collective may be noticed before the peer that broke it
+
+Tree = TypeVar("Tree")
+_peers: Peers | None = None
+
+
+def join(options: ProcessOptions, *, with_jax: bool = True) -> bool:
+    """Joins the other processes of this command, if there are any. Call it before JAX is used.
+
+    Args:
+        options: flags; without them the environment of the cluster is asked.
+        with_jax: start jax.distributed, so that ``jax.devices()`` are those of all processes.
+
+    Returns:
+        Whether there are others.
+
+    Raises:
+        MixtralError: exit code 64 for wrong flags, 76 if the others do not come.
+    """
+    global _peers  # noqa: PLW0603 - a process joins once, as jax.distributed has it too
+    cluster = find_cluster(options, os.environ)
+    if cluster is None or _peers is not None:
+        return cluster is not None
+    peers = Peers(
+        cluster.host,
+        cluster.port + 1,
+        cluster.num_processes,
+        cluster.process_id,
+        timeout=options.peer_timeout,
+    )
+    peers.join(JOIN_SECONDS)
+    _peers = peers
+    if with_jax:
+        _keep_stdout_clean()
+        # Or the runtime aborts the survivors (134) before we can say who is lost.
+        jax.config.update("jax_enable_recoverability", True)
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.num_processes,
+            cluster.process_id,
+            cluster_detection_method="deactivate",
+        )
+    return True
+
+
+def _keep_stdout_clean() -> None:
+    """Libraries below Python write to file descriptor 1 (gloo does): let them write to stderr."""
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+
+
+def num_processes() -> int:
+    """Processes of this command."""
+    return 1 if _peers is None else _peers.num_processes
+
+
+def process_id() -> int:
+    """Which of them this is."""
+    return 0 if _peers is None else _peers.process_id
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints."""
+    return process_id() == 0
+
+
+def begin_step() -> None:
+    """Call it right before a program that all processes run, when its arguments are ready."""
+    if _peers is not None:
+        _peers.step()
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes; the name is used once."""
+    if _peers is not None:
+        _peers.barrier(name)
+
+
+def leave(code: int) -> None:
+    """Says goodbye. All go together; with a fault this process ends here and does not wait."""
+    if _peers is None:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code != OK:
+        _peers.leave(code)
+        os._exit(code)
+    _peers.barrier("end")
+    if is_first():  # holds jax's coordination service: the last to go
+        _peers.wait_for_others()
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    _peers.leave(code)
+
+
+def await_verdict() -> None:
+    """After an unexpected fault: time to learn that a peer is lost, which ends this process."""
+    if _peers is not None:
+        time.sleep(_VERDICT_SECONDS)
+
+
+def fetch(tree: Tree) -> Tree:
+    """Arrays to numpy, also where other processes hold parts; every process must call it.
+
+    Args:
+        tree: of jax arrays.
+
+    Returns:
+        The same tree of whole numpy arrays.
+    """
+    leaves, form = jax.tree.flatten(tree)
+    parts = [i for i, leaf in enumerate(leaves) if _is_elsewhere(leaf)]
+    if parts:
+        begin_step()
+        everywhere = jax.NamedSharding(leaves[parts[0]].sharding.mesh, jax.P())
+        whole = _replicate([leaves[i] for i in parts], everywhere)
+        for i, leaf in zip(parts, whole, strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(form, jax.device_get(leaves))
+
+
+def _is_elsewhere(leaf: Any) -> bool:
+    """Whether another process holds a part that this one does not."""
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("everywhere",))
+def _replicate(leaves: list[jax.Array], everywhere: jax.NamedSharding) -> list[jax.Array]:
+    return jax.lax.with_sharding_constraint(leaves, everywhere)
+
+
+def check_devices(num_devices: int, mesh: str) -> None:
+    """Refuses a mesh that leaves a process without a part of it.
+
+    Raises:
+        MixtralError: exit code 78.
+    """
+    if num_processes() > 1 and num_devices != len(jax.devices()):
+        count = len(jax.devices())
+        raise MixtralError(
+            f"mesh {mesh}",
+            expected=f"all {count} devices of the {num_processes()} processes",
+            got=num_devices,
+        )

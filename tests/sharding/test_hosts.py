@@ -1,0 +1,176 @@
+"""Two processes are one program: same tokens and loss, and a lost peer is named (exit code 76)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mixtral_jax.errors import PEER_LOST
+from tests.convert import checkpoints
+from tests.sharding.processes import ROOT, finish, run, start
+
+SAMPLE = ["-m", "mixtral_jax.sample", "--mesh", "1x8", "--json", "--max-new-tokens", "24"]
+ASK = [*SAMPLE, "--prompt-ids", "1,5,9,12", "--num-samples", "3", "--temperature", "1"]
+
+# One gradient step of plain SGD on mesh 1x8, and the loss before and after it.
+GRADIENT = """
+import sys, jax, jax.numpy as jnp, numpy as np, json
+import mixtral_jax as mj
+from mixtral_jax.sharding import hosts
+def flag(name, cast):
+    found = [a.split("=")[1] for a in sys.argv if a.startswith(name + "=")]
+    return cast(found[0]) if found else None
+mj.join(mj.ProcessOptions(coordinator=flag("--coordinator", str),
+        num_processes=flag("--num-processes", int), process_id=flag("--process-id", int)))
+lm = mj.load(sys.argv[1], mesh="1x8", dispatch="all_to_all")
+tokens = np.random.default_rng(0).integers(0, lm.config.vocab_size, (16, 17)).astype(np.int32)
+def loss(model, tokens):
+    logits = model(tokens[:, :-1], placement=lm.placement)
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
+@jax.jit
+def step(model, tokens):
+    value, gradient = jax.value_and_grad(loss)(model, tokens)
+    norm = jnp.sqrt(sum((g.astype(jnp.float32) ** 2).sum() for g in jax.tree.leaves(gradient)))
+    return jax.tree.map(lambda w, g: w - 0.1 * g, model, gradient), value, norm
+model, first, norm = step(lm.model, tokens)
+_, second, _ = step(model, tokens)
+if hosts.is_first():
+    print(json.dumps([float(first), float(norm), float(second)]))
+hosts.leave(0)
+"""
+
+# Samples slowly, says when it has begun, and where asked falls asleep between two steps.
+SLOW = """
+import sys, time
+asleep = sys.argv.pop(1)
+from mixtral_jax import cli, sample
+from mixtral_jax.decode.generate import Generation
+from mixtral_jax.sharding import hosts
+inner, calls = Generation._limits, []
+def slowly(self):
+    calls.append(1)
+    time.sleep(0.5)
+    if len(calls) == 3:
+        print("sampling", file=sys.stderr, flush=True)
+    if len(calls) == 4 and asleep == str(hosts.process_id()):
+        time.sleep(1000)
+    return inner(self)
+Generation._limits = slowly
+sys.exit(cli.run(sample.main, sample.Options, "sample"))
+"""
+
+
+def alone(arguments: list[str]) -> str:
+    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, small_config):
+    folder = tmp_path_factory.mktemp("hosts")
+    config = small_config()
+    return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint):
+    """Converted by two processes, of which one works."""
+    folder = checkpoint.parent / "ours"
+    first, second = run(["-m", "mixtral_jax.convert", str(checkpoint), str(folder), "--json"])
+    report = json.loads(first.stdout)
+    command = ["-m", "mixtral_jax.convert", str(checkpoint), str(folder) + "1", "--json"]
+    assert report["digest"] == json.loads(alone(command))["digest"]
+    assert second.stdout == ""
+    return folder
+
+
+def test_two_processes_sample_what_one_does(converted):
+    first, second = run([*ASK[:2], str(converted), *ASK[2:]])
+    got = [json.loads(line) for line in first.stdout.splitlines()]
+    want = [json.loads(x) for x in alone([*ASK[:2], str(converted), *ASK[2:]]).splitlines()]
+    assert [c["token_ids"] for c in got] == [c["token_ids"] for c in want]
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one["logprobs"], other["logprobs"], atol=1e-5)
+    assert len(got) == 3
+    assert second.stdout == ""
+
+
+def test_two_processes_take_the_same_gradient_step(converted):
+    first, _ = run(["-c", GRADIENT, str(converted)])
+    got, want = json.loads(first.stdout), json.loads(alone(["-c", GRADIENT, str(converted)]))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert want[2] < want[0]
+
+
+def test_a_fault_of_one_ends_all(converted):
+    ask = ["--prompt-ids", "1,2", "--mesh", "1x1"]
+    processes = start([*SAMPLE[:2], str(converted), *ask])
+    for process in finish(processes):
+        assert process.code == 78
+        assert "mesh 1x1: expected all 2 devices of the 2 processes, got 1" in process.stderr
+
+
+def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
+    """Seconds until the survivor ended, its code, and its last line."""
+    asleep = str(rank) if how == "asleep" else "nobody"
+    arguments = ["-c", SLOW, asleep, str(converted), *SAMPLE[2:-2], "--max-new-tokens", "4000"]
+    arguments += ["--prompt-ids", "1,2,3", "--ignore-eos"]
+    processes = start(arguments)
+    survivor = processes[1 - rank]
+    try:
+        for process in processes:
+            for line in process.stderr:
+                if line == "sampling\n":
+                    break
+        if how == "killed":
+            processes[rank].kill()
+        if how == "stopped":
+            processes[rank].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        _, stderr = survivor.communicate(timeout=60)
+        seconds = time.monotonic() - began
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return seconds, survivor.returncode, stderr
+
+
+def is_named(how: str, rank: int, stderr: str) -> bool:
+    fault = {"killed": "is gone", "stopped": "is silent", "asleep": "is stuck"}[how]
+    lines = [x for x in stderr.splitlines() if x.startswith(f"error: process {rank} (")]
+    return len(lines) == 1 and fault in lines[0]
+
+
+@pytest.fixture(scope="module")
+def long_checkpoint(tmp_path_factory, small_config):
+    config = small_config(max_position_embeddings=8192)
+    folder = tmp_path_factory.mktemp("long")
+    return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_peer_is_named(long_checkpoint, rank):
+    seconds, code, stderr = lose(long_checkpoint, "killed", rank)
+    assert (code, is_named("killed", rank, stderr)) == (PEER_LOST, True), stderr
+    assert seconds < 15
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("how", ["stopped", "asleep"])
+def test_a_stopped_or_stuck_peer_is_named(long_checkpoint, how, rank):
+    seconds, code, stderr = lose(long_checkpoint, how, rank)
+    assert (code, is_named(how, rank, stderr)) == (PEER_LOST, True), stderr
+    assert seconds < 15
