@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,10 @@ _POSITIVE = (
 )
 
 
+# Far above any model; what is listed by name must not be listed for hours.
+_MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024}
+
+
 def _refuse(name: str, expected: str, got: object) -> None:
     raise MixtralError(
         f"config field {name}",
@@ -122,11 +126,13 @@ def _is_integer(value: object) -> bool:
 def _check_count(name: str, value: Any) -> None:
     if not _is_integer(value) or value < 1:
         _refuse(name, "a positive integer", value)
+    if value > _MOST.get(name, 1 << 31):
+        _refuse(name, f"at most {_MOST.get(name, 1 << 31)}", value)
 
 
 def _check_number(name: str, value: Any) -> None:
     is_number = isinstance(value, float) or _is_integer(value)
-    if not is_number or not (math.isfinite(value) and value > 0):
+    if not is_number or not 0 < value <= sys.float_info.max:
         _refuse(name, "a positive number", value)
 
 
@@ -162,29 +168,13 @@ _FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "model_type": ("m
 _ALIASES = {"torch_dtype": "dtype"}
 # Keys that a published config.json holds and that do not touch what is computed here: about
 # training, about transformers itself, or about padding, which never enters a row.
-_UNUSED = frozenset(
-    [
-        "architectures",
-        "attention_dropout",
-        "chunk_size_feed_forward",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "transformers_version",
-        "use_cache",
-        "_name_or_path",
-        "torch_dtype",
-        "rope_scaling",
-    ]
-)
+_UNUSED = frozenset([
+    "architectures", "attention_dropout", "chunk_size_feed_forward", "id2label",
+    "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef",
+    "router_jitter_noise", "transformers_version", "use_cache", "_name_or_path", "torch_dtype",
+    "rope_scaling",
+])  # fmt: skip
 # Our own key: a window of 4096 that was asked for, kept when it is written and read again.
 _DELIBERATE = "sliding_window_is_deliberate"
 

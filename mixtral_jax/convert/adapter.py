@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -31,6 +32,7 @@ from mixtral_jax.weights import Adapted, ExpertSlots, Matrix, Weight
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ENDS = ("lm_head", "embed_tokens")  # modules outside the layers
 
 
 class Pair(NamedTuple):
@@ -91,8 +93,17 @@ class Adapter:
             )
         lora = LoraConfig(safe_path(self.folder, CONFIG_NAME))
         with _open(self.folder) as checkpoint:
-            self.fingerprint = checkpoint.fingerprint | {CONFIG_NAME: lora.digest}
-            self.parts = _Plan(checkpoint.tensors, lora, leaf_specs(config)).parts(self.folder)
+            self._sampled = checkpoint.fingerprint[TENSORS_NAME]
+            plan = _Plan(checkpoint.tensors, lora, leaf_specs(config))
+            self.parts = plan.parts(self.folder)
+            # All of it: adapters are small, and two of one training differ anywhere.
+            with open(self.folder / TENSORS_NAME, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            checkpoint.check_unchanged()
+        self.fingerprint = {TENSORS_NAME: digest, CONFIG_NAME: lora.digest}
+        unknown = ", ".join(repr(name) for name in plan.unknown_targets())
+        line = f"{self.folder}: this model has no {unknown}, which its {CONFIG_NAME} names"
+        self.notes = (line,) if unknown else ()
 
     def attach(
         self, leaves: Mapping[str, Weight], sharding_of: Callable[[str], NamedSharding]
@@ -117,7 +128,7 @@ class Adapter:
             MixtralError: exit code 65 if they changed meanwhile, or are NaN or infinite.
         """
         with _open(self.folder) as checkpoint:
-            if checkpoint.fingerprint[TENSORS_NAME] != self.fingerprint[TENSORS_NAME]:
+            if checkpoint.fingerprint[TENSORS_NAME] != self._sampled:
                 what = f"{self.folder}: {TENSORS_NAME} changed while the model was loaded"
                 raise MixtralError(what, fix="load again", code=BAD_DATA)
             read = functools.lru_cache(maxsize=2)(functools.partial(_read, checkpoint))
@@ -128,6 +139,7 @@ def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
     tensor = checkpoint.tensors[name]
     out = np.empty(tensor.shape, FLOATS[tensor.dtype])
     checkpoint.read_rows(name, 0, tensor.shape[0], out)
+    checkpoint.check_unchanged()
     if not all_finite(out):
         raise MixtralError(
             f"{checkpoint.folder / TENSORS_NAME}: {name} has NaN or infinite values",
@@ -145,7 +157,8 @@ class _Plan:
     ):
         self.tensors, self.lora = tensors, lora
         # Adapters of attention alone look the same in both.
-        is_fused = any(names.moe_marker("fused") in name for name in tensors)
+        marker = names.moe_marker("fused")
+        is_fused = any(marker in f".{name}." for name in (*tensors, *lora.parameter_targets))
         self.layout = "fused" if is_fused else "original"
         # The matrices inside layers. An embedding or a head is no matrix product that adapts.
         self.specs = {
@@ -167,6 +180,7 @@ class _Plan:
             for name, tensor in self.tensors.items()
             if tensor.dtype not in FLOATS
         ]
+        self._check_ends()
         if not self.tensors:
             self.problems.append("no tensors")
         if self.problems:
@@ -191,6 +205,25 @@ class _Plan:
         }
         assert read == self.used == self.tensors.keys()
         return {leaf: parts for leaf, parts in found.items() if any(parts)}
+
+    def unknown_targets(self) -> list[str]:
+        """Names of the configuration that nothing in this model ends with, in any layout."""
+        known = [f".{end}" for end in ENDS]
+        for layout in ("original", "fused"):
+            for piece in names.pieces(layout, self.specs):
+                known += [f".{piece.rows.tensor}", f".{piece.rows.tensor}".removesuffix(".weight")]
+        return [
+            target
+            for target in (*self.lora.module_targets, *self.lora.parameter_targets)
+            if not any(name.endswith(f".{target}") for name in known)
+        ]
+
+    def _check_ends(self) -> None:
+        """An embedding or a head that is named must have tensors (which then are refused)."""
+        for end in ENDS:
+            has_tensors = any(f".{end}." in name for name in self.tensors)
+            if self.lora.targets(end, is_parameter=False) and not has_tensors:
+                self._missing(end)
 
     def _pairs(self, modules: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Pair]]:
         stacked: dict[str, list[str]] = {}

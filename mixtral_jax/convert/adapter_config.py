@@ -87,6 +87,16 @@ class LoraConfig:
         named = self._parameters if is_parameter else self._modules
         return isinstance(named, list) and any(f".{name}".endswith(f".{end}") for end in named)
 
+    @property
+    def module_targets(self) -> tuple[str, ...]:
+        """The names that ``target_modules`` lists; none where it is a pattern."""
+        return _listed(self._modules)
+
+    @property
+    def parameter_targets(self) -> tuple[str, ...]:
+        """The names that ``target_parameters`` lists."""
+        return _listed(self._parameters)
+
     def refuse(self, field: str, expected: object, got: object, fix: str) -> MixtralError:
         """An error that names the file and the field."""
         what = f"{self.path}: {field}"
@@ -103,6 +113,10 @@ class LoraConfig:
                 name, "an object of regexes", got, "use the file that peft wrote"
             ) from None
         return dict(pattern)
+
+
+def _listed(names: Any) -> tuple[str, ...]:
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def _short(value: object) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.adapter import Adapter
-from mixtral_jax.convert.companions import copy_companions, find_companions
+from mixtral_jax.convert.companions import check_companions, copy_companions, find_companions
 from mixtral_jax.convert.export import SafetensorsOutput, parse_size
 from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
@@ -225,6 +225,8 @@ class _Conversion:
             if manifest.fingerprint == self.fingerprint:
                 output = self._output(self.dst)
                 output.check()
+                check_companions(self.dst, manifest.companions)
+                self._refuse_nonfinite(manifest.leaves)
                 if self.options.verify:
 
                     def fetch(leaf: str, value: np.ndarray) -> LeafRecord:
@@ -239,6 +241,16 @@ class _Conversion:
             fix="choose another destination, or delete it",
             code=OUTPUT_EXISTS,
         )
+
+    def _refuse_nonfinite(self, records: Mapping[str, LeafRecord]) -> None:
+        """What an earlier run was asked to keep, this one must be asked as well."""
+        for leaf, record in records.items():
+            if record.nonfinite and not self.options.allow_nonfinite:
+                raise MixtralError(
+                    f"{leaf} has NaN or infinite values, which an earlier run was told to keep",
+                    fix="download the checkpoint again, or pass --allow-nonfinite to keep them",
+                    code=BAD_DATA,
+                )
 
     def _remove_work_folder(self) -> None:
         """Removes what a run leaves behind once its output has moved, and nothing else."""
@@ -265,6 +277,7 @@ class _Conversion:
         self._buffer = np.empty(max(map(self._num_bytes, self.specs)), np.uint8)
         self._total = sum(map(self._source_bytes, self.specs))
         records: dict[str, LeafRecord] = {}
+        self._refuse_nonfinite(journal.finished)
         if journal.finished:
             self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
         # While a leaf is written, the system reads the next one into its own cache.
@@ -281,6 +294,7 @@ class _Conversion:
                     code=INTERRUPTED,
                 )
             records[leaf] = self._convert_leaf(output, leaf, following[leaf], pool)
+            self.leaves.check_unchanged()  # before the leaf counts as this source's
             journal.record(leaf, records[leaf])
         output.finish(records)
         manifest = Manifest(

@@ -159,18 +159,31 @@ class SafetensorsOutput:
     def finish(self, records: Mapping[str, LeafRecord]) -> None:
         """Writes the index, if there are several files."""
         assert records.keys() == {chunk.leaf for chunk in self.places}
-        if len(self.shards) == 1:
-            return
-        sizes = sum(place.size for place in self.places.values())
-        parameters = sum(math.prod(record.shape) for record in records.values())
+        if len(self.shards) > 1:
+            write_durably(self.folder / INDEX_NAME, self._index())
+
+    def _index(self) -> bytes:
+        places = self.places.items()
+        parameters = sum(p.size // self._dtypes[chunk.leaf].itemsize for chunk, p in places)
         index = {
-            "metadata": {"total_parameters": parameters, "total_size": sizes},
+            "metadata": {
+                "total_parameters": parameters,
+                "total_size": sum(place.size for place in self.places.values()),
+            },
             "weight_map": dict(sorted((p.name, p.file) for p in self.places.values())),
         }
-        write_durably(self.folder / INDEX_NAME, json.dumps(index, indent=2).encode() + b"\n")
+        return json.dumps(index, indent=2).encode() + b"\n"
 
     def check(self) -> None:
-        """Finds every file with its header and in its size."""
+        """Finds the index, and every file with its header and in its size."""
+        index = self.folder / INDEX_NAME
+        found = index.read_bytes() if index.is_file() else None
+        if found != (self._index() if len(self.shards) > 1 else None):
+            raise MixtralError(
+                f"{index} is missing, was altered, or does not belong there",
+                fix="delete that folder and convert again",
+                code=BAD_DATA,
+            )
         for name in self.shards:
             if not self._is_sound(name):
                 raise MixtralError(

@@ -16,6 +16,7 @@ from mixtral_jax.config import CONFIG_NAME, NATIVE_NAME
 from mixtral_jax.convert.companions import COMPANIONS
 from mixtral_jax.convert.reader import INDEX_NAME, NATIVE_FILE
 from mixtral_jax.errors import INPUT_NOT_FOUND, IO_ERROR, MixtralError
+from mixtral_jax.tokenizer import find_tokenizer
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>[\w./-]{{1,100}}))?", re.ASCII)
@@ -121,6 +122,8 @@ class _Repository:
                 "fetch it where there is a network, or name a folder",
             ) from None
         folder = Path(folder)
+        if find_tokenizer(folder) is None:
+            self.note(f"the cache holds no tokenizer of {self.repo}: the weights come alone")
         self.note(f"{why}: using {self.repo} at {folder.name} from the cache")
         return Source(folder, self.repo, folder.name)
 

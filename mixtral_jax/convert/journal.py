@@ -82,11 +82,10 @@ class Journal:
             if end == 0:
                 _same(entry.get("fingerprint"), fingerprint, path)
             else:
-                finished[entry["leaf"]] = LeafRecord(
-                    shape=tuple(entry["shape"]),
-                    dtype=entry["dtype"],
-                    chunks=tuple(entry["chunks"]),
-                )
+                try:
+                    finished[str(entry["leaf"])] = LeafRecord.of(entry)
+                except (KeyError, TypeError):  # damaged: what follows is done again
+                    break
             end += len(line)
         if end == 0 and not _BEGINNING.startswith(content[: len(_BEGINNING)]):
             raise MixtralError(

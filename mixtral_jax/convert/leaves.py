@@ -49,6 +49,10 @@ class Leaves(Protocol):
         """Which files they are, on this machine."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Refuses a source that changed since it was opened (exit code 65)."""
+        ...
+
     def unit(self, chunk: Chunk) -> int:
         """Reads begin and end at multiples of so many rows, or at the chunk's end."""
         ...
@@ -137,6 +141,10 @@ class PublishedLeaves:
     def whereabouts(self) -> dict[str, dict[str, Any]]:
         """Which files they are."""
         return self.checkpoint.whereabouts
+
+    def check_unchanged(self) -> None:
+        """By size, time and file."""
+        self.checkpoint.check_unchanged()
 
     def unit(self, chunk: Chunk) -> int:
         """More than 1 where rows are permuted or transposed."""
@@ -229,6 +237,9 @@ class OrbaxLeaves:
     def whereabouts(self) -> dict[str, Any]:
         """Nothing more: the digest is of all the content, and is proved while it is read."""
         return {}
+
+    def check_unchanged(self) -> None:
+        """Its digests are proved while it is read."""
 
     def unit(self, chunk: Chunk) -> int:
         """Any row can be read."""

@@ -24,11 +24,25 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafRecord:
-    """A finished leaf: its shape, dtype name, and the sha256 (hex) of each chunk in order."""
+    """A finished leaf: its shape, dtype name, and the sha256 (hex) of each chunk in order.
+
+    ``nonfinite``: it holds NaN or infinite values, which were asked to be kept.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[str, ...]
+    nonfinite: bool = dataclasses.field(default=False, compare=False)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> LeafRecord:
+        """From JSON; KeyError or TypeError for what is none."""
+        return cls(
+            shape=tuple(entry["shape"]),
+            dtype=entry["dtype"],
+            chunks=tuple(entry["chunks"]),
+            nonfinite=bool(entry.get("nonfinite", False)),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,12 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
             code=BAD_DATA,
         )
     try:
-        leaves = {
-            name: LeafRecord(
-                shape=tuple(leaf["shape"]), dtype=leaf["dtype"], chunks=tuple(leaf["chunks"])
-            )
-            for name, leaf in raw["leaves"].items()
-        }
+        leaves = {name: LeafRecord.of(leaf) for name, leaf in raw["leaves"].items()}
         manifest = Manifest(
             fingerprint=raw["fingerprint"],
             leaves=leaves,

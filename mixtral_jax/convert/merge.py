@@ -14,7 +14,7 @@ from mixtral_jax.convert.adapter import Adapter, Factors
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.errors import BAD_DATA, MixtralError
 
-_BLOCK_BYTES = 16 << 20  # of f32 per thread and operand
+_BLOCK_ELEMENTS = 1 << 16  # of a matrix at a time: f32 in the processor's cache
 
 
 class LeafMerge:
@@ -22,7 +22,6 @@ class LeafMerge:
 
     def __init__(self, factors: Factors):
         self.factors = factors
-        self._wanted: set[Chunk] = set()
         self._changed: set[Chunk] = set()
 
     def add(self, chunk: Chunk, start: int, base: np.ndarray, out: np.ndarray) -> None:
@@ -36,24 +35,50 @@ class LeafMerge:
         """
         e = chunk.expert or 0
         a, b = self.factors.a[e], self.factors.b[e][start : start + len(base)]
-        step = max(1, _BLOCK_BYTES // (4 * base.shape[1]))
+        if not self._is_wanted(chunk):  # not even the sign of a zero may change
+            out[...] = base.astype(out.dtype)
+            return
+        step = max(1, _BLOCK_ELEMENTS // base.shape[1])
         for first in range(0, len(base), step):
             part = slice(first, first + step)
-            delta = (b[part] @ a) * np.float32(self.factors.scale)
-            if delta.any():
-                self._wanted.add(chunk)
+            delta = product(b[part], a) * np.float32(self.factors.scale)
             out[part] = (base[part].astype(np.float32) + delta).astype(out.dtype)
             if not np.array_equal(out[part], base[part].astype(out.dtype)):
                 self._changed.add(chunk)
 
+    def _is_wanted(self, chunk: Chunk) -> bool:
+        """Whether the adapter has an update for a chunk that is not zero by its factors."""
+        e = chunk.expert or 0
+        return not _is_zero(self.factors, e)
+
     def check(self, chunk: Chunk, name: str, dtype: np.dtype) -> None:
         """Refuses a chunk that the adapter should have changed, and did not (exit code 65)."""
-        if chunk in self._wanted - self._changed:
+        if self._is_wanted(chunk) and chunk not in self._changed:
             raise MixtralError(
-                f"{name}: the adapter's change is lost when rounded to {dtype.name}",
+                f"{name}: the adapter changes nothing; its B A is zero, or lost when rounded to "
+                f"{dtype.name}",
                 fix="merge with --dtype float32, or apply the adapter unmerged when sampling",
                 code=BAD_DATA,
             )
+
+
+def _is_zero(factors: Factors, e: int) -> bool:
+    return not (factors.scale and factors.a[e].any() and factors.b[e].any())
+
+
+def product(b: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """B A, f32, rank after rank: the same bits on every machine, as no BLAS promises.
+
+    Args:
+        b: ``[n, R]``.
+        a: ``[R, I]``.
+    """
+    out = np.zeros((len(b), a.shape[1]), np.float32)
+    term = np.empty_like(out)
+    for r in range(len(a)):
+        np.multiply(b[:, r, None], a[r], out=term)
+        np.add(out, term, out=out)
+    return out
 
 
 class Merge:
@@ -80,13 +105,15 @@ class Merge:
             found = factors(leaf)
             present = [e for e, part in enumerate(parts) if part is not None]
             total += len(present)
-            zero += sum(not (found.a[e].any() and found.b[e].any()) for e in present)
+            zero += sum(_is_zero(found, e) for e in present)
         if zero == total:
             raise MixtralError(
                 f"{adapter.folder}: every update of the adapter is zero, merging changes nothing",
                 fix="use an adapter that was trained",
                 code=BAD_DATA,
             )
+        for line in adapter.notes:
+            note(line)
         if zero:
             note(f"{adapter.folder}: {zero} of {total} updates are zero and change nothing")
 

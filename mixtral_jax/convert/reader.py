@@ -122,6 +122,11 @@ class Checkpoint:
         assert tensor.start + stop * width <= tensor.stop
         self._files[tensor.file].read_into(view, tensor.start + start * width)
 
+    def check_unchanged(self) -> None:
+        """Refuses files that were changed since they were opened (exit code 65)."""
+        for file in self._files.values():
+            file.check_unchanged()
+
     def prefetch(self, name: str, start: int, stop: int) -> None:
         """Asks the system to read rows of a tensor ahead."""
         tensor = self.tensors[name]
@@ -161,6 +166,8 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         plain = isinstance(name, str) and name.endswith(".safetensors")
         if not plain or any(part in name for part in ("/", "\\", "\0")) or name.startswith(".."):
             raise bad_file(path, f"weight_map names {name!r}, not a plain .safetensors file name")
+        if len(name) > 255 or not name.isprintable():
+            raise bad_file(path, f"weight_map names {name[:40]!r}..., which no file can be called")
     if (folder / SINGLE_NAME).exists() and set(weight_map.values()) != {SINGLE_NAME}:
         raise MixtralError(
             f"{folder} has both {SINGLE_NAME} and {INDEX_NAME}, which names other files",

@@ -101,6 +101,21 @@ class SafetensorsFile:
         """Closes the file."""
         os.close(self._fd)
 
+    def check_unchanged(self) -> None:
+        """Refuses a file that was written to, or replaced, since it was opened (exit code 65)."""
+        now = os.fstat(self._fd)
+        try:
+            named = os.stat(self.path)
+            same = os.path.samestat(named, now)
+        except OSError:  # moved away: what is open is still whole
+            same = True
+        if not same or (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise MixtralError(
+                f"{self.path} was changed while it was read",
+                fix="let nothing write to it, and start again in a new destination",
+                code=BAD_DATA,
+            )
+
     def read_into(self, out: memoryview, offset: int) -> None:
         """Fills ``out`` (writable bytes) from ``offset`` of the file.
 

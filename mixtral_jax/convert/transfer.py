@@ -57,6 +57,7 @@ def fetch_leaf(
     """
     stored_dtype = leaves.dtype(leaf)
     is_copy = stored_dtype == out.dtype and merge is None
+    nonfinite: set[Chunk] = set()
 
     def fetch(chunk: Chunk) -> str:
         part = out if chunk.expert is None else out[chunk.expert]
@@ -75,8 +76,10 @@ def fetch_leaf(
                         rows[...] = stored.astype(out.dtype)
                     else:
                         merge.add(chunk, start, stored, rows)
-            if not allow_nonfinite and not all_finite(rows):
-                raise _not_finite(leaves, chunk, dtype=out.dtype)
+            if not all_finite(rows):
+                if not allow_nonfinite:
+                    raise _not_finite(leaves, chunk, dtype=out.dtype, merged=merge is not None)
+                nonfinite.add(chunk)
             digest.update(bytes_of(rows))  # while the rows are in the processor's cache
             progress(math.prod(rows.shape) * stored_dtype.itemsize)
         if recorded is not None and recorded != (digest if is_copy else source).hexdigest():
@@ -91,7 +94,12 @@ def fetch_leaf(
         return digest.hexdigest()
 
     digests = tuple(pool.map(fetch, chunks_of(leaf, out.shape)))
-    return LeafRecord(shape=tuple(out.shape), dtype=out.dtype.name, chunks=digests)
+    return LeafRecord(
+        shape=tuple(out.shape),
+        dtype=out.dtype.name,
+        chunks=digests,
+        nonfinite=bool(nonfinite),
+    )
 
 
 def digest_leaf(leaf: str, value: np.ndarray, pool: Executor) -> LeafRecord:
@@ -110,12 +118,15 @@ def _blocks(shape: tuple[int, ...], itemsize: int, unit: int) -> list[tuple[int,
     return [(start, min(shape[0], start + step)) for start in range(0, shape[0], step)]
 
 
-def _not_finite(leaves: Leaves, chunk: Chunk, dtype: np.dtype | None = None) -> MixtralError:
+def _not_finite(
+    leaves: Leaves, chunk: Chunk, dtype: np.dtype | None = None, *, merged: bool = False
+) -> MixtralError:
     name = leaves.source_name(chunk)
     stored = leaves.dtype(chunk.leaf)
-    if dtype is not None and dtype != stored:
+    if dtype is not None and (merged or dtype != stored):
+        sums = "merged with the adapter " if merged else ""
         return MixtralError(
-            f"{name} has values too large for {dtype.name}",
+            f"{name} {sums}has values too large for {dtype.name}",
             fix="choose --dtype bfloat16 or float32, or pass --allow-nonfinite",
             code=BAD_DATA,
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.convert import ConvertOptions, convert
+from mixtral_jax.convert.merge import product
 from mixtral_jax.convert.orbax import read_leaf
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OUTPUT_EXISTS, MixtralError
 from tests.convert import checkpoints, native
@@ -122,7 +123,8 @@ def test_a_change_that_rounding_would_lose_is_refused(tmp_path, small_config):
     factors[f"{EXPERT}.2.w1.lora_B.weight"] *= np.float32(1e-9)
     adapter = write(tmp_path / "adapter", factors)
     line = refusal(src, tmp_path / "out", adapter)
-    assert f"{EXPERT}.2.w1.weight: the adapter's change is lost when rounded to bfloat16" in line
+    assert f"{EXPERT}.2.w1.weight: the adapter changes nothing" in line
+    assert "lost when rounded to bfloat16" in line
     options = ConvertOptions(adapter=str(adapter), dtype="float32")
     shutil.rmtree(tmp_path / "out.partial")
     assert convert(src, tmp_path / "out", options)
@@ -199,3 +201,83 @@ def test_another_adapter_is_another_conversion(tmp_path, tensors, base):
     resumed = convert(base, tmp_path / "out", first)
     assert resumed.digest == convert(base, tmp_path / "whole", first).digest
     assert resumed.digest != convert(base, tmp_path / "plain").digest
+
+
+def test_merged_bytes_depend_on_no_blas():
+    """Rank after rank: each element is the sum that Python's own arithmetic gives."""
+    draw = np.random.default_rng(0)
+    b, a = (draw.standard_normal(shape).astype(np.float32) for shape in ((3, 7), (7, 5)))
+    got = product(b, a)
+    for row in range(3):
+        for column in range(5):
+            total = np.float32(0)
+            for r in range(7):
+                total = np.float32(total + np.float32(b[row, r] * a[r, column]))
+            assert got[row, column] == total
+
+
+def test_an_update_that_is_zero_as_a_product_or_by_its_scale_is_refused(tmp_path, tensors, base):
+    factors = pairs(tensors, Q)
+    a, b = (factors[f"{Q}.lora_{letter}.weight"] for letter in "AB")
+    a[:], b[:] = 0, 0
+    a[0], b[:, 1] = 1, 1  # neither is zero, their product is
+    adapter = write(tmp_path / "product", factors)
+    assert f"{Q}.weight: the adapter changes nothing" in refusal(base, tmp_path / "a", adapter)
+    adapter = write(tmp_path / "scale", pairs(tensors, Q), lora_alpha=0)
+    assert "every update of the adapter is zero" in refusal(base, tmp_path / "b", adapter)
+
+
+def test_experts_without_an_update_keep_the_sign_of_their_zeros(tmp_path, config, tensors):
+    w1, w2 = (f"{EXPERT}.{e}.w1.weight" for e in (0, 2))
+    signed = {**tensors, w1: tensors[w1].copy()}
+    signed[w1][0] = -0.0
+    src = checkpoints.write(tmp_path / "src", config, signed)
+    adapter = write(tmp_path / "adapter", pairs(tensors, w2.removesuffix(".weight")))
+    convert(src, tmp_path / "out", ConvertOptions(adapter=str(adapter), format="safetensors"))
+    assert checkpoints.same_bits(tensors_in(tmp_path / "out")[w1], signed[w1])
+
+
+def test_another_adapter_of_the_same_shape_is_another_conversion(tmp_path, tensors, base):
+    """Also where it differs outside any sample of its bytes."""
+    factors = pairs(tensors, Q, f"{LAYER}.self_attn.o_proj")
+    options = ConvertOptions(adapter=str(write(tmp_path / "adapter", factors)))
+    convert(base, tmp_path / "out", options)
+    for factor in factors.values():
+        factor[-1, -1] *= -1
+    write(tmp_path / "adapter", factors)
+    with pytest.raises(MixtralError) as caught:
+        convert(base, tmp_path / "out", options)
+    assert caught.value.code == OUTPUT_EXISTS
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "no tensors for lm_head"),
+        (
+            {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+            "no tensors for model.layers.0.mlp.experts.gate_up_proj",
+        ),
+    ],
+)
+def test_half_an_adapter_is_refused(tmp_path, tensors, base, fields, missing):
+    every = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    adapter = write(tmp_path / "adapter", pairs(tensors, *every), **fields)
+    assert missing in refusal(base, tmp_path / "out", adapter)
+
+
+def test_targets_that_no_model_of_ours_has_are_noted(tmp_path, tensors, base):
+    every = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    fields = {"target_modules": ["q_proj", "gate_proj"]}
+    adapter, notes = write(tmp_path / "adapter", pairs(tensors, *every), **fields), []
+    convert(base, tmp_path / "out", ConvertOptions(adapter=str(adapter)), note=notes.append)
+    assert any("this model has no 'gate_proj'" in line for line in notes)
+
+
+def test_merged_values_too_large_say_so(tmp_path, small_config):
+    config = small_config(dtype="float16")
+    tensors = checkpoints.random_tensors(config)
+    src = checkpoints.write(tmp_path / "src", config, tensors)
+    factors = {name: 900 * factor for name, factor in pairs(tensors, Q).items()}
+    line = refusal(src, tmp_path / "out", write(tmp_path / "adapter", factors))
+    assert "merged with the adapter has values too large for float16" in line
