@@ -18,13 +18,15 @@ from mixtral_jax.weights import weight
 class MoEOutput(NamedTuple):
     """Result of one layer, with how its rows were routed and how many assignments were dropped.
 
-    ``router_logits`` are over all experts, in the activation dtype.
+    ``overflowed`` counts those beyond the capacity. ``router_logits`` are over
+    all experts, in the activation dtype.
     """
 
     y: Float[Array, "B T D"]
     router_logits: Float[Array, "N E"]
     routing: Routing
     dropped: Int[Array, ""]
+    overflowed: Int[Array, ""]
 
 
 class Router(nnx.Module):
@@ -72,4 +74,5 @@ class SparseMoE(nnx.Module):
         logits = self.router(rows, placement)
         routing = route(logits, valid.reshape(-1), top_k=self.router.top_k)
         routed = placement.experts(rows, routing, self.experts.weights())
-        return MoEOutput(routed.y.reshape(x.shape), logits, routing, routed.dropped)
+        y = routed.y.reshape(x.shape)
+        return MoEOutput(y, logits, routing, routed.dropped, routed.overflowed)

@@ -28,11 +28,13 @@ class Routing(NamedTuple):
 class Routed(NamedTuple):
     """What came back from the experts.
 
-    ``dropped`` counts the (row, expert) assignments that found no room, over all devices.
+    Over all devices: ``dropped`` counts the (row, expert) assignments that were left out,
+    ``overflowed`` those beyond the capacity, which are dropped or took the dropless path.
     """
 
     y: Float[Array, "N D"]
     dropped: Int[Array, ""]
+    overflowed: Int[Array, ""]
 
 
 @runtime_checkable
@@ -88,7 +90,7 @@ class LocalPlacement:
         out = jnp.zeros(x.shape, jnp.float32)
         num_experts = weights.gate.shape[0]
         y = KERNELS[self.kernels].routed_experts(out, x, *routing, weights, num_experts=num_experts)
-        return Routed(y.astype(x.dtype), jnp.zeros((), jnp.int32))
+        return Routed(y.astype(x.dtype), jnp.int32(0), jnp.int32(0))
 
     def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """See Placement."""

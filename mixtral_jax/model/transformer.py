@@ -27,7 +27,7 @@ class Hidden(NamedTuple):
     """The residual stream after the last norm, and what happened on the way.
 
     ``router_logits`` and ``routing`` have one entry per layer over the B * T rows; ``dropped``
-    counts per layer.
+    and ``overflowed`` count assignments per layer. ``model/stats.py`` makes numbers of them.
     """
 
     x: Float[Array, "B T D"]
@@ -35,6 +35,7 @@ class Hidden(NamedTuple):
     router_logits: tuple[Float[Array, "N E"], ...]
     routing: tuple[Routing, ...]
     dropped: Int[Array, " L"]
+    overflowed: Int[Array, " L"]
 
 
 class Block(nnx.Module):
@@ -117,6 +118,7 @@ class Mixtral(nnx.Module):
             router_logits=tuple(moe.router_logits for moe in layers),
             routing=tuple(moe.routing for moe in layers),
             dropped=jnp.stack([moe.dropped for moe in layers]),
+            overflowed=jnp.stack([moe.overflowed for moe in layers]),
         )
 
     def unembed(

@@ -18,15 +18,9 @@ from mixtral_jax.kernels.experts import ExpertWeights
 from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.placement import LocalPlacement, Routing
 from mixtral_jax.model.router import route
-from mixtral_jax.sharding.dispatch import (
-    REPLICATED_BELOW,
-    DispatchOptions,
-    assign_slots,
-    capacity,
-    choose,
-    dispatch,
-)
+from mixtral_jax.sharding.dispatch import REPLICATED_BELOW, DispatchOptions, choose, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.per_expert import assign_slots, capacity
 from mixtral_jax.weights import slots_of
 from tests.reference.dispatch import dropped, kept
 
@@ -36,6 +30,11 @@ MESHES = ["1x1", "2x4", "1x4x2"]  # test_model.py has them all
 EXACT = [
     DispatchOptions(method="all_to_all", capacity_factor=4.0),
     DispatchOptions(method="all_to_all", capacity_factor=0.5),  # overflows
+    DispatchOptions(method="all_to_all", chunks=2),
+    DispatchOptions(method="all_to_all_once"),
+    DispatchOptions(method="all_to_all_once", capacity_factor=0.5, chunks=2),
+    DispatchOptions(method="ragged"),
+    DispatchOptions(method="ragged", capacity_factor=0.5),  # overflows
     DispatchOptions(method="gathered"),
     DispatchOptions(method="replicated"),
     DispatchOptions(),
@@ -44,7 +43,7 @@ DENSE = LocalPlacement("reference")
 
 
 def names(options: DispatchOptions) -> str:
-    return f"{options.method}-{options.capacity_factor}-{options.overflow}"
+    return f"{options.method}-{options.capacity_factor}-{options.overflow}-{options.chunks}"
 
 
 def experts(seed: int = 0) -> ExpertWeights:

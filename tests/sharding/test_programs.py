@@ -38,6 +38,13 @@ def test_two_payload_all_to_alls_per_layer(model, text, options):
     assert hlo.count("stablehlo.all_to_all") == 2 * model.config.num_hidden_layers
 
 
+def test_once_needs_a_small_third_for_ids_and_weights(model):
+    for text in ("1x8", "1x4"):
+        options = DispatchOptions(method="all_to_all_once")
+        hlo = lowered(model, text, options).as_text()
+        assert hlo.count("stablehlo.all_to_all") == 3 * model.config.num_hidden_layers
+
+
 def test_replicated_needs_one_sum_and_nothing_else(model):
     hlo = lowered(model, "1x8", DispatchOptions(method="replicated")).as_text()
     assert hlo.count("stablehlo.all_reduce") == model.config.num_hidden_layers
