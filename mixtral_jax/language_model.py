@@ -7,14 +7,14 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.chat import encode_chat
-from mixtral_jax.config import DTYPES, ModelConfig, read_config
+from mixtral_jax.config import ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.load import load_weights
@@ -24,13 +24,15 @@ from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.sharding import hosts
-from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
+from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 
 EMBEDDED = "tiny"
@@ -45,42 +47,6 @@ Message = Mapping[str, Any]
 
 def _silent(line: str) -> None:
     del line
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """Where a model lies and how its rows reach their experts.
-
-    Attributes:
-        mesh: ``1x8`` (data x expert), ``2x4x2`` (and tensor) or ``data=2,expert=4``; all
-            accelerators on the expert axis, if None.
-        dtype: of weights and activations; the checkpoint's, if None (the embedded model: float32).
-        dispatch: ``auto`` chooses by the number of rows (see sharding/dispatch.py).
-        capacity_factor: rows offered per expert by all_to_all, as a multiple of a balanced load.
-        overflow: beyond the capacity, ``exact`` falls back to a dropless path, ``drop`` drops and
-            reports.
-        sliding_window: tokens; asks for a window that the checkpoint's config does not have.
-        verify: check the digests of a converted checkpoint while it loads.
-        adapter: a folder with a PEFT LoRA adapter, applied on top of the weights.
-    """
-
-    mesh: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    dispatch: Method = "auto"
-    capacity_factor: float = DispatchOptions.capacity_factor
-    overflow: Overflow = DispatchOptions.overflow
-    sliding_window: int | None = None
-    verify: bool = True
-    adapter: str | None = None
-
-    def __post_init__(self):
-        if self.dtype is not None and self.dtype not in DTYPES:
-            expected = ", ".join(DTYPES)
-            raise MixtralError("--dtype", expected=expected, got=repr(self.dtype), code=USAGE)
-        window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or window < 1):
-            expected = "a positive integer"
-            raise MixtralError("--sliding-window", expected=expected, got=window, code=USAGE)
 
 
 def load(
@@ -119,10 +85,11 @@ def load(
     if spec is not None:
         spec = spec.fit(config)
         simulate_on_cpu(spec, note)
-    spec = spec or default_spec(config, note)
+    spec, strategy = spec or default_spec(config, note), Strategy(attention=asked.attention)
+    strategy.check(config, spec)
     mesh = spec.build()
     adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
-    shardings = weight_shardings(leaf_specs(config), mesh)
+    shardings = weight_shardings(leaf_specs(config), mesh, strategy)
     leaves = load_weights(
         folder,
         config,
@@ -134,13 +101,15 @@ def load(
         note=note,
     )
     if adapter is not None:
+        for line in adapter.notes:
+            note(line)
         leaves = adapter.attach(leaves, lambda path: shardings[path])
     hosts.barrier("loaded")
     has_tokenizer = find_tokenizer(folder) is not None
     return LanguageModel(
         assemble(config, leaves),
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
-        placement=MeshPlacement(mesh, dispatch),
+        placement=MeshPlacement(mesh, dispatch, strategy=strategy),
         spec=spec,
         folder=folder,
         note=note,

@@ -14,7 +14,8 @@ from mixtral_jax.decode.completion import Batch, Completion
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_DATA, OK, USAGE, MixtralError
 from mixtral_jax.interactive import interact
-from mixtral_jax.language_model import EMBEDDED, LanguageModel, LoadOptions, Message, load
+from mixtral_jax.language_model import EMBEDDED, LanguageModel, Message, load
+from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
 from mixtral_jax.terminal import expert_load, note

@@ -9,16 +9,39 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from mixtral_jax.model.transformer import LeafSpec, Mixtral, assemble, leaf_specs
-from mixtral_jax.sharding.rules import WEIGHT_RULES, kind_specs, partition_spec
-from mixtral_jax.weights import Weight, slots_of
+from mixtral_jax.sharding.rules import kind_specs, partition_spec
+from mixtral_jax.sharding.strategy import Strategy
+from mixtral_jax.weights import AXES_KEY, Weight, slots_of
+
+DEFAULT = Strategy()
 
 
-def weight_shardings(specs: Mapping[str, LeafSpec], mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every leaf, by its path."""
+def weight_shardings(
+    specs: Mapping[str, LeafSpec], mesh: Mesh, strategy: Strategy = DEFAULT
+) -> dict[str, NamedSharding]:
+    """The sharding of every leaf at rest, by its path."""
+    rules = strategy.rest_rules()
     return {
-        path: NamedSharding(mesh, partition_spec(spec.axes, WEIGHT_RULES))
-        for path, spec in specs.items()
+        path: NamedSharding(mesh, partition_spec(spec.axes, rules)) for path, spec in specs.items()
     }
+
+
+def gather_weights(model: Mixtral, mesh: Mesh, strategy: Strategy) -> Mixtral:
+    """Inside jit: the weights where they are used. With fsdp an all-gather each, over data.
+
+    The transpose adds gradients up over data and leaves each device its part.
+    """
+    rules = strategy.weight_rules()
+    gathered = {}
+    for path, param in nnx.to_flat_state(nnx.state(model)):
+        leaf, axes = param[...], param.get_metadata()[AXES_KEY]
+        specs = kind_specs(leaf, partition_spec(axes, rules))
+        gathered[".".join(map(str, path))] = jax.tree.map(
+            lambda part, spec: jax.lax.with_sharding_constraint(part, NamedSharding(mesh, spec)),
+            leaf,
+            specs,
+        )
+    return assemble(model.config, gathered)
 
 
 def place_weight(w: Weight, sharding: NamedSharding) -> Weight:
@@ -29,9 +52,11 @@ def place_weight(w: Weight, sharding: NamedSharding) -> Weight:
     )
 
 
-def place(model: Mixtral, mesh: Mesh, *, slots: bool = True) -> Mixtral:
+def place(
+    model: Mixtral, mesh: Mesh, *, slots: bool = True, strategy: Strategy = DEFAULT
+) -> Mixtral:
     """Puts a model in memory onto a mesh; ``slots`` lays experts out as whole arrays."""
-    shardings = weight_shardings(leaf_specs(model.config), mesh)
+    shardings = weight_shardings(leaf_specs(model.config), mesh, strategy)
     placed = {}
     for path, param in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))

@@ -13,7 +13,8 @@ from mixtral_jax.kernels.experts import ExpertWeights
 from mixtral_jax.kernels.table import DEFAULT_KERNELS, KERNELS
 from mixtral_jax.model.placement import Routed, Routing, refuse_adapter_ids
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
-from mixtral_jax.sharding.rules import ACTIVATION_RULES, batch_axes, partition_spec
+from mixtral_jax.sharding.rules import batch_axes, partition_spec
+from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import Matrix
 
 
@@ -25,11 +26,13 @@ class MeshPlacement:
         mesh: axes data, expert, tensor (see ``MeshSpec.build``).
         dispatch: how rows travel to their experts.
         kernels: a row of the kernels table.
+        strategy: how attention is placed.
     """
 
     mesh: Mesh
     dispatch: DispatchOptions = dataclasses.field(default_factory=DispatchOptions)
     kernels: str = DEFAULT_KERNELS
+    strategy: Strategy = dataclasses.field(default_factory=Strategy)
 
     def contract(self, einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
         """See Placement."""
@@ -53,8 +56,10 @@ class MeshPlacement:
 
     def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """See Placement."""
-        rules = ACTIVATION_RULES
+        rules = self.strategy.activation_rules()
         if "batch" in axes:
-            rules = {**rules, "batch": batch_axes(x.shape[axes.index("batch")], self.mesh)}
+            may_spread = self.strategy.attention == "data"
+            rows = x.shape[axes.index("batch")]
+            rules = {**rules, "batch": batch_axes(rows, self.mesh, may_spread=may_spread)}
         sharding = NamedSharding(self.mesh, partition_spec(axes, rules))
         return jax.lax.with_sharding_constraint(x, sharding)

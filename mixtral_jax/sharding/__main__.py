@@ -1,0 +1,75 @@
+"""``python -m mixtral_jax.sharding``: where every weight lies, and what it costs a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Annotated, Literal
+
+import tyro
+
+from mixtral_jax import cli
+from mixtral_jax.config import PRESETS, ModelConfig, read_config
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.report import lines, weight_report
+from mixtral_jax.sharding.strategy import Attention, Strategy
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Prints weight, shape, axes, mesh axes and MiB per device; nothing is loaded or allocated."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = "tiny"
+    """mixtral-8x7b, mixtral-8x22b, ..., tiny, or a folder with a config.json."""
+    mesh: str = "1x8"
+    """1x8 (data x expert), 2x4x2 (and tensor) or data=2,expert=4."""
+    attention: Attention = "data"
+    """Attention weights whole on every device of the expert axis, or split over it (tensor)."""
+    fsdp: bool = False
+    """Weights at rest are split over the data axis too."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights; the model's unless given."""
+    json: bool = False
+    """Print one JSON line per weight on stdout and nothing else there."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def main(options: Options) -> int:
+    """Prints the table."""
+    config = find_config(options.model)
+    spec = MeshSpec.parse(options.mesh).fit(config)
+    strategy = Strategy(attention=options.attention, fsdp=options.fsdp)
+    strategy.check(config, spec)
+    rows = weight_report(config, spec, strategy, options.dtype)
+    if not options.json:
+        print("\n".join(lines(rows)))
+        return OK
+    for row in rows:
+        print(json.dumps({**row._asdict(), "spec": list(row.spec)}))
+    return OK
+
+
+def find_config(model: str) -> ModelConfig:
+    """The configuration of a preset or of a folder.
+
+    Raises:
+        MixtralError: exit code 66 if it is neither.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    try:
+        return read_config(model, note=lambda line: None)
+    except MixtralError as error:
+        if error.code != INPUT_NOT_FOUND:
+            raise
+        known = ", ".join(PRESETS)
+        raise MixtralError(
+            f"no model {model}", fix=f"name a folder or one of {known}", code=INPUT_NOT_FOUND
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, Options, "python -m mixtral_jax.sharding"))

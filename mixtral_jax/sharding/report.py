@@ -1,0 +1,93 @@
+"""What every weight costs a device, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.rules import partition_spec
+from mixtral_jax.sharding.strategy import Strategy
+
+
+class WeightRow(NamedTuple):
+    """Weights that differ in their layer only.
+
+    ``bytes_per_device`` is of all ``count`` of them together.
+    """
+
+    weight: str
+    count: int
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    spec: PartitionSpec
+    bytes_per_device: int
+
+
+def shard_shape(shape: tuple[int, ...], spec: PartitionSpec, mesh: MeshSpec) -> tuple[int, ...]:
+    """The part of an array that one device holds."""
+    found = []
+    for size, entry in zip(shape, (*spec, *[None] * (len(shape) - len(spec))), strict=True):
+        names = (entry,) if isinstance(entry, str) else (entry or ())
+        ways = math.prod(getattr(mesh, name) for name in names)
+        assert size % ways == 0, (shape, spec, str(mesh))
+        found.append(size // ways)
+    return tuple(found)
+
+
+def weight_report(
+    config: ModelConfig, mesh: MeshSpec, strategy: Strategy, dtype: str | None = None
+) -> list[WeightRow]:
+    """One row per kind of weight, in the order of the model; nothing is allocated.
+
+    Args:
+        config: sizes.
+        mesh: already fitted to the model.
+        strategy: where weights rest.
+        dtype: of the weights; the config's unless given.
+    """
+    rows: dict[str, WeightRow] = {}
+    rules = strategy.rest_rules()
+    for path, leaf in leaf_specs(config, dtype).items():
+        name = re.sub(r"^layers\.\d+\.", "layers.*.", path)
+        spec = partition_spec(leaf.axes, rules)
+        size = math.prod(shard_shape(leaf.shape, spec, mesh)) * np.dtype(leaf.dtype).itemsize
+        before = rows.get(name)
+        count, total = (before.count, before.bytes_per_device) if before else (0, 0)
+        rows[name] = WeightRow(name, count + 1, leaf.shape, leaf.axes, spec, total + size)
+    return list(rows.values())
+
+
+def lines(rows: list[WeightRow]) -> Iterator[str]:
+    """The table as text."""
+    cells = [("weight", "count", "shape", "axes", "spec", "MiB per device")]
+    for row in rows:
+        cells.append(
+            (
+                row.weight,
+                str(row.count),
+                " x ".join(map(str, row.shape)),
+                ", ".join(row.axes),
+                ", ".join(_entry(entry) for entry in row.spec),
+                f"{row.bytes_per_device / 2**20:,.2f}",
+            )
+        )
+    total = sum(row.bytes_per_device for row in rows)
+    cells.append(("total", "", "", "", "", f"{total / 2**20:,.2f}"))
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    for row in cells:
+        left = [cell.ljust(width) for cell, width in zip(row[:-1], widths[:-1], strict=True)]
+        yield "  ".join([*left, row[-1].rjust(widths[-1])])
+
+
+def _entry(entry: object) -> str:
+    if entry is None:
+        return "-"
+    return entry if isinstance(entry, str) else " x ".join(entry)  # type: ignore[arg-type]
