@@ -97,13 +97,18 @@ class DispatchOptions:
 
 
 def choose(options: DispatchOptions, mesh: Mesh, num_rows: int) -> Method:
+    """The rule of ``choose_for`` on a mesh."""
+    return choose_for(options, mesh.shape["data"], mesh.shape["expert"], num_rows)
+
+
+def choose_for(options: DispatchOptions, data: int, expert: int, num_rows: int) -> Method:
     """The rule: what was asked; else ``replicated`` for one expert shard or few rows per device
     (decode), else ``all_to_all`` (prefill, training).
     """
     if options.method != "auto":
         return options.method
-    few = num_rows < REPLICATED_BELOW * mesh.shape["data"] * mesh.shape["expert"]
-    return "replicated" if mesh.shape["expert"] == 1 or few else "all_to_all"
+    few = num_rows < REPLICATED_BELOW * data * expert
+    return "replicated" if expert == 1 or few else "all_to_all"
 
 
 def _gathered(x: jax.Array, routing: Routing, weights: ExpertWeights, kernels: Kernels):

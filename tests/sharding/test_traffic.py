@@ -1,0 +1,123 @@
+"""Collectives of the compiled programs are those of the formulas: kinds, counts and bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax
+import pytest
+
+from mixtral_jax.sharding.collectives import Collective, read_collectives
+from mixtral_jax.sharding.dispatch import DispatchOptions
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.place import gather_weights, place
+from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.sharding.report import weight_report
+from mixtral_jax.sharding.strategy import Strategy
+from mixtral_jax.sharding.traffic import forward_traffic
+from tests.models import random_model, random_tokens
+
+DATA, TENSOR = Strategy(), Strategy(attention="tensor")
+FSDP, BOTH = Strategy(fsdp=True), Strategy(attention="tensor", fsdp=True)
+CASES = [
+    ("1x8", DATA, "all_to_all"),
+    ("2x4", DATA, "all_to_all"),
+    ("2x2x2", DATA, "all_to_all"),
+    ("1x8", DATA, "all_to_all_once"),
+    ("2x4", DATA, "all_to_all_once"),
+    ("1x8", DATA, "gathered"),
+    ("2x2x2", DATA, "gathered"),
+    ("1x8", DATA, "replicated"),
+    ("2x2x2", DATA, "replicated"),
+    ("8x1", DATA, "auto"),
+    ("1x8", TENSOR, "replicated"),
+    ("2x4", TENSOR, "all_to_all"),
+    ("2x2x2", TENSOR, "all_to_all_once"),
+    ("8x1", FSDP, "auto"),
+    ("2x4", FSDP, "all_to_all"),
+    ("2x2x2", BOTH, "all_to_all"),
+]
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
+    return random_model(small_config(intermediate_size=80, **fields))
+
+
+def compiled(model, text: str, strategy: Strategy, options: DispatchOptions):
+    mesh = MeshSpec.parse(text).build()
+    placement = MeshPlacement(mesh, options, strategy=strategy)
+
+    def program(model, tokens):
+        return gather_weights(model, mesh, strategy).hidden(tokens, placement=placement).x
+
+    placed = place(model, mesh, strategy=strategy)
+    everywhere = jax.NamedSharding(mesh, jax.P())  # else the compiler splits the tokens too
+    tokens = jax.device_put(random_tokens(model.config, (16, 16)), everywhere)
+    return jax.jit(program).lower(placed, tokens).compile()
+
+
+@pytest.mark.parametrize(("text", "strategy", "method"), CASES, ids=str)
+def test_compiled_collectives_are_those_of_the_formula(model, text, strategy, method):
+    overflow = "drop" if method.startswith("all") else "exact"
+    options = DispatchOptions(method=method, overflow=overflow)
+    found = read_collectives(compiled(model, text, strategy, options).as_text())
+    want = forward_traffic(
+        model.config, MeshSpec.parse(text), strategy, options, batch=16, length=16, itemsize=4
+    )
+    got = Counter(each for each in found if each.group_size > 1)
+    assert (got - Counter(want), Counter(want) - got) == (Counter(), Counter())
+
+
+@pytest.mark.parametrize("strategy", [DATA, TENSOR, FSDP, BOTH], ids=str)
+@pytest.mark.parametrize("text", ["1x8", "2x4", "2x2x2"])
+def test_argument_bytes_are_those_of_the_report(model, text, strategy):
+    spec = MeshSpec.parse(text)
+    program = compiled(model, text, strategy, DispatchOptions(method="gathered"))
+    weights = sum(r.bytes_per_device for r in weight_report(model.config, spec, strategy))
+    memory = program.memory_analysis()
+    # The head is no argument of this program; tokens are int32, whole on every device.
+    head = [r for r in weight_report(model.config, spec, strategy) if r.weight == "lm_head"]
+    assert memory.argument_size_in_bytes == weights - head[0].bytes_per_device + 16 * 16 * 4
+
+
+def test_parses_what_xla_prints():
+    hlo = """
+      %a = (f32[16,32]{1,0}, f32[16,32]{1,0}, /*index=2*/f32[16,32]{1,0}) all-to-all(%x, %y, %z), replica_groups={{0,1,2},{3,4,5}}
+      %b = bf16[8,4]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
+      %c = f32[2,4]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}
+      %d = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[4,2]<=[2,4]T(1,0)
+      %e = pred[7]{0} all-reduce(%x), replica_groups={{0},{1}}
+      %f = f32[7]{0} add(%x, %all-reduce.1)
+    """  # noqa: E501
+    assert read_collectives(hlo) == [
+        Collective("all-to-all", 3 * 16 * 32 * 4, 3),
+        Collective("all-gather", 64, 8),
+        Collective("reduce-scatter", 4 * 32, 4),
+        Collective("all-gather", 32, 2),
+        Collective("all-reduce", 7, 1),
+    ]
+    assert Collective("all-reduce", 80, 4).wire_bytes == 120
+
+
+def test_exact_adds_the_gathered_path_and_a_count(model):
+    exact = DispatchOptions(method="all_to_all")
+    found = read_collectives(compiled(model, "2x4", DATA, exact).as_text())
+    common, gathered = (
+        forward_traffic(
+            model.config,
+            MeshSpec.parse("2x4"),
+            DATA,
+            DispatchOptions(method=method),
+            batch=16,
+            length=16,
+            itemsize=4,
+        )
+        for method in ("all_to_all", "gathered")
+    )
+    # The count, and (no constant any more, inside the branch) which rows are valid.
+    more = [Collective("all-reduce", 4, 8), Collective("all-gather", 128, 4)]
+    counts = more * model.config.num_hidden_layers
+    got = Counter(each for each in found if each.group_size > 1)
+    assert got == Counter(common) + Counter(gathered) + Counter(counts)
