@@ -5,8 +5,10 @@ Everything here does nothing, at no cost, where a command runs as one process.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import signal
 import sys
 import time
 from typing import Any, TypeVar
@@ -53,6 +55,7 @@ def join(options: ProcessOptions, *, with_jax: bool = True) -> bool:
     if with_jax:
         _keep_stdout_clean()
         # Or the runtime aborts the survivors (134) before we can say who is lost.
+        _delay_aborts()
         jax.config.update("jax_enable_recoverability", True)
         jax.distributed.initialize(
             cluster.coordinator,
@@ -68,6 +71,19 @@ def _keep_stdout_clean() -> None:
     ours = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
+
+
+def _delay_aborts() -> None:
+    """Gives the heartbeat the last word where process 0 is gone.
+
+    jax's client then calls abort() in a thread of its own, often before our thread has seen the end
+    of its connection. The handler of SIGABRT becomes C's sleep(), which is called with the number
+    of the signal: that thread sleeps 6 seconds, while ours ends the process with a line and code
+    76. No handler in Python could do it: the main thread would run it, and waits in a collective.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def num_processes() -> int:

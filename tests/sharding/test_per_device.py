@@ -40,7 +40,7 @@ def by_hand(ids: np.ndarray, valid: np.ndarray, *, shards: int, room: int) -> np
     )
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     pairs=st.lists(st.permutations(range(E)), min_size=1, max_size=10),
     shards=st.sampled_from([1, 2, 4, 8]),

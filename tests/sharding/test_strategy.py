@@ -74,8 +74,16 @@ def expected(num_experts: int, shape: tuple[int, int]):
     return np.asarray(logits), gradient
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-@pytest.mark.parametrize(("num_experts", "text", "method", "shape"), CASES)
+def pairs() -> list:
+    """Each case under one strategy in turn; all with all are slow."""
+    return [
+        pytest.param(*case, strategy, marks=[] if i % 4 == k else [pytest.mark.slow])
+        for i, case in enumerate(CASES)
+        for k, strategy in enumerate(STRATEGIES)
+    ]
+
+
+@pytest.mark.parametrize(("num_experts", "text", "method", "shape", "strategy"), pairs(), ids=str)
 def test_logits_and_gradients_equal_one_device(num_experts, text, method, shape, strategy):
     model = model_of(num_experts)
     spec = MeshSpec.parse(text).fit(model.config)
