@@ -62,7 +62,7 @@ def compiled(model, text: str, strategy: Strategy, options: DispatchOptions):
 def test_compiled_collectives_are_those_of_the_formula(model, text, strategy, method):
     overflow = "drop" if method.startswith("all") else "exact"
     options = DispatchOptions(method=method, overflow=overflow)
-    found = read_collectives(compiled(model, text, strategy, options).as_text())
+    found = read_collectives(compiled(model, text, strategy, options).as_text() or "")
     want = forward_traffic(
         model.config, MeshSpec.parse(text), strategy, options, batch=16, length=16, itemsize=4
     )
@@ -79,6 +79,7 @@ def test_argument_bytes_are_those_of_the_report(model, text, strategy):
     memory = program.memory_analysis()
     # The head is no argument of this program; tokens are int32, whole on every device.
     head = [r for r in weight_report(model.config, spec, strategy) if r.weight == "lm_head"]
+    assert memory is not None
     assert memory.argument_size_in_bytes == weights - head[0].bytes_per_device + 16 * 16 * 4
 
 
@@ -103,7 +104,7 @@ def test_parses_what_xla_prints():
 
 def test_exact_adds_the_gathered_path_and_a_count(model):
     exact = DispatchOptions(method="all_to_all")
-    found = read_collectives(compiled(model, "2x4", DATA, exact).as_text())
+    found = read_collectives(compiled(model, "2x4", DATA, exact).as_text() or "")
     common, gathered = (
         forward_traffic(
             model.config,

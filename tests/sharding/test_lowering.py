@@ -1,0 +1,89 @@
+"""What a GPU or TPU would be given: prefill, decode_step and a gradient step, by ``jax.export``."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from mixtral_jax.decode import steps
+from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.sharding.dispatch import DispatchOptions
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.place import place
+from mixtral_jax.sharding.placement import MeshPlacement
+from tests.models import random_model, random_tokens
+
+ROWS, CHUNK, SLOTS, LAYERS = 16, 16, 64, 2
+PLATFORMS = ["cuda", "tpu"]
+# jax promises no stability of this call between versions; no artifact is kept.
+UNCHECKED = [export.DisabledSafetyCheck.custom_call("ragged_all_to_all")]
+METHODS = {
+    "all_to_all": (r"stablehlo\.all_to_all", 2),
+    "all_to_all_once": (r"stablehlo\.all_to_all", 3),
+    "ragged": (r"@ragged_all_to_all", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def model(small_config):
+    return random_model(small_config(num_hidden_layers=LAYERS))
+
+
+def programs(model, placement):
+    """The three programs as functions of arrays alone, with arguments."""
+    state = steps.empty_state(
+        model.config,
+        np.zeros((ROWS,), np.int32),
+        np.zeros((ROWS,), bool),
+        slots=SLOTS,
+        dtype=jnp.float32,
+        placement=placement,
+    )
+    tokens = random_tokens(model.config, (ROWS, CHUNK))
+    counts = np.full((ROWS,), CHUNK, np.int32)
+    rows = row_sampling([SamplingOptions()] * ROWS, [0] * ROWS, model.config.vocab_size)
+    limits = steps.Limits(np.full(ROWS, 4, np.int32), np.zeros(ROWS, bool), np.array([2], np.int32))
+
+    def loss(model, tokens):
+        logs = jax.nn.log_softmax(model(tokens, placement=placement)[:, :-1])
+        return -jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1).mean()
+
+    def gradient_step(model, tokens):
+        value, gradient = jax.value_and_grad(loss)(model, tokens)
+        return value, jax.tree.map(lambda w, g: w - 0.1 * g, model, gradient)
+
+    prefill = functools.partial(steps.prefill.__wrapped__, placement=placement)
+    decode_step = functools.partial(steps.decode_step.__wrapped__, placement=placement)
+    return {
+        "prefill": (prefill, (model, state, tokens, counts)),
+        "decode_step": (decode_step, (model, state, rows, limits, np.int32(4))),
+        "gradient_step": (gradient_step, (model, jnp.asarray(tokens))),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_programs_lower_for_accelerators(model, platform, method):
+    mesh = MeshSpec.parse("1x8").build()
+    placement = MeshPlacement(mesh, DispatchOptions(method=method))
+    for name, (program, arguments) in programs(place(model, mesh), placement).items():
+        lower = export.export(jax.jit(program), platforms=[platform], disabled_checks=UNCHECKED)
+        artifact = lower(*arguments)
+        assert artifact.platforms == (platform,)
+        assert artifact.nr_devices == 8
+        assert len(artifact.mlir_module_serialized) > 10_000
+        text = artifact.mlir_module()
+        operation, each = METHODS[method]
+        # What prefill's last layer makes is used by nobody, so its experts do not run. The backward
+        # pass sends all rows once more.
+        layers = LAYERS - (name == "prefill")
+        least = layers * each + (layers * 2 if name == "gradient_step" else 0)
+        assert len(re.findall(operation, text)) >= least, name
+        if method != "ragged":
+            assert "ragged" not in text
