@@ -1,0 +1,187 @@
+"""How long does one expert layer take on a mesh, under every dispatch, and how far from its limit?
+
+The yardstick is one dense product per device with the layer's FLOPs, in the same run: the time that
+the layer would take if nothing travelled and its products were one large one. Runs on accelerators
+where there are some, else on simulated devices (then it compares methods, no more).
+
+    python benchmarks/moe_layer.py --mesh 1x8 --model mixtral-8x7b
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from convert_memory import environment
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.kernels.experts import ExpertWeights
+from mixtral_jax.kernels.table import KERNELS
+from mixtral_jax.model.router import route
+from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
+from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
+from mixtral_jax.sharding.rules import WEIGHT_RULES, partition_spec
+from mixtral_jax.weights import ExpertSlots
+
+METHODS = ("replicated", "gathered", "all_to_all", "all_to_all_once", "ragged")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Times one expert layer."""
+
+    mesh: str = "1x8"
+    """data x expert, or data x expert x tensor."""
+    model: str = "tiny"
+    """A preset, for its sizes: tiny, mixtral-8x7b, mixtral-8x22b."""
+    rows: tuple[int, ...] = (16, 512, 4096)
+    """Tokens over all devices."""
+    dtype: str = "bfloat16"
+    """Of weights and rows."""
+    capacity_factor: float = 2.0
+    """Of the methods with a capacity."""
+    rounds: int = 9
+    """Timed runs of each method, in turn."""
+    quick: bool = False
+    """One size and one round: does it still run?"""
+    json: bool = False
+    """Print one JSON line instead of a table."""
+
+
+def random_experts(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> ExpertWeights:
+    """Gaussian experts, born on their devices."""
+    E, F, D = config.num_local_experts, config.intermediate_size, config.hidden_size
+    shards = mesh.shape["expert"]
+
+    def leaf(axes: tuple[str, ...], O: int, I: int, seed: int) -> ExpertSlots:  # noqa: E741
+        sharding = jax.NamedSharding(mesh, partition_spec(axes, WEIGHT_RULES))
+        shape = (shards, O, I)
+        draw = jax.jit(
+            lambda key: (jax.random.normal(key, shape) / math.sqrt(I)).astype(dtype),
+            out_shardings=sharding,
+        )
+        keys = jax.random.split(jax.random.key(seed), E // shards)
+        return ExpertSlots(tuple(draw(key) for key in keys))
+
+    into, back = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
+    return ExpertWeights(leaf(into, F, D, 1), leaf(into, F, D, 2), leaf(back, D, F, 3))
+
+
+def yardstick(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: Any) -> Callable:
+    """One product per device with the FLOPs that the layer needs there."""
+    D, F, A = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    devices = mesh.size
+    n = max(1, rows * A // devices)
+    spec = jax.P(("data", "expert", "tensor"))
+    x = jnp.ones((devices * n, D), dtype)
+    w = jnp.ones((devices * 3 * F, D), dtype)
+    x, w = (jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in (x, w))
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum("ND,FD->NF", x, w, preferred_element_type=jnp.float32).sum(axis=1)
+
+    run = jax.jit(jax.shard_map(product, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
+    return functools.partial(run, x, w)
+
+
+def measure(options: Options) -> list[dict[str, Any]]:
+    """One row per number of tokens and method."""
+    config = PRESETS[options.model]
+    spec = MeshSpec.parse(options.mesh).fit(config)
+    simulate_on_cpu(spec, lambda line: print(f"note: {line}", file=sys.stderr))
+    mesh, dtype = spec.build(), jnp.dtype(options.dtype)
+    weights, rows = random_experts(config, mesh, dtype), []
+    E, A, D, F = (
+        config.num_local_experts,
+        config.num_experts_per_tok,
+        config.hidden_size,
+        config.intermediate_size,
+    )
+    for count in options.rows[:1] if options.quick else options.rows:
+        key_x, key_r = jax.random.split(jax.random.key(count))
+        x = jax.random.normal(key_x, (count, D)).astype(dtype)
+        routing = route(jax.random.normal(key_r, (count, E)), jnp.ones((count,), bool), top_k=A)
+        calls: dict[str, Callable] = {"one product": yardstick(config, mesh, count, dtype)}
+        facts: dict[str, tuple[int, int]] = {}
+        for method in METHODS:
+            asked = DispatchOptions(method=method, capacity_factor=options.capacity_factor)  # type: ignore[arg-type]
+            run = jax.jit(
+                functools.partial(dispatch, mesh=mesh, options=asked, kernels=KERNELS["visit"])
+            )
+            call = functools.partial(run, x, routing, weights)
+            facts[method] = int(call().dropped), int(call().overflowed)
+            calls[method] = call
+        rows += timed(calls, facts, options, count, 6 * count * A * D * F / mesh.size)
+    return rows
+
+
+def timed(
+    calls: dict[str, Callable],
+    facts: dict[str, tuple[int, int]],
+    options: Options,
+    count: int,
+    flops: float,
+) -> list[dict[str, Any]]:
+    """Interleaved medians."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    rounds = 1 if options.quick else options.rounds
+    for k in track(range(rounds), f"{count} rows", console=Console(stderr=True), transient=True):
+        for name, call in list(calls.items())[:: 1 if k % 2 else -1]:
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    dense = statistics.median(times["one product"])
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        rows.append(
+            {
+                "tokens": count,
+                "method": name,
+                "ms": round(1e3 * median, 3),
+                "spread": round((max(seconds) - min(seconds)) / median, 3),
+                "GFLOP/s per device": round(flops / median / 1e9, 1),
+                "share of one product": round(dense / median, 3),
+                "overflowed": facts.get(name, (0, 0))[1],
+            }
+        )
+    return rows
+
+
+def main(options: Options) -> int:
+    """Runs and prints."""
+    rows = measure(options)
+    result = {
+        "command": f"python benchmarks/moe_layer.py {' '.join(sys.argv[1:])}".strip(),
+        **dataclasses.asdict(options),
+        "rows": rows,
+        **environment(),
+        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    }
+    if not options.json:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        Console(stderr=True).print(table)
+    print(json.dumps(result))
+    return 0 if all(np.isfinite(row["ms"]) for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options)))
