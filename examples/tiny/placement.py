@@ -68,7 +68,7 @@ class PackedPlacement:
         shares = routing.expert_weights.T.reshape(-1, 1)
         y = (back * shares).reshape(A, N, -1).sum(axis=0)
         dropped = (~fits & (expert_ids < E)).sum().astype(jnp.int32)
-        return Routed(y, dropped)
+        return Routed(y, dropped, dropped)
 
     def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """No mesh here."""

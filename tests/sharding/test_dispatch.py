@@ -26,7 +26,7 @@ from tests.reference.dispatch import dropped, kept
 
 E, A, D, F, N = 8, 2, 16, 32, 64
 F32 = 2e-5
-MESHES = ["1x1", "2x4", "1x4x2"]  # test_model.py has them all
+MESHES = ["2x4", "1x4x2"]  # test_model.py has them all
 EXACT = [
     DispatchOptions(method="all_to_all", capacity_factor=4.0),
     DispatchOptions(method="all_to_all", capacity_factor=0.5),  # overflows
@@ -120,7 +120,11 @@ def test_what_is_dropped_is_missing_and_nothing_else():
 DROP = DispatchOptions(method="all_to_all", capacity_factor=1.0, overflow="drop")
 
 
-@pytest.mark.parametrize("options", [*EXACT[:-1], DROP], ids=names)  # auto is one of the others
+# auto is one of the others, and chunks are the same once more.
+GRADIENTS = [options for options in EXACT[:-1] if options.chunks == 1]
+
+
+@pytest.mark.parametrize("options", [*GRADIENTS, DROP], ids=names)
 @pytest.mark.parametrize("text", ["1x8", "2x2x2"])
 def test_gradients_equal_dense(text, options):
     spec, weights = MeshSpec.parse(text), experts()

@@ -47,7 +47,7 @@ def model_of(num_experts: int) -> Mixtral:
         vocab_size=64,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=4,
@@ -138,7 +138,7 @@ def test_router_statistics_are_those_of_numpy(text):
 
     stats, logits, routing, dropped = jax.device_get(run(place(model, mesh)))
     rows = valid.reshape(-1)
-    for layer in range(2):
+    for layer in range(1):
         ids = routing[layer].expert_ids[rows]
         assert stats.load[layer].tolist() == np.bincount(ids.reshape(-1), minlength=8).tolist()
         p = np.exp(logits[layer][rows] - logits[layer][rows].max(-1, keepdims=True))
