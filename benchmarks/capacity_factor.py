@@ -153,7 +153,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot
 
-    mpl.rcParams["svg.hashsalt"] = "mixtral_jax"
+    mpl.rcParams |= {"svg.hashsalt": "mixtral_jax", "svg.fonttype": "none"}
     panels = {
         "overflow rate": "assignments that overflow",
         "drop rate": "assignments dropped",
