@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 
 import jax
@@ -57,8 +58,8 @@ def programs(model, placement):
         value, gradient = jax.value_and_grad(loss)(model, tokens)
         return value, jax.tree.map(lambda w, g: w - 0.1 * g, model, gradient)
 
-    prefill = functools.partial(steps.prefill.__wrapped__, placement=placement)
-    decode_step = functools.partial(steps.decode_step.__wrapped__, placement=placement)
+    prefill = functools.partial(inspect.unwrap(steps.prefill), placement=placement)
+    decode_step = functools.partial(inspect.unwrap(steps.decode_step), placement=placement)
     return {
         "prefill": (prefill, (model, state, tokens, counts)),
         "decode_step": (decode_step, (model, state, rows, limits, np.int32(4))),
