@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check parity fault score bench clean
+.PHONY: help demo test check parity fault slow score bench clean
 
 help:
 	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
@@ -17,6 +17,7 @@ help:
 	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
 	@echo "make parity  the comparisons with torch, transformers and mistral-common"
 	@echo "make fault   kills and corruptions, many times over"
+	@echo "make slow    every mesh strategy with every dispatch: minutes"
 	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"
 	@echo "make bench   the quick benchmarks"
 	@echo "make clean   remove $(VENV) and the caches"
@@ -42,6 +43,9 @@ check: $(STAMP)-check
 
 fault: $(STAMP)-test
 	$(PYTEST) -m fault $(TESTS)
+
+slow: $(STAMP)-test
+	$(PYTEST) -m slow $(TESTS)
 
 parity: $(STAMP)-parity
 	$(PYTEST) -m parity $(TESTS)

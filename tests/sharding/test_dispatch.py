@@ -67,8 +67,15 @@ def on_mesh(x, routing, weights, *, mesh, options) -> Any:
     return dispatch(x, routing, weights, mesh=mesh, options=options, kernels=kernels)
 
 
-@pytest.mark.parametrize("skew", [0.0, 20.0], ids=["balanced", "overflowing"])
-@pytest.mark.parametrize("options", EXACT, ids=names)
+# Skewed, every capacity overflows; small ones do without.
+SKEWED = [options for options in EXACT if options.capacity_factor >= 2 and options.chunks == 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "skew"),
+    [(options, 0.0) for options in EXACT] + [(options, 20.0) for options in SKEWED],
+    ids=lambda value: names(value) if isinstance(value, DispatchOptions) else f"skew {value}",
+)
 @pytest.mark.parametrize("text", MESHES)
 def test_equals_dense_and_drops_nothing(text, options, skew):
     spec, weights = MeshSpec.parse(text), experts()
@@ -83,7 +90,7 @@ def test_equals_dense_and_drops_nothing(text, options, skew):
 def test_rows_that_do_not_divide_the_mesh():
     x, routing = rows(37)
     want = DENSE.experts(x, routing, experts()).y
-    for options in EXACT:
+    for options in (options for options in EXACT if options.capacity_factor == 2):
         got = on_mesh(x, routing, experts(), mesh=MeshSpec.parse("2x4").build(), options=options)
         np.testing.assert_allclose(got.y, want, atol=F32)
 

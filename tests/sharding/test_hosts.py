@@ -106,6 +106,7 @@ def test_two_processes_sample_what_one_does(converted):
     assert second.stdout == ""
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_gradient_step(converted):
     first, _ = run(["-c", GRADIENT, str(converted)])
     got, want = json.loads(first.stdout), json.loads(alone(["-c", GRADIENT, str(converted)]))
@@ -160,6 +161,7 @@ def long_checkpoint(tmp_path_factory, small_config):
     return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_peer_is_named(long_checkpoint, rank):
     seconds, code, stderr = lose(long_checkpoint, "killed", rank)

@@ -71,7 +71,7 @@ def test_compiled_collectives_are_those_of_the_formula(model, text, strategy, me
 
 
 @pytest.mark.parametrize("strategy", [DATA, TENSOR, FSDP, BOTH], ids=str)
-@pytest.mark.parametrize("text", ["1x8", "2x4", "2x2x2"])
+@pytest.mark.parametrize("text", ["2x2x2"])
 def test_argument_bytes_are_those_of_the_report(model, text, strategy):
     spec = MeshSpec.parse(text)
     program = compiled(model, text, strategy, DispatchOptions(method="gathered"))
