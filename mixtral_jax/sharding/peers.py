@@ -31,7 +31,7 @@ BEAT_SECONDS = 1.0
 PATIENCE = 60  # a busy process may be behind so many timeouts
 _BUSY = 0.2  # share of one core above which a process counts as working
 _LONGEST_LINE = 4096
-_OWN_END_SECONDS = 2.0  # a fault that all meet ends each with its own line and code
+_OWN_END_SECONDS = 4.0  # a fault that all meet ends each with its own line and code
 
 
 def end_process(line: str) -> None:

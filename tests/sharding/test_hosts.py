@@ -117,9 +117,15 @@ def test_two_processes_take_the_same_gradient_step(converted):
 def test_a_fault_of_one_ends_all(converted):
     ask = ["--prompt-ids", "1,2", "--mesh", "1x1"]
     processes = start([*SAMPLE[:2], str(converted), *ask])
-    for process in finish(processes):
-        assert process.code == 78
-        assert "mesh 1x1: expected all 2 devices of the 2 processes, got 1" in process.stderr
+    ended = finish(processes)
+    # A process that is some seconds behind ends by the other's goodbye, before it meets the fault.
+    assert 78 in {process.code for process in ended}
+    for process in ended:
+        line = {
+            78: "mesh 1x1: expected all 2 devices of the 2 processes, got 1",
+            PEER_LOST: "ended with exit code 78",
+        }[process.code]
+        assert line in process.stderr
 
 
 def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
