@@ -148,10 +148,10 @@ def measure(lm: mj.LanguageModel, options: Options) -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Five small panels over the capacity factor."""
-    import matplotlib as mpl
+    import matplotlib as mpl  # pyright: ignore[reportMissingImports]
 
     mpl.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
     mpl.rcParams |= {"svg.hashsalt": "mixtral_jax", "svg.fonttype": "none"}
     panels = {
