@@ -147,7 +147,9 @@ def prefill(
         The state with the chunk in its cache. The first decode_step reads the last token of each
         prompt, so no logits are computed here.
     """
-    valid = jnp.arange(tokens.shape[1])[None, :] < counts[:, None]
+    # Else the compiler places what comes from the host, and everything made of it, as it likes.
+    tokens = placement.constrain(tokens, ("batch", "length"))
+    valid = jnp.arange(tokens.shape[1])[None, :] < placement.constrain(counts, ("batch",))[:, None]
     hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
     assert hidden.cache is not None
     state = state._replace(
@@ -207,6 +209,10 @@ def decode_step(
         assert hidden.cache is not None
         seen = _mark(state.seen, token, goes_on)
         logits = model.unembed(hidden.x[:, 0], placement)
+        # Split as the head is, then whole rows: one collective of logits, not one of the head, nor
+        # the dozen that sorting a split row would take.
+        logits = placement.constrain(logits, ("batch", "vocab_parts"))
+        logits = placement.constrain(logits, ("batch", "vocab"))
         sampled = sample(logits, seen, rows, state.step)
         writes = ~state.is_done & ~sampled.is_bad
         emitted = Emitted(

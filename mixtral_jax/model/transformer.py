@@ -90,6 +90,8 @@ class Mixtral(nnx.Module):
             Hidden, with the advanced cache.
         """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+        # Else positions and masks are split as the rows that travel to experts, and gathered again.
+        valid = placement.constrain(valid, ("batch", "length"))
         config = self.config
         if cache is None:
             window = _uncached(valid, config.sliding_window)

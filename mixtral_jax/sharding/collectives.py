@@ -17,7 +17,8 @@ _OP = re.compile(
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+# mesh[axes], how devices are ordered in it (or not), {the axes of a group}
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\)\)?)? ?\{([^}]*)\}")
 _COMMENT = re.compile(r"/\*.*?\*/")
 
 
@@ -42,7 +43,11 @@ class Collective(NamedTuple):
 
 
 def read_collectives(hlo: str) -> list[Collective]:
-    """All collectives in the text of a compiled module, those of both branches of a conditional."""
+    """All collectives in the text of a compiled module, those of both branches of a conditional.
+
+    Raises:
+        ValueError: if the text has a group of devices in a form that is not known here.
+    """
     return [
         Collective(match["kind"], _num_bytes(match), _group_size(match["rest"]))
         for match in _OP.finditer(_COMMENT.sub("", hlo))
@@ -71,8 +76,8 @@ def _group_size(rest: str) -> int:
     if iota:
         return int(iota[2])
     named = _NAMED.search(rest)
-    if named is None:
-        return 1
+    if named is None:  # the form of a group changes with XLA; a size of one would hide it
+        raise ValueError(f"no known form of replica_groups in: {rest}")
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
 

@@ -34,6 +34,7 @@ ACTIVATION_RULES: Rules = {
     "slots": None,
     "layers": None,
     "vocab": None,
+    "vocab_parts": "tensor",
     "router_expert": None,
 }
 

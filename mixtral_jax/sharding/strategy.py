@@ -47,7 +47,7 @@ class Strategy:
         """Where activations lie; ``batch`` is for the placement to add."""
         if self.attention == "data":
             return ACTIVATION_RULES
-        return {**ACTIVATION_RULES, "heads": _WIDE, "kv_heads": _WIDE}
+        return {**ACTIVATION_RULES, "vocab_parts": _WIDE, "heads": _WIDE, "kv_heads": _WIDE}
 
     def check(self, config: ModelConfig, spec: MeshSpec) -> None:
         """Refuses a mesh whose axes do not divide what they split (exit code 78)."""
