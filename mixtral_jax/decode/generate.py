@@ -24,6 +24,7 @@ from mixtral_jax.model.transformer import Mixtral
 from mixtral_jax.sharding import hosts
 
 LENGTH_BUCKET = 128
+PREFILL_CHUNK = 512  # prompt tokens read per call at most
 MIN_ROWS = 2  # a product of one row differs from the same row among two in its last bit
 
 
@@ -110,8 +111,21 @@ def row_bucket(num_rows: int, data: int = 1) -> int:
     return data * (1 << (per_shard - 1).bit_length())
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def chunk_bucket(longest_prompt: int, largest: int = PREFILL_CHUNK) -> int:
+    """Prompt tokens that a call of prefill reads: a power of two from 16 on, or ``largest``."""
+    chunk = 16
+    while chunk < min(largest, longest_prompt - 1):
+        chunk *= 2
+    return min(chunk, largest)
+
+
+def slot_bucket(config: ModelConfig, total: int, largest: int = PREFILL_CHUNK) -> int:
+    """Cache slots for ``total`` tokens per row, prompt and answer.
+
+    For the largest chunk, so that the slots do not depend on the longest prompt.
+    """
+    total = -(-total // LENGTH_BUCKET) * LENGTH_BUCKET
+    return num_slots(config, total=total, chunk=largest)
 
 
 class Generation:
@@ -135,7 +149,7 @@ class Generation:
         *,
         placement: Placement,
         data_shards: int = 1,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = PREFILL_CHUNK,
     ):
         check_requests(requests, model.config)
         self.model, self.placement = model, placement
@@ -143,10 +157,7 @@ class Generation:
         self.progress = Progress()
         self.rows = row_bucket(len(requests), data_shards)
         longest = max(len(request.prompt_ids) for request in requests)
-        chunk = 16
-        while chunk < min(prefill_chunk, longest - 1):
-            chunk *= 2
-        self.chunk = min(chunk, prefill_chunk)
+        self.chunk = chunk_bucket(longest, prefill_chunk)
         self._largest_chunk = prefill_chunk
         self._stopped = np.zeros((self.rows,), np.bool_)
 
@@ -157,15 +168,13 @@ class Generation:
     def _state(self) -> steps.DecodeState:
         config = self.model.config
         total = max(len(r.prompt_ids) + r.options.max_new_tokens for r in self.requests)
-        total = _round_up(total, LENGTH_BUCKET)
         last = [r.prompt_ids[-1] for r in self.requests]
         fill = self.rows - len(last)
         return steps.empty_state(
             config,
             np.asarray(last + [0] * fill, np.int32),
             np.asarray([False] * len(last) + [True] * fill),
-            # For the largest chunk, so that the slots do not depend on the longest prompt.
-            slots=num_slots(config, total=total, chunk=self._largest_chunk),
+            slots=slot_bucket(config, total, self._largest_chunk),
             dtype=self.model.embed_tokens.get_value().dtype,
             placement=self.placement,
         )

@@ -63,6 +63,11 @@ def dense_experts(
     return out
 
 
+def some_rows(num_rows: int, top_k: int, num_experts: int) -> int:
+    """Rows of the middle branch of ``visit_experts``."""
+    return min(num_rows, 8 * math.ceil(ROOM * num_rows * top_k / num_experts / 8))
+
+
 def visit_experts(
     out: Float[Array, "N D"],
     x: Float[Array, "N D"],
@@ -92,7 +97,7 @@ def visit_experts(
     """
     num_rows, top_k = expert_ids.shape
     matrices = _matrices(experts)
-    some = min(num_rows, 8 * math.ceil(ROOM * num_rows * top_k / num_experts / 8))
+    some = some_rows(num_rows, top_k, num_experts)
 
     for e, expert in enumerate(matrices):
         chosen = (expert_ids == e) & valid[:, None]

@@ -18,7 +18,7 @@ from mixtral_jax.model.moe import SparseMoE
 from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.placement import LOCAL, Placement, Routing
 from mixtral_jax.model.rope import rotation
-from mixtral_jax.weights import AXES_KEY, AxisNames, Weight, weight
+from mixtral_jax.weights import AXES_KEY, AxisNames, Leaf, Weight, weight
 
 RESIDUAL = ("batch", "length", "embed")
 
@@ -177,8 +177,8 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))
 
 
-def assemble(config: ModelConfig, leaves: Mapping[str, Weight]) -> Mixtral:
-    """Puts loaded weights of any kind into the module tree.
+def assemble(config: ModelConfig, leaves: Mapping[str, Leaf | Weight]) -> Mixtral:
+    """Puts loaded weights of any kind, or their shapes, into the module tree.
 
     Raises:
         ValueError: if a leaf is missing, unknown or misshapen (all are listed).

@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from mixtral_jax import cli
-from mixtral_jax.config import PRESETS, ModelConfig, read_config
-from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.errors import OK
 from mixtral_jax.sharding.mesh import MeshSpec
-from mixtral_jax.sharding.report import lines, weight_report
+from mixtral_jax.sharding.report import find_config, lines, weight_report
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
 
@@ -50,25 +49,6 @@ def main(options: Options) -> int:
     for row in rows:
         print(json.dumps({**row._asdict(), "spec": list(row.spec)}))
     return OK
-
-
-def find_config(model: str) -> ModelConfig:
-    """The configuration of a preset or of a folder.
-
-    Raises:
-        MixtralError: exit code 66 if it is neither.
-    """
-    if model in PRESETS:
-        return PRESETS[model]
-    try:
-        return read_config(model, note=lambda line: None)
-    except MixtralError as error:
-        if error.code != INPUT_NOT_FOUND:
-            raise
-        known = ", ".join(PRESETS)
-        raise MixtralError(
-            f"no model {model}", fix=f"name a folder or one of {known}", code=INPUT_NOT_FOUND
-        ) from None
 
 
 if __name__ == "__main__":

@@ -10,11 +10,31 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import PRESETS, ModelConfig, read_config
+from mixtral_jax.errors import INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.rules import partition_spec
 from mixtral_jax.sharding.strategy import Strategy
+
+
+def find_config(model: str) -> ModelConfig:
+    """The configuration of a preset or of a folder.
+
+    Raises:
+        MixtralError: exit code 66 if it is neither.
+    """
+    if model in PRESETS:
+        return PRESETS[model]
+    try:
+        return read_config(model, note=lambda line: None)
+    except MixtralError as error:
+        if error.code != INPUT_NOT_FOUND:
+            raise
+        known = ", ".join(PRESETS)
+        raise MixtralError(
+            f"no model {model}", fix=f"name a folder or one of {known}", code=INPUT_NOT_FOUND
+        ) from None
 
 
 class WeightRow(NamedTuple):

@@ -45,35 +45,61 @@ def forward_traffic(
         length: tokens per row.
         itemsize: bytes of an activation and of a weight.
     """
-    D, S = config.hidden_size, mesh.expert
-    ways = mesh.tensor * (S if strategy.attention == "tensor" else 1)
-    shards = mesh.data * S
-    spread = (
-        strategy.attention == "data"
-        and batch % shards == 0
-        and batch // shards >= MIN_ROWS_PER_DEVICE
-    )
-    rows = batch * length
-    local = rows // (shards if spread else mesh.data)  # of the residual stream on one device
     found = [] if not strategy.fsdp else list(_weights(config, mesh, strategy, itemsize))
-    found.append(Collective("all-reduce", local * D * itemsize, ways))  # embedding, by vocabulary
-    layer = [
-        Collective("all-reduce", local * D * _F32, ways),  # o_proj: heads are summed over
-        *_experts(config, mesh, options, rows=rows, spread=spread, itemsize=itemsize),
-    ]
-    found += layer * config.num_hidden_layers
+    L = config.num_hidden_layers
+    found += attention_traffic(
+        config, mesh, strategy, batch=batch, length=length, itemsize=itemsize
+    )
+    found += L * list(
+        expert_traffic(
+            config, mesh, strategy, options, batch=batch, length=length, itemsize=itemsize
+        )
+    )
     return [each for each in found if each.group_size > 1]
 
 
-def _experts(
+def rows_spread(mesh: MeshSpec, strategy: Strategy, batch: int) -> bool:
+    """Whether the rows of a batch lie over data x expert: the rule of ``rules.batch_axes``."""
+    shards = mesh.data * mesh.expert
+    enough = batch % shards == 0 and batch // shards >= MIN_ROWS_PER_DEVICE
+    return strategy.attention == "data" and enough
+
+
+def heads_ways(mesh: MeshSpec, strategy: Strategy) -> int:
+    """Devices that heads and vocabulary are split over."""
+    return mesh.tensor * (mesh.expert if strategy.attention == "tensor" else 1)
+
+
+def attention_traffic(
     config: ModelConfig,
     mesh: MeshSpec,
+    strategy: Strategy,
+    *,
+    batch: int,
+    length: int,
+    itemsize: int,
+) -> list[Collective]:
+    """The embedding, and the attention of every layer; arguments as of ``forward_traffic``."""
+    D, ways = config.hidden_size, heads_ways(mesh, strategy)
+    shards = mesh.data * (mesh.expert if rows_spread(mesh, strategy, batch) else 1)
+    local = batch * length // shards  # rows of the residual stream on one device
+    o_proj = Collective("all-reduce", local * D * _F32, ways)  # heads are summed over
+    embedding = Collective("all-reduce", local * D * itemsize, ways)  # by vocabulary
+    return [embedding, *[o_proj] * config.num_hidden_layers]
+
+
+def expert_traffic(
+    config: ModelConfig,
+    mesh: MeshSpec,
+    strategy: Strategy,
     options: DispatchOptions,
     *,
-    rows: int,
-    spread: bool,
+    batch: int,
+    length: int,
     itemsize: int,
 ) -> Iterator[Collective]:
+    """One layer's experts as the common step runs them; arguments as of ``forward_traffic``."""
+    rows, spread = batch * length, rows_spread(mesh, strategy, batch)
     D, E, A, S = (
         config.hidden_size,
         config.num_local_experts,
@@ -99,7 +125,20 @@ def _experts(
             yield from _exchanges(method, part, D, E, A, S, factor, itemsize)
     yield Collective("all-reduce", n * D * _F32, mesh.tensor)  # parts of F are summed
     if not spread:
-        yield Collective("all-gather", all_rows * D * itemsize, S)  # back to the residual stream
+        # Back to the residual stream: length by length where the batch has fewer rows than devices.
+        for share, ways in back_in(batch // mesh.data, length, S):
+            yield Collective("all-gather", all_rows * D * itemsize // share, ways)
+
+
+def back_in(batch: int, length: int, shards: int) -> list[tuple[int, int]]:
+    """How rows split over ``shards`` devices are gathered to ``[batch, length]`` on each of them.
+
+    Returns:
+        Steps as (share, ways): a result of 1 / share of the whole, over so many devices.
+    """
+    if length == 1 or batch == 1 or batch >= shards:
+        return [(1, shards)]
+    return [(batch, shards // batch), (1, batch)]
 
 
 def _exchanges(

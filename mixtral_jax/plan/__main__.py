@@ -1,0 +1,317 @@
+"""``python -m mixtral_jax.plan``: the bill before you rent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from mixtral_jax import cli
+from mixtral_jax.errors import BAD_CONFIG, OK, USAGE, MixtralError
+from mixtral_jax.language_model import EMBEDDED
+from mixtral_jax.plan.bill import Bill, make_bill
+from mixtral_jax.plan.devices import find_device
+from mixtral_jax.plan.programs import Train, Workload
+from mixtral_jax.plan.sweep import MAX_DEVICES, cheapest, draw, sweep
+from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.report import find_config
+from mixtral_jax.sharding.strategy import Attention, Strategy
+
+NOT_SPLIT = "sequence and pipeline parallelism are not built: neither splits memory or time here"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Memory, traffic and the limit of speed of a model on a mesh, compiled from shapes alone.
+
+    No weights, no accelerator. Seconds are what the device's data sheet allows, not a forecast.
+    """
+
+    model: str = "tiny"
+    """mixtral-8x7b, mixtral-8x22b, ..., tiny, or a folder with a config.json."""
+    mesh: str | None = None
+    """1x8 (data x expert), 2x4x2 (and tensor) or data=2,expert=4; the cheapest that fits, unless
+    given."""
+    device: str = "h100"
+    """h100, h200, a100-80g, a100-40g, rtx-4090, v5e, v5p or v6e."""
+    batch: int = 1
+    """Rows over all devices: conversations at once, or examples per training step."""
+    context: int = 4096
+    """Tokens per row, prompt and answer together."""
+    dtype: Annotated[str | None, tyro.conf.arg(metavar="{float32,bfloat16,float16}")] = None
+    """Of weights, activations and cache; the model's unless given."""
+    quantize: str | None = None
+    """Size of the weights as int8, fp8, int4, nf4, fp4 or gptq (4 bits)."""
+    train: Train | None = None
+    """A training step, not generation: full (AdamW), lora or qlora (rank 16 on attention)."""
+    attention: Attention = "data"
+    """Attention weights whole on every device of the expert axis, or split over it (tensor)."""
+    fsdp: bool = False
+    """Weights at rest are split over the data axis too (with --train full)."""
+    dispatch: Method = "auto"
+    """How rows travel to their experts."""
+    capacity_factor: float = DispatchOptions.capacity_factor
+    """Rows offered per expert by all_to_all, as a multiple of a balanced load."""
+    overflow: Overflow = DispatchOptions.overflow
+    """Beyond the capacity: exact (a dropless path) or drop."""
+    memory_fraction: float = 0.9
+    """Of a device's memory that may be filled."""
+    price: float | None = None
+    """Of one device for one hour, in any currency: adds the price of a million tokens."""
+    sweep: bool = False
+    """All meshes of 1, 2, 4, ... devices whose weights fit."""
+    max_devices: int = MAX_DEVICES
+    """Where the sweep ends."""
+    plot: Path | None = None
+    """With --sweep: draw it as FILE.svg or FILE.png (needs matplotlib)."""
+    json: bool = False
+    """Print one JSON line (with --sweep one per mesh) on stdout and nothing else there."""
+    debug: bool = False
+    """Show tracebacks."""
+
+    def __post_init__(self):
+        for name, least in (("batch", 1), ("context", 2), ("max_devices", 1)):
+            if getattr(self, name) < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise MixtralError(
+                    flag, expected=f"at least {least}", got=getattr(self, name), code=USAGE
+                )
+        if self.max_devices > MAX_DEVICES:
+            most = f"at most {MAX_DEVICES}"
+            raise MixtralError("--max-devices", expected=most, got=self.max_devices, code=USAGE)
+        if not 0 < self.memory_fraction <= 1:
+            got = self.memory_fraction
+            raise MixtralError(
+                "--memory-fraction", expected="above 0, at most 1", got=got, code=USAGE
+            )
+        if self.price is not None and not 0 < self.price < float("inf"):
+            raise MixtralError("--price", expected="a positive number", got=self.price, code=USAGE)
+        if self.plot is not None and not self.sweep:
+            raise MixtralError("--plot", fix="give --sweep too", code=USAGE)
+        if self.sweep and self.mesh is not None:
+            raise MixtralError("--sweep compares all meshes", fix="leave out --mesh", code=USAGE)
+        if self.fsdp and self.train != "full":
+            raise MixtralError("--fsdp", fix="give --train full too", code=USAGE)
+
+
+def main(options: Options) -> int:
+    """Prints the bill, or the sweep."""
+    work = workload(options)
+    simulate(max(work.mesh.num_devices, MAX_DEVICES))
+    note = Console(stderr=True)
+    with note.status("compiling") as status:
+        shared: dict[str, Any] = {
+            "quantize": options.quantize,
+            "memory_fraction": options.memory_fraction,
+        }
+
+        def tell(line: str) -> None:
+            status.update(line)
+
+        if options.sweep:
+            counts = tuple(
+                1 << k for k in range(MAX_DEVICES.bit_length()) if 1 << k <= options.max_devices
+            )
+            bills = list(sweep(work, options.device, counts=counts, note=tell, **shared))
+        else:
+            tell("looking for the cheapest mesh that fits")
+            best = cheapest(work, options.device, note=tell, **shared)
+            if options.mesh is None and best is None:
+                raise MixtralError(
+                    f"no mesh of {MAX_DEVICES} or fewer {options.device} holds this",
+                    fix="choose a larger device, a smaller batch or --quantize",
+                    code=BAD_CONFIG,
+                )
+            if options.mesh is None and best is not None:
+                work = best.work
+            tell(f"compiling all {work.config.num_hidden_layers} layers for {work.mesh}")
+            bills = [make_bill(work, options.device, **shared)]
+    for line in bills[0].differences if bills else ():
+        print(f"note: {line}", file=sys.stderr)
+    if options.sweep:
+        return _print_sweep(options, bills)
+    if options.json:
+        print(json.dumps(as_json(options, bills[0], best)))
+    else:
+        print("\n".join(lines(options, bills[0], best)))
+    return OK
+
+
+def workload(options: Options) -> Workload:
+    """What the options ask for; one device where they name no mesh."""
+    find_device(options.device)
+    config = find_config(options.model)
+    if options.context > config.max_position_embeddings:
+        raise MixtralError(
+            "--context",
+            expected=f"at most {config.max_position_embeddings} (max_position_embeddings)",
+            got=options.context,
+            code=USAGE,
+        )
+    spec = MeshSpec() if options.mesh is None else MeshSpec.parse(options.mesh).fit(config)
+    strategy = Strategy(attention=options.attention, fsdp=options.fsdp)
+    strategy.check(config, spec)
+    if options.train and options.batch % (spec.data * spec.expert):
+        raise MixtralError(
+            "--batch",
+            expected=f"a multiple of data x expert ({spec.data * spec.expert}) in training",
+            got=options.batch,
+            code=BAD_CONFIG,
+        )
+    # As mj.load does: the embedded model runs in the dtype that it was trained in.
+    dtype = options.dtype or ("float32" if options.model == EMBEDDED else config.dtype)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise MixtralError("--dtype", expected="float32, bfloat16, float16", got=dtype, code=USAGE)
+    return Workload(
+        config=config,
+        mesh=spec,
+        batch=options.batch,
+        context=options.context,
+        dtype=dtype,
+        strategy=strategy,
+        dispatch=DispatchOptions(
+            method=options.dispatch,
+            capacity_factor=options.capacity_factor,
+            overflow=options.overflow,
+        ),
+        train=options.train,
+    )
+
+
+def simulate(num_devices: int) -> None:
+    """So many CPU devices, whatever accelerators there are; before JAX starts its backend."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", num_devices)
+
+
+def price_per_million(options: Options, bill: Bill) -> float | None:
+    """What a million tokens cost at the limit of speed."""
+    if options.price is None:
+        return None
+    hours = 1e6 / bill.tokens_per_second / 3600
+    return options.price * bill.work.mesh.num_devices * hours
+
+
+def as_json(options: Options, bill: Bill, best: Bill | None) -> dict[str, Any]:
+    """One line of ``--json``."""
+    found = {"model": options.model, "device": options.device, **bill.to_json()}
+    found["price_per_million_tokens"] = price_per_million(options, bill)
+    found["not_split"] = ["sequence", "pipeline"]
+    if not options.sweep:
+        found["cheapest_mesh"] = None if best is None else str(best.work.mesh)
+    return found
+
+
+def _bytes(size: float) -> str:
+    if size < 1e8:
+        return f"{size / 1e6:,.3f} MB"
+    return f"{size / 1e9:,.3f} GB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
+
+
+def lines(options: Options, bill: Bill, best: Bill | None) -> Iterator[str]:
+    """The bill as text."""
+    work, memory = bill.work, bill.memory
+    what = f"{work.train} training" if work.train else "generation"
+    yield (
+        f"{options.model}, {work.dtype}{f', {bill.quantize}' if bill.quantize else ''}: {what} on "
+        f"{work.mesh.num_devices} x {options.device}, mesh {work.mesh}, {work.strategy}; "
+        f"batch {work.batch} (compiled for {work.rows} rows), context {work.context}"
+    )
+    yield (f"parameters {bill.parameters:,}, of which a token meets {bill.active_parameters:,}")
+    yield ""
+    yield "per device"
+    for field in dataclasses.fields(memory):
+        size = getattr(memory, field.name)
+        if size:
+            yield f"  {field.name.removesuffix('_bytes'):<12}{_bytes(size):>14}"
+    verdict = f"{'fits' if bill.fits else 'DOES NOT FIT'} in {_bytes(bill.usable_bytes)}"
+    yield f"  {'total':<12}{_bytes(memory.total_bytes):>14}   {verdict}"
+    for name, step in bill.steps.items():
+        yield ""
+        yield from _step_lines(name, step)
+    price = price_per_million(options, bill)
+    yield ""
+    if price is not None:
+        yield f"a million tokens: {price:,.3f} at {options.price} per device and hour"
+    if best is None:
+        yield f"no mesh of {MAX_DEVICES} or fewer {options.device} holds this"
+    else:
+        yield f"cheapest mesh that fits: {best.work.mesh} ({best.tokens_per_second:,.0f} tokens/s)"
+    yield "temporaries: of the program in float32, an upper bound; times: the data sheet's limits"
+    yield NOT_SPLIT
+
+
+def _step_lines(name: str, step: Any) -> Iterator[str]:
+    yield (
+        f"{name}: {step.tokens:,} tokens per step, {step.step_seconds * 1e3:,.3f} ms, "
+        f"{step.tokens_per_second:,.0f} tokens/s at the limit"
+    )
+    work = f"{step.flops / 1e12:,.4f} TFLOP ({step.useful_flops / step.flops:.0%} useful)"
+    yield f"  products   {step.compute_seconds * 1e3:>10,.3f} ms  {work}"
+    yield f"  reading    {step.memory_seconds * 1e3:>10,.3f} ms  {_bytes(step.bytes_read)}"
+    total = sum(each.wire_bytes for each in step.collectives)
+    yield f"  sending    {step.link_seconds * 1e3:>10,.3f} ms  {_bytes(total)}"
+    for when, collectives in (("", step.collectives), ("on overflow ", step.overflow)):
+        for each in collectives:
+            yield (
+                f"    {when}{each.count} x {each.kind} of {each.bytes:,} bytes over "
+                f"{each.group_size}: {each.seconds * 1e3:,.3f} ms"
+            )
+
+
+def _print_sweep(options: Options, bills: list[Bill]) -> int:
+    if options.plot is not None:
+        title = (
+            f"{options.model} on {options.device}, batch {options.batch}, context {options.context}"
+        )
+        draw(bills, title, options.plot)
+    if options.json:
+        for bill in bills:
+            print(json.dumps(as_json(options, bill, None)))
+        return OK
+    columns = [
+        "mesh",
+        "devices",
+        "GB/device",
+        "fits",
+        "ms/step",
+        "sending",
+        "tokens/s",
+        "per device",
+    ]
+    columns += ["price/1M"] if options.price is not None else []
+    table = Table(*columns)
+    for bill in bills:
+        step = bill.steps["train" if options.train else "decode"]
+        row = [
+            str(bill.work.mesh),
+            str(bill.work.mesh.num_devices),
+            f"{bill.memory.total_bytes / 1e9:.2f}",
+            "yes" if bill.fits else "no",
+            f"{step.step_seconds * 1e3:.3f}",
+            f"{step.link_seconds / step.step_seconds:.0%}",
+            f"{step.tokens_per_second:,.0f}",
+            f"{step.tokens_per_second / bill.work.mesh.num_devices:,.0f}",
+        ]
+        price = price_per_million(options, bill)
+        table.add_row(*row, *([] if price is None else [f"{price:,.3f}"]))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print(NOT_SPLIT)
+    return OK
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, Options, "python -m mixtral_jax.plan"))

@@ -1,0 +1,251 @@
+"""The bill: per device what a workload takes of memory, links and time, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.transformer import leaf_specs, num_parameters
+from mixtral_jax.plan.devices import find_device
+from mixtral_jax.plan.programs import (
+    Program,
+    Workload,
+    bytes_on_device,
+    compile_programs,
+    lora_shapes,
+    state_shapes,
+)
+from mixtral_jax.plan.schemes import Weights, weight_bytes
+from mixtral_jax.plan.step import Step, differences, generation_steps, train_step
+from mixtral_jax.sharding.collectives import Collective
+
+_LAYERS = (2, 3)  # compiled in place of all where many meshes are compared
+_ADAM = 8  # bytes per trained parameter: two moments in f32 (optax.adamw)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        weight_bytes: of the weights at rest, exact.
+        cache_bytes: keys, values and their positions, exact.
+        state_bytes: what else generation carries from step to step, exact.
+        gradient_bytes: of trained weights, in their dtype.
+        optimizer_bytes: two f32 moments of trained weights, and a f32 copy where they are in 16
+            bits.
+        temporary_bytes: of the program that takes most, compiled in float32: at least what a
+            16-bit program takes, since no temporary gets larger in 16 bits.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    state_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    temporary_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bill:
+    """What ``make_bill`` found.
+
+    ``usable_bytes`` is what may be filled of a device's memory; ``differences`` says where a
+    compiled program does not send what the formula has.
+    """
+
+    work: Workload
+    quantize: str | None
+    parameters: int
+    active_parameters: int
+    memory: Memory
+    usable_bytes: int
+    steps: dict[str, Step]
+    differences: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device holds it."""
+        return self.memory.total_bytes <= self.usable_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, or of training."""
+        return self.steps["train" if self.work.train else "decode"].tokens_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and names."""
+        collectives, steps = [], {}
+        for name, step in self.steps.items():
+            fields = dataclasses.asdict(step)
+            for key, when in (("collectives", "always"), ("overflow", "overflow")):
+                collectives += [{"step": name, "when": when, **each} for each in fields.pop(key)]
+            steps[name] = fields
+        work = self.work
+        return {
+            "mesh": str(work.mesh),
+            "devices": work.mesh.num_devices,
+            "attention": work.strategy.attention,
+            "fsdp": work.strategy.fsdp,
+            "dtype": work.dtype,
+            "quantize": self.quantize,
+            "train": work.train,
+            "batch": work.batch,
+            "context": work.context,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "per_device": {
+                **dataclasses.asdict(self.memory),
+                "total_bytes": self.memory.total_bytes,
+            },
+            "usable_bytes": self.usable_bytes,
+            "fits": self.fits,
+            "steps": steps,
+            "collectives": collectives,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that a token meets: the chosen experts only, and no input embedding."""
+    E, A = config.num_local_experts, config.num_experts_per_tok
+    total = 0
+    for path, spec in leaf_specs(config).items():
+        size = functools.reduce(lambda a, b: a * b, spec.shape)
+        if "expert" in spec.axes:
+            total += size // E * A
+        elif path != "embed_tokens" or config.tie_word_embeddings:
+            total += size
+    return total
+
+
+def make_bill(
+    work: Workload,
+    device: str,
+    *,
+    quantize: str | None = None,
+    memory_fraction: float = 0.9,
+    whole: bool = True,
+) -> Bill:
+    """Compiles the workload's programs from shapes and adds up what they take.
+
+    Args:
+        work: what runs where.
+        device: a key of ``DEVICES``.
+        quantize: a scheme of ``plan/schemes.py`` for the weights; of the frozen ones in training.
+        memory_fraction: of a device's memory that may be filled.
+        whole: compile all layers; else two and three, and go on in a straight line.
+
+    Raises:
+        MixtralError: exit code 64 or 78 where something is unknown or does not divide.
+    """
+    found = find_device(device)
+    work.strategy.check(work.config, work.mesh)
+    scheme = quantize or ("nf4" if work.train == "qlora" else None)
+    weights = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype, scheme=scheme)
+    compiled = _whole if whole else _extrapolated
+    in_f32 = dataclasses.replace(work, dtype="float32")
+    programs = compiled(in_f32)
+    memory = memory_of(work, weights, programs)
+    unlike: list[str] = []
+    if work.train:
+        # "exact" has both branches of every layer in its text; "drop" has the common one.
+        dropping = dataclasses.replace(work.dispatch, overflow="drop")
+        common = compiled(dataclasses.replace(in_f32, dispatch=dropping))["train"]
+        state = memory.gradient_bytes + memory.optimizer_bytes
+        steps = {"train": train_step(work, found, weights, state, common)}
+    else:
+        steps = generation_steps(work, found, weights, memory.cache_bytes)
+        unlike = differences(work, programs) if whole else []
+    return Bill(
+        work=work,
+        quantize=scheme,
+        parameters=num_parameters(work.config),
+        active_parameters=active_parameters(work.config),
+        memory=memory,
+        usable_bytes=int(found.memory_bytes * memory_fraction),
+        steps=steps,
+        differences=unlike,
+    )
+
+
+_whole = functools.lru_cache(maxsize=None)(compile_programs)
+
+
+def _extrapolated(work: Workload) -> dict[str, Program]:
+    """Of two compiled depths; temporaries are those of a straight line through them."""
+    layers = work.config.num_hidden_layers
+    if layers <= max(_LAYERS):
+        return _whole(work)
+    if not work.train:  # one data shard is compiled as every other
+        mesh = dataclasses.replace(work.mesh, data=1)
+        work = dataclasses.replace(work, mesh=mesh, batch=work.rows // work.mesh.data)
+    few, more = (_whole(work.with_layers(count)) for count in _LAYERS)
+    ahead, apart = layers - _LAYERS[1], _LAYERS[1] - _LAYERS[0]
+    found = {}
+    for name, big in more.items():
+        small = few[name]
+
+        def line(a: int, b: int) -> int:
+            return b + (b - a) * ahead // apart
+
+        found[name] = Program(
+            line(small.argument_bytes, big.argument_bytes),
+            line(small.temporary_bytes, big.temporary_bytes),
+            _more(small.collectives, big.collectives, line),
+        )
+    return found
+
+
+def _more(
+    few: list[Collective], more: list[Collective], line: Callable[[int, int], int]
+) -> list[Collective]:
+    """Collectives further along the line, of one size each: the compiler may merge those of layers."""
+    found: list[Collective] = []
+    for kind, ways in sorted({(each.kind, each.group_size) for each in more}):
+        of = [
+            [c.bytes for c in one if (c.kind, c.group_size) == (kind, ways)] for one in (few, more)
+        ]
+        count = line(len(of[0]), len(of[1]))
+        found += [Collective(kind, line(sum(of[0]), sum(of[1])) // count, ways)] * count
+    return found
+
+
+def _trained(work: Workload) -> tuple[int, int]:
+    """Trained parameters on a device, and bytes of one."""
+    if work.train != "full":
+        pairs = lora_shapes(work).values()
+        return sum(a[0] * a[1] + b[0] * b[1] for a, b in pairs), 4
+    size = 2 if work.dtype != "float32" else 4
+    whole = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype)
+    return whole.total // size, size
+
+
+def memory_of(work: Workload, weights: Weights, programs: dict[str, Program]) -> Memory:
+    """Bytes of a device; ``weights`` are the frozen or, in full training, the trained ones."""
+    cache = state = gradients = optimizer = adapters = 0
+    if work.train:
+        count, size = _trained(work)
+        gradients = count * size
+        optimizer = count * (_ADAM + (4 if size == 2 else 0))
+        adapters = count * size if work.train != "full" else 0
+    else:
+        shapes = state_shapes(work)
+        cache = bytes_on_device((shapes.cache.keys, shapes.cache.values, shapes.cache.positions))
+        state = bytes_on_device(shapes) - cache
+    return Memory(
+        weight_bytes=weights.total + adapters,
+        cache_bytes=cache,
+        state_bytes=state,
+        gradient_bytes=gradients,
+        optimizer_bytes=optimizer,
+        temporary_bytes=max(program.temporary_bytes for program in programs.values()),
+    )

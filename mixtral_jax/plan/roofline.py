@@ -1,0 +1,153 @@
+"""FLOPs, bytes read and bytes sent of a step, and the time that no step of a device can undercut.
+
+step = max(FLOPs / peak, bytes read / bandwidth) + bytes sent / link bandwidth. Kernels that reach
+neither limit, latencies, and transfers hidden behind products are left out: it is a limit, not a
+forecast. Bytes read are the weights that some row needs and the whole static cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from mixtral_jax.kernels.experts import some_rows
+from mixtral_jax.plan.devices import Device, send_bandwidth
+from mixtral_jax.plan.programs import Workload
+from mixtral_jax.sharding.collectives import Collective
+from mixtral_jax.sharding.dispatch import PLANS, choose_for
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.per_device import device_capacity
+from mixtral_jax.sharding.per_expert import capacity
+from mixtral_jax.sharding.traffic import heads_ways, rows_spread
+
+_DRAWS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one device does in a step.
+
+    Attributes:
+        flops: as the program runs them, padding of capacities and of branches included.
+        useful_flops: those that a single device would need, divided by the devices.
+        bytes_read: of weights and cache.
+    """
+
+    flops: float
+    useful_flops: float
+    bytes_read: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sent:
+    """Equal collectives of a step together; ``bytes`` is of one, ``seconds`` of all."""
+
+    kind: str
+    count: int
+    bytes: int
+    group_size: int
+    wire_bytes: float
+    seconds: float
+
+
+def sent(
+    collectives: Iterable[Collective], mesh: MeshSpec, device: Device, *, over_data: bool = False
+) -> list[Sent]:
+    """Collectives with the time that they take the links, most expensive first."""
+    found = []
+    for each, count in Counter(collectives).items():
+        bandwidth = send_bandwidth(device, mesh, each.group_size, over_data=over_data)
+        wire = each.wire_bytes * count
+        found.append(Sent(count=count, wire_bytes=wire, seconds=wire / bandwidth, **each._asdict()))
+    return sorted(found, key=lambda one: -one.seconds)
+
+
+def experts_visited(work: Workload, tokens: int) -> float:
+    """Experts of a layer that the busiest device reads, of uniformly routed tokens; the mean.
+
+    E (1 - (1 - A/E)^tokens) where one device has all experts; of several the busiest counts, found
+    by drawing routings (the same ones each time).
+    """
+    E, A, S = work.config.num_local_experts, work.config.num_experts_per_tok, work.mesh.expert
+    if S == 1:
+        return E * (1 - (1 - A / E) ** tokens)
+    if tokens * A >= 16 * E:  # an expert that nobody chose is rarer than one layer in a million
+        return E / S
+    draw = np.random.default_rng(0)
+    chosen = draw.random((_DRAWS, tokens, E)).argpartition(A - 1, axis=-1)[..., :A]
+    visited = np.zeros((_DRAWS, E), bool)
+    np.put_along_axis(visited, chosen.reshape(_DRAWS, -1), values=True, axis=1)
+    return float(visited.reshape(_DRAWS, S, E // S).sum(-1).max(-1).mean())
+
+
+def expert_rows(work: Workload, rows: int, visited: float) -> tuple[float, str]:
+    """Rows through an expert of one device in a layer, over all its experts, and the method."""
+    config, mesh, options = work.config, work.mesh, work.dispatch
+    E, A, S = config.num_local_experts, config.num_experts_per_tok, mesh.expert
+    method = choose_for(options, mesh.data, S, rows)
+    n = -(-rows // (mesh.data * S))  # rows that travel from one device
+    factor, part = options.capacity_factor, -(-n // options.chunks)
+    if method == "all_to_all":
+        return E * capacity(part, A, E, factor) * options.chunks, method
+    if method == "replicated":
+        here = -(-rows // mesh.data)
+        return visited * some_rows(here, A, E), method
+    if method in PLANS:
+        shape = {"num_experts": E, "shards": S, "factor": factor}
+        slots = S * device_capacity(part, A, **shape) * options.chunks
+        return visited * some_rows(slots, A, E), method
+    return visited * some_rows(n * S, A, E), method
+
+
+def step_work(
+    work: Workload,
+    *,
+    length: int,
+    weight_bytes: int,
+    expert_bytes: int,
+    cache_bytes: int,
+    heads: bool,
+) -> Work:
+    """What one device does in a pass over ``length`` tokens of every row.
+
+    Args:
+        work: sizes, mesh and batch.
+        length: tokens per row: 1 to decode, the chunk in prefill, the context in training.
+        weight_bytes: on the device, of all that a pass reads but the experts.
+        expert_bytes: on the device, of all its experts.
+        cache_bytes: on the device.
+        heads: whether logits are made (of every position in training, else of one).
+    """
+    config, mesh = work.config, work.mesh
+    D, L, E, A = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_local_experts,
+        config.num_experts_per_tok,
+    )
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    rows = work.rows * length
+    shards = mesh.data * (mesh.expert if rows_spread(mesh, work.strategy, work.rows) else 1)
+    local, ways = rows / shards, heads_ways(mesh, work.strategy)
+    slots = length if work.train else work.slots
+    per_token = 2 * D * (2 * queries + 2 * keys) + 4 * slots * queries
+    logits = 2 * D * config.vocab_size * (local if work.train else work.rows / shards) * heads
+    other = L * local * (per_token / ways + 2 * D * E) + logits / ways
+    product = 6 * D * config.intermediate_size
+    valid = work.batch * length / mesh.data  # the rows of a data shard, padding apart
+    visited = experts_visited(work, int(valid))
+    executed, method = expert_rows(work, rows, visited)
+    layers = L if heads else L - 1  # prefill: nothing reads the last layer's experts
+    share = 1.0 if method == "all_to_all" else visited * mesh.expert / E
+    ideal_rows = work.batch * length
+    ideal = ideal_rows * (L * (per_token + 2 * D * E) + layers * product * A)
+    ideal += 2 * D * config.vocab_size * (ideal_rows if work.train else work.batch) * heads
+    return Work(
+        flops=other + layers * product * executed / mesh.tensor,
+        useful_flops=ideal / mesh.num_devices,
+        bytes_read=weight_bytes + expert_bytes * share * layers / L + cache_bytes,
+    )

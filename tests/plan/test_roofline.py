@@ -1,0 +1,110 @@
+"""FLOPs are those of the products in the programs; experts visited are those of real routings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mixtral_jax.decode import steps
+from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.model.transformer import assemble
+from mixtral_jax.plan.devices import DEVICES, send_bandwidth
+from mixtral_jax.plan.programs import Workload, _leaves, _placement, state_shapes
+from mixtral_jax.plan.roofline import experts_visited, step_work
+from mixtral_jax.sharding.dispatch import DispatchOptions
+from mixtral_jax.sharding.mesh import MeshSpec
+
+
+def product_flops(jaxpr, devices: int) -> float:
+    """FLOPs of the products of one device: those in shard_map are its own, others are shared."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            ((summed, _), _), left = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+            inner = math.prod(left[i] for i in summed)
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * inner / devices
+        here = 1 if eqn.primitive.name == "shard_map" else devices
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+        ):
+            inner_jaxpr = getattr(value, "jaxpr", value)
+            if hasattr(inner_jaxpr, "eqns"):
+                total += product_flops(inner_jaxpr, here)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("mesh", "method"), [("1x1", "replicated"), ("1x2", "all_to_all"), ("2x2", "all_to_all")]
+)
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_flops_are_those_of_the_program(small_config, mesh, method, name):
+    # Two experts, both chosen: `visit` has one branch with products, so each is counted once.
+    fields = {"num_local_experts": 2} if method == "replicated" else {}
+    config = small_config(**fields)
+    work = Workload(
+        config=config,
+        mesh=MeshSpec.parse(mesh),
+        batch=8,
+        context=64,
+        dtype="float32",
+        dispatch=DispatchOptions(
+            method=method,
+            overflow="exact" if method == "replicated" else "drop",
+            capacity_factor=1.0,
+        ),
+    )
+    placement = _placement(work)
+    model, state = assemble(config, _leaves(work, placement.mesh)), state_shapes(work)
+    if name == "prefill":
+        shapes = (work.rows, work.chunk), (work.rows,)
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    else:
+        rows = row_sampling([SamplingOptions()] * 8, [0] * 8, config.vocab_size)
+        limits = steps.Limits(np.ones(8, np.int32), np.zeros(8, bool), np.array([2], np.int32))
+        arguments = [rows, limits, np.int32(1)]
+    program = {"prefill": steps.prefill, "decode": steps.decode_step}[name]
+    run = functools.partial(inspect.unwrap(program), placement=placement)
+    jaxpr = jax.make_jaxpr(run)(model, state, *arguments)
+    length = work.chunk if name == "prefill" else 1
+    sizes = {"weight_bytes": 0, "expert_bytes": 0, "cache_bytes": 0}
+    # Traced, prefill still has the experts of its last layer; compiled it has not.
+    found = step_work(work, length=length, heads=name == "decode", **sizes).flops
+    if name == "prefill":
+        all_layers = step_work(work, length=length, heads=True, **sizes).flops
+        logits = 2 * work.rows * config.hidden_size * config.vocab_size / work.mesh.num_devices
+        assert found < all_layers - logits
+        found = all_layers - logits
+    assert found == product_flops(jaxpr.jaxpr, work.mesh.num_devices)
+
+
+def test_experts_visited():
+    def visited(mesh: str, tokens: int) -> float:
+        from mixtral_jax.config import PRESETS
+
+        work = Workload(config=PRESETS["mixtral-8x7b"], mesh=MeshSpec.parse(mesh))
+        return experts_visited(work, tokens)
+
+    assert visited("1x1", 1) == pytest.approx(2)
+    assert visited("1x1", 8) == pytest.approx(7.2, abs=0.01)
+    assert visited("1x8", 1) == 1  # some device has to read its only expert
+    assert visited("1x8", 500) == 1
+    # Two devices of four experts: both of a token's two on one of them in 3 of 7 routings.
+    assert visited("1x2", 1) == pytest.approx(1 + 3 / 7, abs=0.05)
+    assert visited("1x2", 500) == 4
+
+
+def test_groups_that_leave_the_host_are_sent_over_the_network():
+    gpu, tpu = DEVICES["h100"], DEVICES["v5e"]
+    inside, outside = MeshSpec(data=8, expert=8), MeshSpec(data=8, expert=8, tensor=4)
+    assert send_bandwidth(gpu, inside, 8) == gpu.link_bandwidth
+    assert send_bandwidth(gpu, inside, 8, over_data=True) == gpu.network_bandwidth
+    assert send_bandwidth(gpu, inside, 64) == gpu.network_bandwidth
+    assert send_bandwidth(gpu, outside, 8) == gpu.network_bandwidth
+    assert send_bandwidth(gpu, outside, 4) == gpu.link_bandwidth
+    assert send_bandwidth(tpu, outside, 8) == tpu.link_bandwidth
