@@ -208,14 +208,14 @@ def _extrapolated(work: Workload) -> dict[str, Program]:
 def _more(
     few: list[Collective], more: list[Collective], line: Callable[[int, int], int]
 ) -> list[Collective]:
-    """Collectives further along the line, of one size each: the compiler may merge those of layers."""
+    """Collectives further along the line, all of one size: the compiler may merge layers'."""
     found: list[Collective] = []
     for kind, ways in sorted({(each.kind, each.group_size) for each in more}):
-        of = [
+        small, big = (
             [c.bytes for c in one if (c.kind, c.group_size) == (kind, ways)] for one in (few, more)
-        ]
-        count = line(len(of[0]), len(of[1]))
-        found += [Collective(kind, line(sum(of[0]), sum(of[1])) // count, ways)] * count
+        )
+        count = line(len(small), len(big))
+        found += [Collective(kind, line(sum(small), sum(big)) // count, ways)] * count
     return found
 
 

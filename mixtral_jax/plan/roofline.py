@@ -138,8 +138,8 @@ def step_work(
     logits = 2 * D * config.vocab_size * (local if work.train else work.rows / shards) * heads
     other = L * local * (per_token / ways + 2 * D * E) + logits / ways
     product = 6 * D * config.intermediate_size
-    valid = work.batch * length / mesh.data  # the rows of a data shard, padding apart
-    visited = experts_visited(work, int(valid))
+    valid = -(-work.batch // mesh.data) * length  # rows of a data shard, padding apart
+    visited = experts_visited(work, valid)
     executed, method = expert_rows(work, rows, visited)
     layers = L if heads else L - 1  # prefill: nothing reads the last layer's experts
     share = 1.0 if method == "all_to_all" else visited * mesh.expert / E

@@ -28,7 +28,7 @@ class Collective(NamedTuple):
     Attributes:
         kind: one of ``KINDS``.
         bytes: of its result on this device (of its operand, for reduce-scatter).
-        group_size: devices that take part together.
+        group_size: devices that take part together; 2 in a collective-permute.
     """
 
     kind: str
@@ -38,6 +38,8 @@ class Collective(NamedTuple):
     @property
     def wire_bytes(self) -> float:
         """Bytes that this device sends, by the usual ring or direct algorithms."""
+        if self.kind == "collective-permute":
+            return self.bytes
         share = (self.group_size - 1) / self.group_size
         return self.bytes * share * (2 if self.kind == "all-reduce" else 1)
 
@@ -70,6 +72,8 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def _group_size(rest: str) -> int:
+    if "source_target_pairs=" in rest:
+        return 2
     listed, iota = _LISTED.search(rest), _IOTA.search(rest)
     if listed:
         return len(listed[1].split(","))

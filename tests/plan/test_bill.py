@@ -185,3 +185,13 @@ def test_training_steps_of_few_layers_go_on_in_a_line(small_config, train):
     assert few.memory.temporary_bytes == pytest.approx(whole.memory.temporary_bytes, rel=0.05)
     seconds = whole.steps["train"].link_seconds
     assert few.steps["train"].link_seconds == pytest.approx(seconds, rel=0.05)
+
+
+def test_rows_that_leave_data_shards_idle_are_as_fast_as_one_shard():
+    config = PRESETS["mixtral-8x7b"]
+    gpu = devices.DEVICES["h200"]
+    speeds = [
+        make_limits(Workload(config=config, mesh=MeshSpec.parse(mesh), batch=1), gpu, None, 0)
+        for mesh in ("1x8", "4x8")
+    ]
+    assert speeds[0] == pytest.approx(speeds[1], rel=1e-3)

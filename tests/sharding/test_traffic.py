@@ -91,6 +91,7 @@ def test_parses_what_xla_prints():
       %d = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[4,2]<=[2,4]T(1,0)
       %e = pred[7]{0} all-reduce(%x), replica_groups={{0},{1}}
       %h = f32[3]{0} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, use_global_device_ids=true
+      %i = f32[4]{0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
       %f = f32[7]{0} add(%x, %all-reduce.1)
     """  # noqa: E501
     assert read_collectives(hlo) == [
@@ -100,7 +101,9 @@ def test_parses_what_xla_prints():
         Collective("all-gather", 32, 2),
         Collective("all-reduce", 7, 1),
         Collective("all-reduce", 12, 2),
+        Collective("collective-permute", 16, 2),
     ]
+    assert Collective("collective-permute", 16, 2).wire_bytes == 16
     with pytest.raises(ValueError, match="replica_groups"):
         read_collectives("%a = f32[4]{0} all-reduce(%x), replica_groups=<unheard of>")
     assert Collective("all-reduce", 80, 4).wire_bytes == 120
