@@ -38,17 +38,16 @@ class Options:
     No weights, no accelerator. Seconds are what the device's data sheet allows, not a forecast.
     """
 
-    model: str = "tiny"
+    model: str = "mixtral-8x7b"
     """mixtral-8x7b, mixtral-8x22b, ..., tiny, or a folder with a config.json."""
     mesh: str | None = None
-    """1x8 (data x expert), 2x4x2 (and tensor) or data=2,expert=4; the cheapest that fits, unless
-    given."""
+    """1x8 (data x expert), 2x4x2 (and tensor) or data=2,expert=4. Unless given: the cheapest."""
     device: str = "h100"
     """h100, h200, a100-80g, a100-40g, rtx-4090, v5e, v5p or v6e."""
     batch: int = 1
     """Rows over all devices: conversations at once, or examples per training step."""
-    context: int = 4096
-    """Tokens per row, prompt and answer together."""
+    context: int | None = None
+    """Tokens per row, prompt and answer together; 4096, or what the model can hold."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="{float32,bfloat16,float16}")] = None
     """Of weights, activations and cache; the model's unless given."""
     quantize: str | None = None
@@ -70,7 +69,7 @@ class Options:
     price: float | None = None
     """Of one device for one hour, in any currency: adds the price of a million tokens."""
     sweep: bool = False
-    """All meshes of 1, 2, 4, ... devices whose weights fit."""
+    """All meshes of 1, 2, 4, ... devices that hold the weights and the cache."""
     max_devices: int = MAX_DEVICES
     """Where the sweep ends."""
     plot: Path | None = None
@@ -82,11 +81,10 @@ class Options:
 
     def __post_init__(self):
         for name, least in (("batch", 1), ("context", 2), ("max_devices", 1)):
-            if getattr(self, name) < least:
+            given = getattr(self, name)
+            if given is not None and given < least:
                 flag = f"--{name.replace('_', '-')}"
-                raise MixtralError(
-                    flag, expected=f"at least {least}", got=getattr(self, name), code=USAGE
-                )
+                raise MixtralError(flag, expected=f"at least {least}", got=given, code=USAGE)
         if self.max_devices > MAX_DEVICES:
             most = f"at most {MAX_DEVICES}"
             raise MixtralError("--max-devices", expected=most, got=self.max_devices, code=USAGE)
@@ -135,8 +133,8 @@ def main(options: Options) -> int:
                 )
             if options.mesh is None and best is not None:
                 work = best.work
-            tell(f"compiling all {work.config.num_hidden_layers} layers for {work.mesh}")
-            bills = [make_bill(work, options.device, **shared)]
+            # The backward pass of all layers takes minutes to compile.
+            bills = [make_bill(work, options.device, whole=work.train is None, **shared)]
     for line in bills[0].differences if bills else ():
         print(f"note: {line}", file=sys.stderr)
     if options.sweep:
@@ -152,11 +150,13 @@ def workload(options: Options) -> Workload:
     """What the options ask for; one device where they name no mesh."""
     find_device(options.device)
     config = find_config(options.model)
-    if options.context > config.max_position_embeddings:
+    longest = config.max_position_embeddings
+    context = options.context or min(4096, longest)
+    if context > longest:
         raise MixtralError(
             "--context",
-            expected=f"at most {config.max_position_embeddings} (max_position_embeddings)",
-            got=options.context,
+            expected=f"at most {longest} (max_position_embeddings)",
+            got=context,
             code=USAGE,
         )
     spec = MeshSpec() if options.mesh is None else MeshSpec.parse(options.mesh).fit(config)
@@ -177,7 +177,7 @@ def workload(options: Options) -> Workload:
         config=config,
         mesh=spec,
         batch=options.batch,
-        context=options.context,
+        context=context,
         dtype=dtype,
         strategy=strategy,
         dispatch=DispatchOptions(
@@ -192,7 +192,9 @@ def workload(options: Options) -> Workload:
 def simulate(num_devices: int) -> None:
     """So many CPU devices, whatever accelerators there are; before JAX starts its backend."""
     flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    # Nothing is run: machine code need not be good. Buffers and collectives stay the same.
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", num_devices)
 
@@ -274,9 +276,8 @@ def _step_lines(name: str, step: Any) -> Iterator[str]:
 
 def _print_sweep(options: Options, bills: list[Bill]) -> int:
     if options.plot is not None:
-        title = (
-            f"{options.model} on {options.device}, batch {options.batch}, context {options.context}"
-        )
+        rows = f"batch {bills[0].work.batch}, context {bills[0].work.context}" if bills else ""
+        title = f"{options.model} on {options.device}: {rows}"
         draw(bills, title, options.plot)
     if options.json:
         for bill in bills:

@@ -142,7 +142,7 @@ def make_bill(
         device: a key of ``DEVICES``.
         quantize: a scheme of ``plan/schemes.py`` for the weights; of the frozen ones in training.
         memory_fraction: of a device's memory that may be filled.
-        whole: compile all layers; else two and three, and go on in a straight line.
+        whole: compile all layers; else a few (see ``_extrapolated``).
 
     Raises:
         MixtralError: exit code 64 or 78 where something is unknown or does not divide.
@@ -154,7 +154,8 @@ def make_bill(
     compiled = _whole if whole else _extrapolated
     in_f32 = dataclasses.replace(work, dtype="float32")
     programs = compiled(in_f32)
-    memory = memory_of(work, weights, programs)
+    most = max(program.temporary_bytes for program in programs.values())
+    memory = memory_of(work, weights, most)
     unlike: list[str] = []
     if work.train:
         # "exact" has both branches of every layer in its text; "drop" has the common one.
@@ -181,13 +182,14 @@ _whole = functools.lru_cache(maxsize=None)(compile_programs)
 
 
 def _extrapolated(work: Workload) -> dict[str, Program]:
-    """Of two compiled depths; temporaries are those of a straight line through them."""
+    """Of fewer layers; what training keeps of each layer lies on a straight line."""
     layers = work.config.num_hidden_layers
     if layers <= max(_LAYERS):
         return _whole(work)
-    if not work.train:  # one data shard is compiled as every other
+    if not work.train:  # one data shard is compiled as every other, and layers share temporaries
         mesh = dataclasses.replace(work.mesh, data=1)
         work = dataclasses.replace(work, mesh=mesh, batch=work.rows // work.mesh.data)
+        return _whole(work.with_layers(_LAYERS[0]))
     few, more = (_whole(work.with_layers(count)) for count in _LAYERS)
     ahead, apart = layers - _LAYERS[1], _LAYERS[1] - _LAYERS[0]
     found = {}
@@ -229,7 +231,7 @@ def _trained(work: Workload) -> tuple[int, int]:
     return whole.total // size, size
 
 
-def memory_of(work: Workload, weights: Weights, programs: dict[str, Program]) -> Memory:
+def memory_of(work: Workload, weights: Weights, temporary_bytes: int) -> Memory:
     """Bytes of a device; ``weights`` are the frozen or, in full training, the trained ones."""
     cache = state = gradients = optimizer = adapters = 0
     if work.train:
@@ -247,5 +249,5 @@ def memory_of(work: Workload, weights: Weights, programs: dict[str, Program]) ->
         state_bytes=state,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
-        temporary_bytes=max(program.temporary_bytes for program in programs.values()),
+        temporary_bytes=temporary_bytes,
     )

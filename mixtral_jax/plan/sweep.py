@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+
 from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.plan.bill import Bill, make_bill
+from mixtral_jax.plan.bill import Bill, make_bill, memory_of
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.plan.schemes import weight_bytes
@@ -44,8 +46,8 @@ def sweep(
 ) -> Iterator[Bill]:
     """Bills of all meshes of each number of devices.
 
-    Meshes whose weights alone do not fit are left out. Programs are compiled with two and three
-    layers, and temporaries extrapolated.
+    Meshes that do not hold weights, cache and training state, temporaries apart, are left out.
+    Programs are compiled with a few layers.
     """
     usable = find_device(device).memory_bytes * memory_fraction
     scheme = quantize or ("nf4" if work.train == "qlora" else None)
@@ -54,13 +56,14 @@ def sweep(
             weights = weight_bytes(
                 work.config, spec, work.strategy, dtype=work.dtype, scheme=scheme
             )
-            if weights.total > usable:
+            here = dataclasses.replace(work, mesh=spec)
+            if weights.total > usable or memory_of(here, weights, 0).total_bytes > usable:
                 continue
             note(f"compiling for {spec}")
-            here = dataclasses.replace(work, mesh=spec)
             yield make_bill(
                 here, device, quantize=quantize, memory_fraction=memory_fraction, whole=False
             )
+            jax.clear_caches()  # a thousand programs in memory exceed a process's mappings
 
 
 def cheapest(

@@ -18,7 +18,7 @@ from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.errors import MixtralError
 from mixtral_jax.plan import devices
 from mixtral_jax.plan.bill import active_parameters, make_bill, memory_of
-from mixtral_jax.plan.programs import Program, Workload, compile_programs
+from mixtral_jax.plan.programs import Workload, compile_programs
 from mixtral_jax.plan.schemes import weight_bytes
 from mixtral_jax.plan.step import generation_steps, traffic_of
 from mixtral_jax.sharding.collectives import read_collectives
@@ -153,7 +153,7 @@ def test_training_state_is_the_arithmetic(small_config, train):
     work = Workload(config=config, mesh=MeshSpec.parse("2x2"), batch=8, context=32, train=train)
     scheme = "nf4" if train == "qlora" else None
     frozen = weight_bytes(config, work.mesh, Strategy(), dtype="bfloat16", scheme=scheme)
-    memory = memory_of(work, frozen, {"train": Program(0, 7, [])})
+    memory = memory_of(work, frozen, 7)
     weights = arithmetic(config, work.mesh, 2) // 2
     D, queries, keys, R, L = 32, 32, 16, 16, 4
     adapters = L * R * (2 * (D + queries) + 2 * (D + keys))
