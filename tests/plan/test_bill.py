@@ -95,7 +95,7 @@ def make_limits(work, device, quantize, cache):
     return generation_steps(work, device, weights, cache)["decode"].tokens_per_second
 
 
-@pytest.mark.parametrize("mesh", ["1x8", "2x2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("1x8", marks=pytest.mark.slow), "2x2x2"])
 def test_the_embedded_model_takes_what_the_plan_says(mesh):
     lm = mj.load(mesh=mesh)
     options = SamplingOptions(max_new_tokens=28, temperature=0.0)
@@ -136,6 +136,7 @@ def test_the_embedded_model_takes_what_the_plan_says(mesh):
     assert sum(len(ids) for chunk in live.chunks() for ids in chunk.token_ids) > 0
 
 
+@pytest.mark.slow
 def test_temporaries_of_few_layers_are_those_of_all(small_config):
     config = small_config(num_hidden_layers=5)
     work = Workload(config=config, mesh=MeshSpec.parse("1x4"), batch=8, context=64, dtype="float32")
