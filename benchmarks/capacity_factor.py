@@ -16,7 +16,6 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from _common import interleaved, spread
 from convert_memory import environment
 from rich.console import Console
 from rich.progress import track
@@ -133,25 +133,19 @@ def measure(lm: mj.LanguageModel, options: Options) -> list[dict[str, Any]]:
                 "same best token": float((logs.argmax(-1) == exact.argmax(-1)).mean()),
             }
         )
-    times: list[list[float]] = [[] for _ in calls]
-    rounds = 1 if options.quick else options.rounds
-    for k in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
-        for i in range(len(calls))[:: 1 if k % 2 else -1]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[i]())
-            times[i].append(time.perf_counter() - start)
+    times = interleaved(calls, 1 if options.quick else options.rounds, "timing")
     for row, seconds in zip(rows, times, strict=True):
         row["milliseconds"] = round(1e3 * statistics.median(seconds), 2)
-        row["spread"] = round((max(seconds) - min(seconds)) / statistics.median(seconds), 3)
+        row["spread"] = spread(seconds)
     return rows
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Five small panels over the capacity factor."""
-    import matplotlib as mpl  # pyright: ignore[reportMissingImports]
+    import matplotlib as mpl
 
     mpl.use("svg")
-    from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
+    from matplotlib import pyplot
 
     mpl.rcParams |= {"svg.hashsalt": "mixtral_jax", "svg.fonttype": "none"}
     panels = {

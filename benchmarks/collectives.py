@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import tyro
-from convert_memory import environment
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from _common import interleaved, report, spread
 
 from mixtral_jax.sharding.collectives import Collective
 from mixtral_jax.sharding.mesh import AXES, MeshSpec, simulate_on_cpu
@@ -77,19 +72,15 @@ def measure(options: Options) -> list[dict[str, Any]]:
                     mesh=mesh,
                     in_specs=everywhere,
                     out_specs=everywhere,
-                    check_vma=False,
                 )
             )
             calls[name] = functools.partial(run, x)
             sizes[name] = Collective(name, factor * n * WIDTH * 2, spec.expert).wire_bytes
             jax.block_until_ready(calls[name]())
-        times: dict[str, list[float]] = {name: [] for name in calls}
         rounds = 1 if options.quick else options.rounds
-        for k in track(range(rounds), f"{kib} KiB", console=Console(stderr=True), transient=True):
-            for name, call in list(calls.items())[:: 1 if k % 2 else -1]:
-                start = time.perf_counter()
-                jax.block_until_ready(call())
-                times[name].append(time.perf_counter() - start)
+        times = dict(
+            zip(calls, interleaved(list(calls.values()), rounds, f"{kib} KiB"), strict=True)
+        )
         for name, seconds in times.items():
             median = statistics.median(seconds)
             rows.append(
@@ -97,7 +88,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
                     "operation": name,
                     "KiB per device": n * WIDTH * 2 // 1024,
                     "us": round(1e6 * median, 1),
-                    "spread": round((max(seconds) - min(seconds)) / median, 3),
+                    "spread": spread(seconds),
                     "bus GB/s": round(sizes[name] / median / 1e9, 3),
                 }
             )
@@ -106,21 +97,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def main(options: Options) -> int:
     """Runs and prints."""
-    rows = measure(options)
-    result = {
-        "command": f"python benchmarks/collectives.py {' '.join(sys.argv[1:])}".strip(),
-        "mesh": options.mesh,
-        "dtype": "bfloat16",
-        "rows": rows,
-        **environment(),
-        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-    }
-    if not options.json:
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console(stderr=True).print(table)
-    print(json.dumps(result))
+    report(measure(options), is_json=options.json, mesh=options.mesh, dtype="bfloat16")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import statistics
 import sys
@@ -23,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from convert_memory import environment
+from _common import report
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mixtral_jax.config import PRESETS, ModelConfig
 from mixtral_jax.kernels.experts import ExpertWeights
@@ -167,19 +165,9 @@ def timed(
 def main(options: Options) -> int:
     """Runs and prints."""
     rows = measure(options)
-    result = {
-        "command": f"python benchmarks/moe_layer.py {' '.join(sys.argv[1:])}".strip(),
-        **dataclasses.asdict(options),
-        "rows": rows,
-        **environment(),
-        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-    }
-    if not options.json:
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console(stderr=True).print(table)
-    print(json.dumps(result))
+    asked = dataclasses.asdict(options)
+    asked["tokens"] = asked.pop("rows")
+    report(rows, is_json=options.json, **asked)
     return 0 if all(np.isfinite(row["ms"]) for row in rows) else 1
 
 

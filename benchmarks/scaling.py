@@ -10,20 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import statistics
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from convert_memory import environment
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from _common import interleaved, report, spread
 
 from mixtral_jax.config import PRESETS, ModelConfig
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
@@ -99,7 +94,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     largest = max(specs, key=lambda spec: spec.num_devices)
     simulate_on_cpu(largest, lambda line: print(f"note: {line}", file=sys.stderr))
     dispatch = DispatchOptions(method=options.dispatch)
-    calls, times, rows = [], [], []
+    calls, rows = [], []
     for spec in specs:
         mesh, batch = spec.build(), options.rows * spec.num_devices
         placement = MeshPlacement(mesh, dispatch)
@@ -108,7 +103,6 @@ def measure(options: Options) -> list[dict[str, Any]]:
         model = random_model(config, mesh, options.dtype)
         calls.append(functools.partial(forward, model, tokens, placement=placement))
         jax.block_until_ready(calls[-1]())
-        times.append([])
         traffic = forward_traffic(
             config,
             spec,
@@ -120,16 +114,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
         )
         sent = round(sum(each.wire_bytes for each in traffic))
         rows.append({"mesh": str(spec), "tokens": batch * options.length, "sent bytes": sent})
-    rounds = 1 if options.quick else options.rounds
-    for k in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
-        for i in range(len(calls))[:: 1 if k % 2 else -1]:
-            start = time.perf_counter()
-            jax.block_until_ready(calls[i]())
-            times[i].append(time.perf_counter() - start)
+    times = interleaved(calls, 1 if options.quick else options.rounds, "timing")
     for row, seconds, spec in zip(rows, times, specs, strict=True):
         median = statistics.median(seconds)
         row["ms"] = round(1e3 * median, 2)
-        row["spread"] = round((max(seconds) - min(seconds)) / median, 3)
+        row["spread"] = spread(seconds)
         row["tokens/s"] = round(row["tokens"] / median)
         row["tokens/s per device"] = round(row["tokens"] / median / spec.num_devices)
         first = rows[0]["tokens/s per device"]
@@ -139,22 +128,11 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def main(options: Options) -> int:
     """Runs and prints."""
-    rows = measure(options)
-    result = {
-        "command": f"python benchmarks/scaling.py {' '.join(sys.argv[1:])}".strip(),
-        "rows per device": options.rows,
-        "length": options.length,
-        "dtype": options.dtype,
-        "rows": rows,
-        **environment(),
-        "devices": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-    }
-    if not options.json:
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console(stderr=True).print(table)
-    print(json.dumps(result))
+    report(
+        measure(options),
+        is_json=options.json,
+        **{"rows per device": options.rows, "length": options.length, "dtype": options.dtype},
+    )
     return 0
 
 

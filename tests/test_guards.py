@@ -73,7 +73,9 @@ HARMLESS = [
     "def f():\n" + "    x = 1\n" * (MAX_FUNCTION_LINES - 1),
     "jax.shard_map(f, check_vma=True)  # TODO(#12): more",
 ]
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+OTHERS = ("examples", "benchmarks")
+SOURCES = sorted([PACKAGE, *(ROOT / name for name in OTHERS)])
+SOURCES = sorted(path for folder in SOURCES for path in folder.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -252,7 +252,7 @@ def lines(options: Options, bill: Bill, best: Bill | None) -> Iterator[str]:
         yield f"no mesh of {MAX_DEVICES} or fewer {options.device} holds this"
     else:
         yield f"cheapest mesh that fits: {best.work.mesh} ({best.tokens_per_second:,.0f} tokens/s)"
-    yield "temporaries: of the program in float32, an upper bound; times: the data sheet's limits"
+    yield "temporaries: of the program in float32, on the high side; times: the data sheet's limits"
     yield NOT_SPLIT
 
 

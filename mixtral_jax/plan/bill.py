@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,8 @@ class Memory:
         gradient_bytes: of trained weights, in their dtype.
         optimizer_bytes: two f32 moments of trained weights, and a f32 copy where they are in 16
             bits.
-        temporary_bytes: of the program that takes most, compiled in float32: at least what a
-            16-bit program takes, since no temporary gets larger in 16 bits.
+        temporary_bytes: of the program that takes most, compiled for the CPU in float32: for 16
+            bits an estimate on the high side (see docs/plan.md).
     """
 
     weight_bytes: int
@@ -119,12 +120,17 @@ def active_parameters(config: ModelConfig) -> int:
     E, A = config.num_local_experts, config.num_experts_per_tok
     total = 0
     for path, spec in leaf_specs(config).items():
-        size = functools.reduce(lambda a, b: a * b, spec.shape)
+        size = math.prod(spec.shape)
         if "expert" in spec.axes:
             total += size // E * A
         elif path != "embed_tokens" or config.tie_word_embeddings:
             total += size
     return total
+
+
+def scheme_of(work: Workload, quantize: str | None) -> str | None:
+    """The scheme asked for; qlora means nf4 where none is."""
+    return quantize or ("nf4" if work.train == "qlora" else None)
 
 
 def make_bill(
@@ -149,7 +155,7 @@ def make_bill(
     """
     found = find_device(device)
     work.strategy.check(work.config, work.mesh)
-    scheme = quantize or ("nf4" if work.train == "qlora" else None)
+    scheme = scheme_of(work, quantize)
     weights = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype, scheme=scheme)
     compiled = _whole if whole else _extrapolated
     in_f32 = dataclasses.replace(work, dtype="float32")

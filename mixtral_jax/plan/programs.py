@@ -105,6 +105,7 @@ def _leaves(work: Workload, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return leaves
 
 
+@functools.lru_cache(maxsize=8)  # asked for its bytes, then to compile with
 def state_shapes(work: Workload) -> steps.DecodeState:
     """The state of generation as shapes, on its devices."""
     make = functools.partial(
@@ -116,7 +117,6 @@ def state_shapes(work: Workload) -> steps.DecodeState:
     )
     row = jax.ShapeDtypeStruct((work.rows,), jnp.int32)
     is_row = jax.ShapeDtypeStruct((work.rows,), jnp.bool_)
-    # Lowered as it is called: with numpy arrays, which belong to no device.
     where = jax.jit(make).lower(row, is_row).compile().output_shardings
     return jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.plan.bill import Bill, make_bill, memory_of
+from mixtral_jax.plan.bill import Bill, make_bill, memory_of, scheme_of
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.plan.schemes import weight_bytes
@@ -50,7 +50,7 @@ def sweep(
     Programs are compiled with a few layers.
     """
     usable = find_device(device).memory_bytes * memory_fraction
-    scheme = quantize or ("nf4" if work.train == "qlora" else None)
+    scheme = scheme_of(work, quantize)
     for count in counts:
         for spec in meshes(work, count):
             weights = weight_bytes(
@@ -94,12 +94,12 @@ def draw(bills: list[Bill], title: str, path: Path) -> None:
             "--plot", expected="a name that ends in .svg or .png", got=str(path), code=USAGE
         )
     try:
-        import matplotlib as mpl  # pyright: ignore[reportMissingImports]
+        import matplotlib as mpl
     except ImportError:
         raise MixtralError(
             "--plot needs matplotlib", fix="pip install 'mixtral-jax[plots]'", code=USAGE
         ) from None
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "mixtral_jax", "svg.fonttype": "none"}):
         figure = Figure(figsize=(11, 4.4), layout="constrained")

@@ -126,7 +126,6 @@ def test_the_cheapest_is_the_first_size_that_fits(monkeypatch, small_config):
 
 
 def test_sweep_is_drawn(small_config, tmp_path):
-    pytest.importorskip("matplotlib")
     work = Workload(config=small_config(), mesh=MeshSpec(), batch=4, context=64, dtype="float32")
     bills = list(sweep(work, "v5e", counts=(1, 2), note=lambda line: None))
     assert [str(bill.work.mesh) for bill in bills] == ["1x1", "2x1", "1x2", "1x1x2"]

@@ -1,0 +1,46 @@
+"""What the benchmarks share: calls timed in turn, and one JSON line beside a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from convert_memory import environment
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+
+def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, what: str) -> list[list[float]]:
+    """Seconds of each call in each round; every other round in reverse order."""
+    times: list[list[float]] = [[] for _ in calls]
+    for k in track(range(rounds), what, console=Console(stderr=True), transient=True):
+        for i in range(len(calls))[:: 1 if k % 2 else -1]:
+            start = time.perf_counter()
+            jax.block_until_ready(calls[i]())
+            times[i].append(time.perf_counter() - start)
+    return times
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """Slowest less fastest, as a share of the median."""
+    return round((max(seconds) - min(seconds)) / statistics.median(seconds), 3)
+
+
+def report(rows: list[dict[str, Any]], /, *, is_json: bool, **fields: Any) -> None:
+    """A table on stderr (unless ``is_json``), and one JSON line with what the numbers depend on."""
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    devices = f"{len(jax.devices())} x {jax.devices()[0].device_kind}"
+    result = {"command": command, **fields, "rows": rows, **environment(), "devices": devices}
+    if not is_json:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        Console(stderr=True).print(table)
+    print(json.dumps(result))
