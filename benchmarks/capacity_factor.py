@@ -36,7 +36,7 @@ from mixtral_jax.model.stats import router_stats
 from mixtral_jax.model.transformer import Mixtral
 from mixtral_jax.sharding.dispatch import DispatchOptions, Overflow
 from mixtral_jax.sharding.placement import MeshPlacement
-from mixtral_jax.sharding.traffic import forward_traffic
+from mixtral_jax.sharding.traffic import Pass, forward_traffic
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/ is no installed package
 from examples.tiny.text import held_out
@@ -84,15 +84,16 @@ def sent_bytes(lm: mj.LanguageModel, options: DispatchOptions, shape: tuple[int,
     """Bytes that one device sends in the expert layers of one pass, were they on a network."""
     placement = lm.placement
     assert isinstance(placement, MeshPlacement)
-    found = forward_traffic(
-        lm.config,
-        lm.spec,
-        placement.strategy,
-        options,
+    work = Pass(
+        config=lm.config,
+        mesh=lm.spec,
+        strategy=placement.strategy,
+        options=options,
         batch=shape[0],
         length=shape[1],
         itemsize=4,
     )
+    found = forward_traffic(work)
     return sum(each.wire_bytes for each in found) / lm.config.num_hidden_layers
 
 

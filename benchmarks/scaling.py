@@ -26,7 +26,7 @@ from mixtral_jax.sharding.dispatch import DispatchOptions, Method
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
-from mixtral_jax.sharding.traffic import forward_traffic
+from mixtral_jax.sharding.traffic import Pass, forward_traffic
 from mixtral_jax.weights import ExpertSlots
 
 
@@ -103,16 +103,16 @@ def measure(options: Options) -> list[dict[str, Any]]:
         model = random_model(config, mesh, options.dtype)
         calls.append(functools.partial(forward, model, tokens, placement=placement))
         jax.block_until_ready(calls[-1]())
-        traffic = forward_traffic(
-            config,
-            spec,
-            placement.strategy,
-            dispatch,
+        work = Pass(
+            config=config,
+            mesh=spec,
+            strategy=placement.strategy,
+            options=dispatch,
             batch=batch,
             length=options.length,
             itemsize=jnp.dtype(options.dtype).itemsize,
         )
-        sent = round(sum(each.wire_bytes for each in traffic))
+        sent = round(sum(each.wire_bytes for each in forward_traffic(work)))
         rows.append({"mesh": str(spec), "tokens": batch * options.length, "sent bytes": sent})
     times = interleaved(calls, 1 if options.quick else options.rounds, "timing")
     for row, seconds, spec in zip(rows, times, specs, strict=True):

@@ -12,6 +12,7 @@ from mixtral_jax.plan.programs import Program, Workload
 from mixtral_jax.plan.roofline import Sent, Work, sent, step_work
 from mixtral_jax.plan.schemes import Weights
 from mixtral_jax.plan.traffic import Traffic, decode_traffic, prefill_traffic
+from mixtral_jax.sharding.traffic import Pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +61,18 @@ def _step(work: Workload, device: Device, tokens: int, done: Work, traffic: Traf
 
 def traffic_of(work: Workload, itemsize: int) -> dict[str, Traffic]:
     """The formulas of both programs of generation."""
-    asked = (work.config, work.mesh, work.strategy, work.dispatch)
+    prompts = Pass(
+        config=work.config,
+        mesh=work.mesh,
+        strategy=work.strategy,
+        options=work.dispatch,
+        batch=work.rows,
+        length=work.chunk,
+        itemsize=itemsize,
+    )
     return {
-        "prefill": prefill_traffic(*asked, batch=work.rows, chunk=work.chunk, itemsize=itemsize),
-        "decode": decode_traffic(*asked, batch=work.rows, itemsize=itemsize),
+        "prefill": prefill_traffic(prompts),
+        "decode": decode_traffic(dataclasses.replace(prompts, length=1)),
     }
 
 

@@ -5,6 +5,7 @@ A test compares it with the compiled programs, operation by operation.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -22,21 +23,11 @@ from mixtral_jax.sharding.strategy import Strategy
 _F32 = _I32 = 4
 
 
-def forward_traffic(
-    config: ModelConfig,
-    mesh: MeshSpec,
-    strategy: Strategy,
-    options: DispatchOptions,
-    *,
-    batch: int,
-    length: int,
-    itemsize: int,
-) -> list[Collective]:
-    """Collectives of one pass over ``batch`` rows of ``length`` tokens, up to the last norm.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pass:
+    """One pass of rows through the model on a mesh.
 
-    Counted as the common step runs them: no overflow, so no gathered path under "exact".
-
-    Args:
+    Attributes:
         config: sizes.
         mesh: already fitted to the model.
         strategy: how weights and attention are placed.
@@ -45,16 +36,44 @@ def forward_traffic(
         length: tokens per row.
         itemsize: bytes of an activation and of a weight.
     """
-    found = [] if not strategy.fsdp else list(_weights(config, mesh, strategy, itemsize))
-    L = config.num_hidden_layers
-    found += attention_traffic(
-        config, mesh, strategy, batch=batch, length=length, itemsize=itemsize
-    )
-    found += L * list(
-        expert_traffic(
-            config, mesh, strategy, options, batch=batch, length=length, itemsize=itemsize
-        )
-    )
+
+    config: ModelConfig
+    mesh: MeshSpec
+    strategy: Strategy
+    options: DispatchOptions
+    batch: int
+    length: int
+    itemsize: int
+
+    @property
+    def rows(self) -> int:
+        """Tokens over all devices."""
+        return self.batch * self.length
+
+    @property
+    def method(self) -> str:
+        """The dispatch that runs."""
+        return choose_for(self.options, self.mesh.data, self.mesh.expert, self.rows)
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the rows lie over data x expert."""
+        return rows_spread(self.mesh, self.strategy, self.batch)
+
+    @property
+    def back(self) -> list[tuple[int, int]]:
+        """``back_in`` of a batch that is not spread."""
+        return back_in(self.batch // self.mesh.data, self.length, self.mesh.expert)
+
+
+def forward_traffic(work: Pass) -> list[Collective]:
+    """Collectives of one pass, up to the last norm.
+
+    Counted as the common step runs them: no overflow, so no gathered path under "exact".
+    """
+    found = list(_weights(work)) if work.strategy.fsdp else []
+    found += attention_traffic(work)
+    found += work.config.num_hidden_layers * expert_traffic(work)
     return [each for each in found if each.group_size > 1]
 
 
@@ -70,64 +89,41 @@ def heads_ways(mesh: MeshSpec, strategy: Strategy) -> int:
     return mesh.tensor * (mesh.expert if strategy.attention == "tensor" else 1)
 
 
-def attention_traffic(
-    config: ModelConfig,
-    mesh: MeshSpec,
-    strategy: Strategy,
-    *,
-    batch: int,
-    length: int,
-    itemsize: int,
-) -> list[Collective]:
-    """The embedding, and the attention of every layer; arguments as of ``forward_traffic``."""
-    D, ways = config.hidden_size, heads_ways(mesh, strategy)
-    shards = mesh.data * (mesh.expert if rows_spread(mesh, strategy, batch) else 1)
-    local = batch * length // shards  # rows of the residual stream on one device
+def attention_traffic(work: Pass) -> list[Collective]:
+    """The embedding, and the attention of every layer."""
+    D, ways = work.config.hidden_size, heads_ways(work.mesh, work.strategy)
+    shards = work.mesh.data * (work.mesh.expert if work.is_spread else 1)
+    local = work.rows // shards  # rows of the residual stream on one device
     o_proj = Collective("all-reduce", local * D * _F32, ways)  # heads are summed over
-    embedding = Collective("all-reduce", local * D * itemsize, ways)  # by vocabulary
-    return [embedding, *[o_proj] * config.num_hidden_layers]
+    embedding = Collective("all-reduce", local * D * work.itemsize, ways)  # by vocabulary
+    return [embedding, *[o_proj] * work.config.num_hidden_layers]
 
 
-def expert_traffic(
-    config: ModelConfig,
-    mesh: MeshSpec,
-    strategy: Strategy,
-    options: DispatchOptions,
-    *,
-    batch: int,
-    length: int,
-    itemsize: int,
-) -> Iterator[Collective]:
-    """One layer's experts as the common step runs them; arguments as of ``forward_traffic``."""
-    rows, spread = batch * length, rows_spread(mesh, strategy, batch)
-    D, E, A, S = (
-        config.hidden_size,
-        config.num_local_experts,
-        config.num_experts_per_tok,
-        mesh.expert,
-    )
-    method = choose_for(options, mesh.data, S, rows)
-    n = -(-rows // (mesh.data * S))  # rows that travel from one device
+def expert_traffic(work: Pass) -> list[Collective]:
+    """One layer's experts as the common step runs them."""
+    mesh, method, D = work.mesh, work.method, work.config.hidden_size
+    S, A = mesh.expert, work.config.num_experts_per_tok
+    n = -(-work.rows // (mesh.data * S))  # rows that travel from one device
     all_rows = n * S
+    found: list[Collective] = []
     if method == "replicated":
-        if spread:  # every device of the expert axis sees the rows of all, and routes them
-            yield Collective("all-gather", all_rows * D * itemsize, S)
-        yield Collective("all-reduce", rows // mesh.data * D * _F32, S * mesh.tensor)
-        return
+        if work.is_spread:  # every device of the expert axis sees the rows of all, and routes them
+            found.append(Collective("all-gather", all_rows * D * work.itemsize, S))
+        share = work.rows // mesh.data
+        return [*found, Collective("all-reduce", share * D * _F32, S * mesh.tensor)]
     if method == "gathered":
-        yield Collective("all-gather", all_rows * D * itemsize, S)
-        yield from [Collective("all-gather", all_rows * A * _I32, S)] * 2
-        yield Collective("reduce-scatter", all_rows * D * _F32, S)
+        found.append(Collective("all-gather", all_rows * D * work.itemsize, S))
+        found += [Collective("all-gather", all_rows * A * _I32, S)] * 2
+        found.append(Collective("reduce-scatter", all_rows * D * _F32, S))
     else:
         assert method in PLANS, method
-        factor, part = options.capacity_factor, -(-n // options.chunks)
-        for _ in range(options.chunks):
-            yield from _exchanges(method, part, D, E, A, S, factor, itemsize)
-    yield Collective("all-reduce", n * D * _F32, mesh.tensor)  # parts of F are summed
-    if not spread:
+        found += work.options.chunks * _exchanges(work, -(-n // work.options.chunks))
+    found.append(Collective("all-reduce", n * D * _F32, mesh.tensor))  # parts of F are summed
+    if not work.is_spread:
         # Back to the residual stream: length by length where the batch has fewer rows than devices.
-        for share, ways in back_in(batch // mesh.data, length, S):
-            yield Collective("all-gather", all_rows * D * itemsize // share, ways)
+        whole = all_rows * D * work.itemsize
+        found += [Collective("all-gather", whole // share, ways) for share, ways in work.back]
+    return found
 
 
 def back_in(batch: int, length: int, shards: int) -> list[tuple[int, int]]:
@@ -141,34 +137,33 @@ def back_in(batch: int, length: int, shards: int) -> list[tuple[int, int]]:
     return [(batch, shards // batch), (1, batch)]
 
 
-def _exchanges(
-    method: str, n: int, D: int, E: int, A: int, S: int, factor: float, itemsize: int
-) -> Iterator[Collective]:
-    if method == "all_to_all":
-        size = E * capacity(n, A, E, factor) * D * itemsize
-        yield from [Collective("all-to-all", size, S)] * 2
-        return
-    if method == "all_to_all_once":
+def _exchanges(work: Pass, n: int) -> list[Collective]:
+    """What ``n`` rows of each device take there and back."""
+    D, E = work.config.hidden_size, work.config.num_local_experts
+    A, S, factor = work.config.num_experts_per_tok, work.mesh.expert, work.options.capacity_factor
+    row = D * work.itemsize
+    if work.method == "all_to_all":
+        return [Collective("all-to-all", E * capacity(n, A, E, factor) * row, S)] * 2
+    if work.method == "all_to_all_once":
         slots = S * device_capacity(n, A, num_experts=E, shards=S, factor=factor)
-        yield from [Collective("all-to-all", slots * D * itemsize, S)] * 2
-        yield Collective("all-to-all", slots * 2 * A * _F32, S)  # ids and weights
-        return
+        ids_and_weights = Collective("all-to-all", slots * 2 * A * _F32, S)
+        return [*[Collective("all-to-all", slots * row, S)] * 2, ids_and_weights]
     slots = min(n * S, math.ceil(round(factor * n * S * visit_share(E, S, A), 9)))
-    yield Collective("ragged-all-to-all", slots * D * itemsize, S)
-    yield Collective("ragged-all-to-all", slots * 2 * A * _F32, S)
-    yield Collective("ragged-all-to-all", n * min(A, S) * D * itemsize, S)
-    yield Collective("all-gather", S * S * _I32, S)  # who sends how much to whom
+    return [
+        Collective("ragged-all-to-all", slots * row, S),
+        Collective("ragged-all-to-all", slots * 2 * A * _F32, S),
+        Collective("ragged-all-to-all", n * min(A, S) * row, S),
+        Collective("all-gather", S * S * _I32, S),  # who sends how much to whom
+    ]
 
 
-def _weights(
-    config: ModelConfig, mesh: MeshSpec, strategy: Strategy, itemsize: int
-) -> Iterator[Collective]:
+def _weights(work: Pass) -> Iterator[Collective]:
     """fsdp: every weight with an embed dim, gathered over data where it is used."""
-    rules = strategy.weight_rules()
-    slots = config.num_local_experts // mesh.expert
-    for path, spec in leaf_specs(config).items():
+    rules = work.strategy.weight_rules()
+    slots = work.config.num_local_experts // work.mesh.expert
+    for path, spec in leaf_specs(work.config).items():
         if "embed" in spec.axes and path != "lm_head":  # which this pass does not use
-            part = shard_shape(spec.shape, partition_spec(spec.axes, rules), mesh)
+            part = shard_shape(spec.shape, partition_spec(spec.axes, rules), work.mesh)
             count = slots if "expert" in spec.axes else 1
-            size = math.prod(part) * itemsize // count
-            yield from [Collective("all-gather", size, mesh.data)] * count
+            size = math.prod(part) * work.itemsize // count
+            yield from [Collective("all-gather", size, work.mesh.data)] * count

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from mixtral_jax.plan.programs import Workload, compile_programs
-from mixtral_jax.plan.traffic import decode_traffic, prefill_traffic
+from mixtral_jax.plan.step import traffic_of
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
@@ -49,11 +49,7 @@ def test_compiled_programs_send_what_the_formulas_say(
         strategy=strategy,
         dispatch=options,
     )
-    sizes = {"batch": work.rows, "itemsize": 4}
-    formulas = {
-        "prefill": prefill_traffic(config, work.mesh, strategy, options, chunk=work.chunk, **sizes),
-        "decode": decode_traffic(config, work.mesh, strategy, options, **sizes),
-    }
+    formulas = traffic_of(work, 4)
     for name, program in compile_programs(work).items():
         if name == "decode" and work.rows < work.mesh.num_devices and method != "auto":
             continue  # fewer rows than devices, padded: nothing but an explicit wish comes here

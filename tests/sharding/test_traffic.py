@@ -14,7 +14,7 @@ from mixtral_jax.sharding.place import gather_weights, place
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.report import weight_report
 from mixtral_jax.sharding.strategy import Strategy
-from mixtral_jax.sharding.traffic import forward_traffic
+from mixtral_jax.sharding.traffic import Pass, forward_traffic
 from tests.models import random_model, random_tokens
 
 DATA, TENSOR = Strategy(), Strategy(attention="tensor")
@@ -61,14 +61,26 @@ def compiled(model, text: str, strategy: Strategy, options: DispatchOptions):
     return jax.jit(program).lower(placed, tokens).compile()
 
 
+def formula(model, text: str, strategy: Strategy, options: DispatchOptions):
+    return forward_traffic(
+        Pass(
+            config=model.config,
+            mesh=MeshSpec.parse(text),
+            strategy=strategy,
+            options=options,
+            batch=16,
+            length=16,
+            itemsize=4,
+        )
+    )
+
+
 @pytest.mark.parametrize(("text", "strategy", "method"), CASES + SLOW, ids=str)
 def test_compiled_collectives_are_those_of_the_formula(model, text, strategy, method):
     overflow = "drop" if method.startswith("all") else "exact"
     options = DispatchOptions(method=method, overflow=overflow)
     found = read_collectives(compiled(model, text, strategy, options).as_text() or "")
-    want = forward_traffic(
-        model.config, MeshSpec.parse(text), strategy, options, batch=16, length=16, itemsize=4
-    )
+    want = formula(model, text, strategy, options)
     got = Counter(each for each in found if each.group_size > 1)
     assert (got - Counter(want), Counter(want) - got) == (Counter(), Counter())
 
@@ -116,15 +128,7 @@ def test_exact_adds_the_gathered_path_and_a_count(model):
     exact = DispatchOptions(method="all_to_all")
     found = read_collectives(compiled(model, "2x4", DATA, exact).as_text() or "")
     common, gathered = (
-        forward_traffic(
-            model.config,
-            MeshSpec.parse("2x4"),
-            DATA,
-            DispatchOptions(method=method),
-            batch=16,
-            length=16,
-            itemsize=4,
-        )
+        formula(model, "2x4", DATA, DispatchOptions(method=method))
         for method in ("all_to_all", "gathered")
     )
     # The count, and (no constant any more, inside the branch) which rows are valid.
