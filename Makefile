@@ -45,10 +45,10 @@ fault: $(STAMP)-test
 	$(PYTEST) -m fault $(TESTS)
 
 slow: $(STAMP)-test
-	$(PYTEST) -m slow $(TESTS)
+	MIXTRAL_JAX_TEST_OPTIMIZED=1 $(PYTEST) -m slow $(TESTS)
 
 parity: $(STAMP)-parity
-	$(PYTEST) -m parity $(TESTS)
+	MIXTRAL_JAX_TEST_OPTIMIZED=1 $(PYTEST) -m parity $(TESTS)
 
 score: $(STAMP)-test
 	@status=0; for dtype in float32 bfloat16; do \

@@ -18,6 +18,9 @@ os.environ["XLA_FLAGS"] = " ".join(
     [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICES_FLAG)]
     + [f"{_DEVICES_FLAG}={NUM_SIMULATED_DEVICES}"]
 )
+# Most of the time goes into compiling. `make slow` and `make parity` keep LLVM's optimizations.
+if "MIXTRAL_JAX_TEST_OPTIMIZED" not in os.environ:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 # What one process compiles serves the others: workers of this run, and commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -106,6 +106,7 @@ def test_meshes_are_those_that_fit_the_model():
     assert sum(1 for _ in meshes(work, MAX_DEVICES)) > 3
 
 
+@pytest.mark.slow
 def test_the_cheapest_is_the_first_size_that_fits(monkeypatch, small_config):
     from mixtral_jax.plan import devices
 
