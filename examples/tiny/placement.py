@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mixtral_jax.kernels.attention import attends
 from mixtral_jax.kernels.experts import feed_forward
 from mixtral_jax.model.placement import Routed, Routing
 
@@ -32,13 +33,24 @@ class PackedPlacement:
         product = x.reshape(-1, x.shape[-1]) @ w.T
         return product.reshape(*x.shape[:-1], w.shape[0]).astype(dtype or x.dtype)
 
-    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    def attention(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: jax.Array,
+        keys: jax.Array,
+        *,
+        window: int | None,
+    ) -> jax.Array:
         """Softmax attention within each document."""
         B, T, H, C = q.shape
         G = H // k.shape[2]
         heads = tuple(jnp.repeat(x, n, axis=2) for x, n in ((q, 1), (k, G), (v, G)))
         q, k, v = (x.transpose(0, 2, 1, 3).reshape(B * H, T, C) for x in heads)
-        mask = mask & (self.segments[:, :, None] == self.segments[:, None, :])
+        mask = attends(queries, keys, window) & (
+            self.segments[:, :, None] == self.segments[:, None, :]
+        )
         scores = jnp.einsum("NTC,NSC->NTS", q, k).reshape(B, H, T, T) * C**-0.5
         scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
         shares = jax.nn.softmax(scores, axis=-1).reshape(B * H, T, T)

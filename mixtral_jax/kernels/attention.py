@@ -1,37 +1,140 @@
-"""Grouped-query attention over explicit masks."""
+"""Grouped-query attention over absolute positions; no mask is an input, none is held whole."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+EMPTY = -1  # the position of a cache slot that holds nothing
+
+# `blocked_attention` holds scores of at most so many bytes at a time.
+SCORE_BYTES = 32 * 2**20
+
+
+def attends(
+    queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    """Causal mask from absolute positions; a window of W sees itself and W - 1 tokens before."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    mask = (distance >= 0) & (keys[:, None, :] != EMPTY)
+    return mask if window is None else mask & (distance < window)
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision | None:
+    # HIGHEST: f32 means f32 (a GPU would round the operands to TF32).
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _scores(
+    q: Float[Array, "B T K G C"], k: Float[Array, "B S K C"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B K G T S"]:
+    """Scaled scores in f32, the least number where the mask is false."""
+    scores = jnp.einsum(
+        "BTKGC,BSKC->BKGTS", q, k, precision=_precision(q), preferred_element_type=jnp.float32
+    )
+    scores = scores * q.shape[-1] ** -0.5
+    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def _mix(
+    shares: Float[Array, "B K G T S"], v: Float[Array, "B S K C"]
+) -> Float[Array, "B T K G C"]:
+    """Values weighted by shares, f32."""
+    return jnp.einsum(
+        "BKGTS,BSKC->BTKGC",
+        shares.astype(v.dtype),
+        v,
+        precision=_precision(v),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def attention(
     q: Float[Array, "B T H C"],
     k: Float[Array, "B S K C"],
     v: Float[Array, "B S K C"],
-    mask: Bool[Array, "B T S"],
+    queries: Int[Array, "B T"],
+    keys: Int[Array, "B S"],
+    *,
+    window: int | None,
 ) -> Float[Array, "B T H C"]:
-    """Softmax attention, scores and softmax in f32; the reference for every faster path.
+    """Softmax attention, scores and softmax in f32; the reference of every faster path.
 
-    Query heads ``g * 1 .. G`` of key/value head k are ``k * G + g``, as in transformers'
-    ``repeat_kv``. A query whose mask is all false gets some finite value.
+    Query heads ``g = 0 .. G - 1`` of key/value head k are ``k * G + g``, as in transformers'
+    ``repeat_kv``. A query that sees nothing gets some finite value.
+
+    Args:
+        q: queries, rotated.
+        k: keys, rotated.
+        v: values.
+        queries: absolute position of each query.
+        keys: absolute position of each key; EMPTY is seen by nobody.
+        window: the sliding window in tokens, or None.
     """
     B, T, H, C = q.shape
-    K = k.shape[2]
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    grouped = q.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum(
-        "BTKGC,BSKC->BKGTS", grouped, k, precision=precision, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(mask[:, None, None], scores * C**-0.5, jnp.finfo(jnp.float32).min)
-    probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum(
-        "BKGTS,BSKC->BTKGC",
-        probabilities,
-        v,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    grouped = q.reshape(B, T, k.shape[2], -1, C)
+    scores = _scores(grouped, k, attends(queries, keys, window))
+    out = _mix(jax.nn.softmax(scores, axis=-1), v)
     return out.astype(q.dtype).reshape(B, T, H, C)
+
+
+class _Running(NamedTuple):
+    """Softmax over the keys seen so far: its maximum, its sum, and the values weighted by it."""
+
+    most: Float[Array, "B K G T"]
+    total: Float[Array, "B K G T"]
+    mixed: Float[Array, "B T K G C"]
+
+
+def blocked_attention(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    queries: Int[Array, "B T"],
+    keys: Int[Array, "B S"],
+    *,
+    window: int | None,
+) -> Float[Array, "B T H C"]:
+    """``attention`` over blocks of keys, with a running softmax (Milakov & Gimelshein 2018).
+
+    Never holds more than about ``SCORE_BYTES`` of scores, and leaves out blocks that no query
+    sees: a half-empty cache costs half. Small products take the plain path.
+    """
+    B, T, H, C = q.shape
+    S, K = k.shape[1:3]
+    size = max(128, SCORE_BYTES // (4 * B * H * T) // 128 * 128)
+    if size >= S:
+        return attention(q, k, v, queries, keys, window=window)
+    grouped = q.reshape(B, T, K, H // K, C)
+
+    def see(start: jax.Array | int, size: int, so_far: _Running | None) -> _Running:
+        block = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k, v, keys)]
+        mask = attends(queries, block[2], window)
+
+        def add(so_far: _Running | None) -> _Running:
+            scores = _scores(grouped, block[0], mask)
+            most = scores.max(axis=-1)
+            most = most if so_far is None else jnp.maximum(so_far.most, most)
+            shares = jnp.where(mask[:, None, None], jnp.exp(scores - most[..., None]), 0.0)
+            total, mixed = shares.sum(axis=-1), _mix(shares, block[1])
+            if so_far is not None:
+                keep = jnp.exp(so_far.most - most)
+                total += so_far.total * keep
+                mixed += so_far.mixed * keep.transpose(0, 3, 1, 2)[..., None]
+            return _Running(most, total, mixed)
+
+        if so_far is None:
+            return add(None)
+        return jax.lax.cond(mask.any(), add, lambda so_far: so_far, so_far)
+
+    so_far = see(0, size, None)
+    so_far, _ = jax.lax.scan(
+        lambda so_far, i: (see(i * size, size, so_far), None), so_far, jnp.arange(1, S // size)
+    )
+    if S % size:
+        so_far = see(S - S % size, S % size, so_far)
+    total = jnp.maximum(so_far.total, jnp.finfo(jnp.float32).tiny).transpose(0, 3, 1, 2)
+    return (so_far.mixed / total[..., None]).astype(q.dtype).reshape(B, T, H, C)

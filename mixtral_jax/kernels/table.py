@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import jax
 
-from mixtral_jax.kernels.attention import attention
+from mixtral_jax.kernels.attention import attention, blocked_attention
 from mixtral_jax.kernels.contract import contract
 from mixtral_jax.kernels.experts import dense_experts, expert_blocks, visit_experts
 
@@ -24,6 +24,6 @@ class Kernels:
 
 KERNELS: dict[str, Kernels] = {
     "reference": Kernels(contract, attention, dense_experts, expert_blocks),
-    "visit": Kernels(contract, attention, visit_experts, expert_blocks),
+    "visit": Kernels(contract, blocked_attention, visit_experts, expert_blocks),
 }
 DEFAULT_KERNELS = "visit"

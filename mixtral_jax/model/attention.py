@@ -29,6 +29,7 @@ class Attention(nnx.Module):
         D, C = config.hidden_size, config.head_dim
         HC, KC = config.num_attention_heads * C, config.num_key_value_heads * C
         self.head_dim, std = C, config.initializer_range
+        self.sliding_window = config.sliding_window
         k = jax.random.split(key, 4)
         self.q_proj = weight(k[0], (HC, D), ("heads", "embed"), dtype=dtype, std=std)
         self.k_proj = weight(k[1], (KC, D), ("kv_heads", "embed"), dtype=dtype, std=std)
@@ -69,6 +70,8 @@ class Attention(nnx.Module):
             k = placement.constrain(write(cache.keys, k, window.slots), KV_AXES)
             v = placement.constrain(write(cache.values, v, window.slots), KV_AXES)
             cache = LayerKV(k, v)
-        out = placement.attention(q, k, v, window.mask)
+        out = placement.attention(
+            q, k, v, window.positions, window.key_positions, window=self.sliding_window
+        )
         out = out.reshape(*out.shape[:2], -1)
         return placement.contract("BTO,DO->BTD", out, self.o_proj[...]), cache

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.kernels.attention import EMPTY
 
-EMPTY = -1  # the position of a slot that holds nothing
 KV_AXES = ("batch", "slots", "kv_heads", "channels")
 
 
@@ -34,14 +34,14 @@ class KVCache(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where the tokens of one call stand, and what they may attend to.
+    """Where the tokens of one call stand, and what stands in each slot that they may attend to.
 
     ``slots`` is where each token is written; padding has a slot past the end, which writes nothing.
     """
 
     positions: Int[Array, "B T"]
     slots: Int[Array, "B T"]
-    mask: Bool[Array, "B T S"]
+    key_positions: Int[Array, "B S"]
 
 
 def num_slots(config: ModelConfig, *, total: int, chunk: int) -> int:
@@ -63,24 +63,12 @@ def init_cache(config: ModelConfig, *, rows: int, slots: int, dtype: Any) -> KVC
     )
 
 
-def attends(
-    queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
-    """Causal mask from absolute positions; a window of W sees itself and W - 1 tokens before."""
-    distance = queries[:, :, None] - keys[:, None, :]
-    mask = (distance >= 0) & (keys[:, None, :] != EMPTY)
-    return mask if window is None else mask & (distance < window)
-
-
-def advance(
-    cache: KVCache, valid: Bool[Array, "B T"], window: int | None
-) -> tuple[KVCache, Window]:
-    """Makes room for the next tokens of every row: positions, slots and the mask.
+def advance(cache: KVCache, valid: Bool[Array, "B T"]) -> tuple[KVCache, Window]:
+    """Makes room for the next tokens of every row: positions and slots.
 
     Args:
         cache: the cache before these tokens.
         valid: false for padding, which follows the tokens of its row.
-        window: the sliding window in tokens, or None.
 
     Returns:
         The cache with positions and lengths advanced (keys and values are still to be written by
@@ -92,8 +80,7 @@ def advance(
     slots = jnp.where(valid, positions % size, size)
     written = write(cache.positions, positions, slots)
     lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
-    mask = attends(positions, written, window)
-    return cache._replace(positions=written, lengths=lengths), Window(positions, slots, mask)
+    return cache._replace(positions=written, lengths=lengths), Window(positions, slots, written)
 
 
 def write(target: jax.Array, new: jax.Array, slots: Int[Array, "B T"]) -> jax.Array:

@@ -45,7 +45,16 @@ class Placement(Protocol):
         """A product with one weight, ``kernels/contract.py``."""
         ...
 
-    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    def attention(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: jax.Array,
+        keys: jax.Array,
+        *,
+        window: int | None,
+    ) -> jax.Array:
         """Grouped-query attention, ``kernels/attention.py``."""
         ...
 
@@ -74,9 +83,18 @@ class LocalPlacement:
         """See Placement."""
         return KERNELS[self.kernels].contract(einsum, x, w, dtype=dtype)
 
-    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    def attention(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: jax.Array,
+        keys: jax.Array,
+        *,
+        window: int | None,
+    ) -> jax.Array:
         """See Placement."""
-        return KERNELS[self.kernels].attention(q, k, v, mask)
+        return KERNELS[self.kernels].attention(q, k, v, queries, keys, window=window)
 
     def experts(
         self,

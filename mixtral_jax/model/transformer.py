@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.attention import Attention, LayerKV
-from mixtral_jax.model.cache import KVCache, Window, advance, attends
+from mixtral_jax.model.cache import KVCache, Window, advance
 from mixtral_jax.model.moe import SparseMoE
 from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.placement import LOCAL, Placement, Routing
@@ -94,9 +94,9 @@ class Mixtral(nnx.Module):
         valid = placement.constrain(valid, ("batch", "length"))
         config = self.config
         if cache is None:
-            window = _uncached(valid, config.sliding_window)
+            window = _uncached(valid)
         else:
-            cache, window = advance(cache, valid, config.sliding_window)
+            cache, window = advance(cache, valid)
         by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
         x = placement.constrain(self.embed_tokens[...][tokens], RESIDUAL)
         keys, values, layers = [], [], []
@@ -142,10 +142,10 @@ class Mixtral(nnx.Module):
         return self.unembed(self.hidden(tokens, valid, placement=placement).x, placement)
 
 
-def _uncached(valid: Bool[Array, "B T"], window: int | None) -> Window:
+def _uncached(valid: Bool[Array, "B T"]) -> Window:
     B, T = valid.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    return Window(positions, positions, attends(positions, positions, window))
+    return Window(positions, positions, positions)
 
 
 class LeafSpec(NamedTuple):

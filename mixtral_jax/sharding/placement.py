@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.experts import ExpertWeights
 from mixtral_jax.kernels.table import DEFAULT_KERNELS, KERNELS
+from mixtral_jax.model.cache import KV_AXES
 from mixtral_jax.model.placement import Routed, Routing, refuse_adapter_ids
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.rules import batch_axes, partition_spec
@@ -38,9 +40,27 @@ class MeshPlacement:
         """See Placement."""
         return KERNELS[self.kernels].contract(einsum, x, w, dtype=dtype)
 
-    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-        """See Placement."""
-        return KERNELS[self.kernels].attention(q, k, v, mask)
+    def attention(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: jax.Array,
+        keys: jax.Array,
+        *,
+        window: int | None,
+    ) -> jax.Array:
+        """See Placement. Each device attends with its own heads to the keys of its own rows."""
+        kernel = functools.partial(KERNELS[self.kernels].attention, window=window)
+        rows = self._spec(q, ("batch", "length", "heads", "channels"))
+        slots = self._spec(k, KV_AXES)
+        places = self._spec(keys, ("batch", "slots"))
+        return jax.shard_map(
+            kernel,
+            mesh=self.mesh,
+            in_specs=(rows, slots, slots, self._spec(queries, ("batch", "length")), places),
+            out_specs=rows,
+        )(q, k, v, queries, keys)
 
     def experts(
         self,
@@ -56,10 +76,13 @@ class MeshPlacement:
 
     def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """See Placement."""
+        sharding = NamedSharding(self.mesh, self._spec(x, axes))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def _spec(self, x: jax.Array, axes: tuple[str, ...]) -> PartitionSpec:
         rules = self.strategy.activation_rules()
         if "batch" in axes:
             may_spread = self.strategy.attention == "data"
             rows = x.shape[axes.index("batch")]
             rules = {**rules, "batch": batch_axes(rows, self.mesh, may_spread=may_spread)}
-        sharding = NamedSharding(self.mesh, partition_spec(axes, rules))
-        return jax.lax.with_sharding_constraint(x, sharding)
+        return partition_spec(axes, rules)

@@ -1,0 +1,133 @@
+"""The same random weights in our model and in MixtralForCausalLM of transformers."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.weights import slots_of
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def draw(shape: tuple[int, ...], seed: int, std: float) -> np.ndarray:
+    """Gaussian f32 numbers."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(std)
+
+
+def random_leaves(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Every weight by its path: norms of ones, matrices that keep activations near one."""
+    leaves = {}
+    for seed, (path, spec) in enumerate(leaf_specs(config).items()):
+        if len(spec.shape) == 1:
+            leaves[path] = np.ones(spec.shape, np.float32)
+        else:
+            std = 1.0 if path == "embed_tokens" else 1 / math.sqrt(spec.shape[-1])
+            leaves[path] = draw(spec.shape, seed, std)
+    return leaves
+
+
+def our_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) -> Mixtral:
+    """Experts laid out as ``load`` lays them out."""
+
+    def put(leaf: np.ndarray) -> Any:
+        weight = jnp.asarray(leaf, jnp.dtype(dtype))
+        return slots_of(weight, 1) if leaf.ndim == 3 else weight
+
+    return assemble(config, {path: put(leaf) for path, leaf in leaves.items()})
+
+
+def their_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) -> Any:
+    """MixtralForCausalLM with fused experts, as transformers 5 keeps them."""
+    theirs = transformers.MixtralConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        num_local_experts=config.num_local_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        sliding_window=config.sliding_window,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(theirs)
+    state = {}
+
+    def put(name: str, leaf: np.ndarray) -> None:
+        state[name] = torch.from_numpy(leaf).to(getattr(torch, dtype))
+
+    put("model.embed_tokens.weight", leaves["embed_tokens"])
+    put("lm_head.weight", leaves["lm_head"])
+    put("model.norm.weight", leaves["norm.weight"])
+    for i in range(config.num_hidden_layers):
+        ours, name = f"layers.{i}", f"model.layers.{i}"
+        put(f"{name}.input_layernorm.weight", leaves[f"{ours}.attention_norm.weight"])
+        put(f"{name}.post_attention_layernorm.weight", leaves[f"{ours}.moe_norm.weight"])
+        for part in ATTENTION:
+            put(f"{name}.self_attn.{part}.weight", leaves[f"{ours}.attention.{part}"])
+        put(f"{name}.mlp.gate.weight", leaves[f"{ours}.moe.router.weight"])
+        experts = f"{ours}.moe.experts"
+        gate_up = np.concatenate([leaves[f"{experts}.gate"], leaves[f"{experts}.up"]], axis=1)
+        put(f"{name}.mlp.experts.gate_up_proj", gate_up)
+        put(f"{name}.mlp.experts.down_proj", leaves[f"{experts}.down"])
+    model.load_state_dict(state, assign=True, strict=True)
+    model.model.rotary_emb = type(model.model.rotary_emb)(theirs)  # its table is no weight
+    torch.set_num_threads(os.cpu_count() or 1)
+    return model.eval()
+
+
+def decoder(
+    model: Any, prompts: np.ndarray, steps: int, experts: str
+) -> Callable[[], tuple[float, np.ndarray]]:
+    """A call that reads the prompts and then writes ``steps`` tokens to each row, greedily.
+
+    It gives the seconds of the writing, and the tokens. A loop around the model: ``generate`` adds
+    checks of its own on top. The prompts are read with ``eager`` experts, whatever writes:
+    ``batched_mm`` would copy the experts' weights for every token of them.
+    """
+    tokens = torch.from_numpy(prompts.astype(np.int64))
+
+    def call() -> tuple[float, np.ndarray]:
+        with torch.inference_mode():
+            cache = transformers.DynamicCache(config=model.config)
+            model.set_experts_implementation("eager")
+            out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            last, written = out.logits[:, -1].argmax(-1, keepdim=True), []
+            model.set_experts_implementation(experts)
+            start = time.perf_counter()
+            for _ in range(steps):
+                out = model(last, past_key_values=cache, use_cache=True)
+                last = out.logits[:, -1].argmax(-1, keepdim=True)
+                written.append(last)
+            seconds = time.perf_counter() - start
+        return seconds, torch.cat(written, 1).numpy()
+
+    return call
+
+
+def reader(model: Any, prompts: np.ndarray, experts: str) -> Callable[[], np.ndarray]:
+    """A call that reads the prompts into a cache and gives the logits of the last position."""
+    tokens = torch.from_numpy(prompts.astype(np.int64))
+
+    def call() -> np.ndarray:
+        model.set_experts_implementation(experts)
+        with torch.inference_mode():
+            return model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1].float().numpy()
+
+    return call
