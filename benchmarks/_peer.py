@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from _ours import std_of
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
@@ -32,8 +32,7 @@ def random_leaves(config: ModelConfig) -> dict[str, np.ndarray]:
         if len(spec.shape) == 1:
             leaves[path] = np.ones(spec.shape, np.float32)
         else:
-            std = 1.0 if path == "embed_tokens" else 1 / math.sqrt(spec.shape[-1])
-            leaves[path] = draw(spec.shape, seed, std)
+            leaves[path] = draw(spec.shape, seed, std_of(path, spec.shape))
     return leaves
 
 

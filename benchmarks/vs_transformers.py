@@ -11,15 +11,14 @@ product for prefill. Decode is greedy; prefill gives the logits of the last posi
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _ours
 import _peer
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -29,10 +28,7 @@ from _common import environment, interleaved, report, spread
 from _limits import matmul_flops, read_bandwidth
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.decode.generate import Generation, Request
-from mixtral_jax.decode.sampling import SamplingOptions
-from mixtral_jax.model.placement import LOCAL
-from mixtral_jax.model.transformer import Mixtral, leaf_specs
+from mixtral_jax.model.transformer import Mixtral
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
@@ -41,12 +37,10 @@ EXPERTS = ("eager", "grouped_mm", "batched_mm")
 class Options:
     """Compares decode and prefill with transformers."""
 
-    hidden_size: int = 1024
-    intermediate_size: int = 3584
-    layers: int = 8
-    heads: int = 16
-    kv_heads: int = 4
-    vocab_size: int = 32000
+    model: str = "bench"
+    """bench (0.79 G parameters), small, or a preset."""
+    layers: int | None = None
+    """Fewer than the model's, to fit."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """Of weights and activations."""
     batches: tuple[int, ...] = (1, 8, 32)
@@ -71,97 +65,13 @@ def small(options: Options) -> Options:
     """What ``--quick`` runs."""
     return dataclasses.replace(
         options,
-        hidden_size=64,
-        intermediate_size=96,
-        layers=2,
-        heads=4,
-        kv_heads=2,
-        vocab_size=256,
+        model="small",
         batches=(1, 3),
         prompts=(32,),
         context=8,
         steps=8,
         rounds=1,
     )
-
-
-def config_of(options: Options) -> ModelConfig:
-    """The benchmark model: eight experts, two chosen."""
-    return ModelConfig(
-        vocab_size=options.vocab_size,
-        hidden_size=options.hidden_size,
-        intermediate_size=options.intermediate_size,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=options.kv_heads,
-        head_dim=options.hidden_size // options.heads,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=4096,
-        rope_theta=1e6,
-        dtype="float32",
-    )
-
-
-def our_decoder(
-    model: Mixtral, prompts: np.ndarray, steps: int
-) -> Callable[[], tuple[float, np.ndarray]]:
-    """As ``_peer.decoder``: what ``sample`` runs, reading by the host included."""
-    asked = SamplingOptions(max_new_tokens=steps, ignore_eos=True)
-    requests = [Request(prompt_ids=tuple(map(int, row)), options=asked) for row in prompts]
-
-    def call() -> tuple[float, np.ndarray]:
-        generation = Generation(model, requests, placement=LOCAL)
-        rows: list[list[int]] = [[] for _ in requests]
-        for chunk in generation.chunks():
-            for row, ids in zip(rows, chunk.token_ids, strict=True):
-                row.extend(ids)
-        return generation.progress.decode_seconds, np.asarray(rows)
-
-    return call
-
-
-@jax.jit
-def last_logits(model: Mixtral, tokens: jax.Array) -> jax.Array:
-    """Logits of the last position."""
-    return model.unembed(model.hidden(tokens).x[:, -1])
-
-
-@jax.jit
-def experts_hit(model: Mixtral, tokens: jax.Array) -> jax.Array:
-    """Experts that some row chose, ``[L, T]`` per position: what a step of decode must read."""
-    B, T = tokens.shape
-    E = model.config.num_local_experts
-    layers = [
-        jax.nn.one_hot(routing.expert_ids, E, dtype=bool).any(1).reshape(B, T, E).any(0).sum(-1)
-        for routing in model.hidden(tokens).routing
-    ]
-    return jnp.stack(layers)
-
-
-def step_bytes(config: ModelConfig, hits: float, batch: int, context: float, size: int) -> float:
-    """Bytes that one step must read: weights that some row needs, and the cache in use."""
-    total = 0.0
-    for path, spec in leaf_specs(config).items():
-        if path == "embed_tokens":
-            continue
-        share = hits / config.num_local_experts if "expert" in spec.axes else 1.0
-        total += share * math.prod(spec.shape) * size
-    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return total + batch * context * kv * size
-
-
-def prompt_flops(config: ModelConfig, length: int) -> float:
-    """FLOPs of a prompt, the head at its last position."""
-    per_token = 0.0
-    for path, spec in leaf_specs(config).items():
-        if path in ("embed_tokens", "lm_head") or len(spec.shape) == 1:
-            continue
-        share = config.num_experts_per_tok / config.num_local_experts
-        per_token += math.prod(spec.shape) * (share if "expert" in spec.axes else 1.0)
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    head = config.vocab_size * config.hidden_size
-    return 2 * (length * per_token + head) + 2 * length * attention  # causal: half of 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,9 +88,8 @@ class Pair:
 
 def decode_row(pair: Pair, batch: int, options: Options) -> dict[str, Any]:
     """Tokens per second of both, for ``batch`` rows."""
-    draw = np.random.default_rng(batch)
-    prompts = draw.integers(3, options.vocab_size, (batch, options.context)).astype(np.int32)
-    calls = {"ours": our_decoder(pair.ours, prompts, options.steps)}
+    prompts = _ours.random_prompts(pair.config, batch, options.context)
+    calls = {"ours": _ours.decoder(pair.ours, prompts, options.steps)}
     for name in EXPERTS:
         calls[name] = _peer.decoder(pair.theirs, prompts, options.steps, name)
     tokens = calls["ours"]()[1]
@@ -191,24 +100,23 @@ def decode_row(pair: Pair, batch: int, options: Options) -> dict[str, Any]:
         for name in list(calls)[:: 1 if k % 2 else -1]:
             seconds[name].append(calls[name]()[0] / options.steps)
     whole = np.concatenate([prompts, tokens], axis=1)
-    hits = float(experts_hit(pair.ours, jnp.asarray(whole))[:, options.context :].mean())
+    hits = float(_ours.experts_hit(pair.ours, jnp.asarray(whole))[:, options.context :].mean())
     size = jnp.dtype(pair.dtype).itemsize
     context = options.context + options.steps / 2
-    limit = step_bytes(pair.config, hits, batch, context, size) / pair.bandwidth
+    limit = _ours.step_bytes(pair.config, hits, batch, context, size) / pair.bandwidth
     return row_of("decode", pair, f"batch {batch}", seconds, batch, limit, {"experts hit": hits})
 
 
 def prefill_row(pair: Pair, length: int, options: Options) -> dict[str, Any]:
     """Tokens per second of both, for one prompt."""
-    draw = np.random.default_rng(length)
-    prompt = draw.integers(3, options.vocab_size, (1, length)).astype(np.int32)
-    calls: dict[str, Callable] = {"ours": lambda: last_logits(pair.ours, prompt)}
+    prompt = _ours.random_prompts(pair.config, 1, length)
+    calls: dict[str, Callable] = {"ours": lambda: _ours.read(pair.ours, prompt)}
     for name in EXPERTS[:2]:  # batched_mm copies the experts' weights for every token
         calls[name] = _peer.reader(pair.theirs, prompt, name)
     got, want = (np.asarray(calls[name](), np.float32) for name in ("ours", "eager"))
     apart = float(np.abs(got - want).max() / want.std())
     times = interleaved(list(calls.values()), options.rounds, f"prefill {length}")
-    limit = prompt_flops(pair.config, length) / pair.flops
+    limit = _ours.prompt_flops(pair.config, length) / pair.flops
     what = f"{length} tokens"
     found = dict(zip(calls, times, strict=True))
     return row_of("prefill", pair, what, found, length, limit, {"logits apart": apart})
@@ -243,7 +151,7 @@ def row_of(
 def main(options: Options) -> int:
     """Runs and prints."""
     options = small(options) if options.quick else options
-    config = config_of(options)
+    config = _ours.config_of(options.model, options.layers)
     leaves = _peer.random_leaves(config)
     rows, limits = [], {}
     for dtype in options.dtypes:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import tyro
 
+from mixtral_jax import environment
 from mixtral_jax.errors import (
     INPUT_NOT_FOUND,
     INTERNAL,
@@ -75,6 +76,7 @@ def _run(
     except MixtralError as error:  # the options check themselves when they are made
         return _fail(None, str(error), error.code)
     try:
+        environment.prepare()
         return main(options)
     except MixtralError as error:
         return _fail(options, str(error), error.code)

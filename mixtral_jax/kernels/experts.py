@@ -5,6 +5,7 @@ out = down(silu(gate(x)) * up(x)), as MixtralExperts of transformers (w2(silu(w1
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,8 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.kernels.contract import contract
 from mixtral_jax.weights import Matrix, Weight, expert_matrices
 
-# The middle branch of `visit_experts` holds this many times the rows of a balanced expert.
-ROOM = 1.5
+# Branches of `visit_experts` between no rows and all rows, in rows of a balanced expert. Close
+# around one, where most experts are: a branch computes all of its rows, taken or not.
+RUNGS = (0.5, 1.0, 1.125, 1.5, 2.0)
+FEW_RUNGS = (1.5,)  # for small blocks, which are bound by reading weights
 
 
 class ExpertWeights(NamedTuple):
@@ -52,10 +55,10 @@ def dense_experts(
     valid: Bool[Array, " N"],
     experts: ExpertWeights,
     *,
-    num_experts: int,
+    expected: float,
 ) -> Float[Array, "N D"]:
     """The reference of ``visit_experts``: every expert on every row, weighted by the routing."""
-    del num_experts
+    del expected
     for e, expert in enumerate(_matrices(experts)):
         chosen = (expert_ids == e) & valid[:, None]
         share = jnp.where(chosen, expert_weights, 0.0).sum(axis=-1)
@@ -63,9 +66,13 @@ def dense_experts(
     return out
 
 
-def some_rows(num_rows: int, top_k: int, num_experts: int) -> int:
-    """Rows of the middle branch of ``visit_experts``."""
-    return min(num_rows, 8 * math.ceil(ROOM * num_rows * top_k / num_experts / 8))
+def ladder(num_rows: int, expected: float) -> tuple[int, ...]:
+    """Rows that the branches of ``visit_experts`` hold, ascending; the last holds all."""
+    if expected >= num_rows:  # every row chooses every expert
+        return (num_rows,)
+    rungs = RUNGS if expected >= 32 else FEW_RUNGS
+    sizes = {min(num_rows, 8 * math.ceil(rung * expected / 8)) for rung in rungs}
+    return tuple(sorted(sizes | {num_rows}))
 
 
 def visit_experts(
@@ -76,12 +83,12 @@ def visit_experts(
     valid: Bool[Array, " N"],
     experts: ExpertWeights,
     *,
-    num_experts: int,
+    expected: float,
 ) -> Float[Array, "N D"]:
     """Adds each expert's share to the rows that chose it; experts that no row chose are not read.
 
-    No shape depends on the routing: each expert runs one of three compiled branches, none, some
-    (``ROOM`` times a balanced load) or all rows, so nothing is ever dropped.
+    No shape depends on the routing: each expert runs one of a few compiled branches, for none of
+    the rows, for as many as a rung of ``ladder`` or for all, so nothing is ever dropped.
 
     Args:
         out: f32 accumulator, returned with the shares added.
@@ -90,42 +97,34 @@ def visit_experts(
         expert_weights: f32 routing weights.
         valid: false for padding, which visits no expert.
         experts: the experts held here.
-        num_experts: experts of the layer, here and elsewhere (sizes the middle branch).
+        expected: rows of an expert if all are chosen equally often.
 
     Returns:
         The accumulator, f32.
     """
-    num_rows, top_k = expert_ids.shape
-    matrices = _matrices(experts)
-    some = some_rows(num_rows, top_k, num_experts)
+    num_rows = x.shape[0]
+    sizes = ladder(num_rows, expected)
+    chosen = (expert_ids[..., None] == jnp.arange(experts.gate.shape[0])) & valid[:, None, None]
+    shares = jnp.where(chosen, expert_weights[..., None], 0.0).sum(axis=1)  # [N, E]
+    is_chosen = chosen.any(axis=1)
+    counts = is_chosen.sum(axis=0)
+    branch = (counts[:, None] > jnp.asarray((0, *sizes[:-1]))).sum(axis=1)
+    # Rows that chose an expert first. Sorted once, not in every branch: sorts compile slowly.
+    orders = jnp.argsort(~is_chosen, axis=0, stable=True) if len(sizes) > 1 else is_chosen
 
-    for e, expert in enumerate(matrices):
-        chosen = (expert_ids == e) & valid[:, None]
-        share = jnp.where(chosen, expert_weights, 0.0).sum(axis=-1)
-        is_chosen = chosen.any(axis=-1)
+    def none(out: jax.Array, share: jax.Array, order: jax.Array) -> jax.Array:
+        del share, order
+        return out
 
-        def none(out: jax.Array, share: jax.Array, is_chosen: jax.Array) -> jax.Array:
-            del share, is_chosen
-            return out
-
-        def few(
-            out: jax.Array, share: jax.Array, is_chosen: jax.Array, expert: tuple = expert
-        ) -> jax.Array:
-            rows = jnp.argsort(~is_chosen, stable=True)[:some]
-            return out.at[rows].add(share[rows, None] * feed_forward(x[rows], *expert))
-
-        def every(
-            out: jax.Array, share: jax.Array, is_chosen: jax.Array, expert: tuple = expert
-        ) -> jax.Array:
-            del is_chosen
+    def visit(
+        size: int, expert: tuple, out: jax.Array, share: jax.Array, order: jax.Array
+    ) -> jax.Array:
+        if size == num_rows:
             return out + share[:, None] * feed_forward(x, *expert)
+        rows = order[:size]
+        return out.at[rows].add(share[rows, None] * feed_forward(x[rows], *expert))
 
-        count = is_chosen.sum()
-        if some < num_rows:
-            branch = (count > 0).astype(jnp.int32) + (count > some)
-            branches = [none, few, every]
-        else:
-            branch = (count > 0).astype(jnp.int32)
-            branches = [none, every]
-        out = jax.lax.switch(branch, branches, out, share, is_chosen)
+    for e, expert in enumerate(_matrices(experts)):
+        visits = [functools.partial(visit, size, expert) for size in sizes]
+        out = jax.lax.switch(branch[e], [none, *visits], out, shares[:, e], orders[:, e])
     return out

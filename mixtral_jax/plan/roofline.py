@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mixtral_jax.kernels.experts import some_rows
+from mixtral_jax.kernels.experts import ladder
 from mixtral_jax.plan.devices import Device, send_bandwidth
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.sharding.collectives import Collective
@@ -94,12 +94,17 @@ def expert_rows(work: Workload, rows: int, visited: float) -> tuple[float, str]:
         return E * capacity(part, A, E, factor) * options.chunks, method
     if method == "replicated":
         here = -(-rows // mesh.data)
-        return visited * some_rows(here, A, E), method
+        return visited * _executed(here, here * A / E), method
     if method in PLANS:
         shape = {"num_experts": E, "shards": S, "factor": factor}
         slots = S * device_capacity(part, A, **shape) * options.chunks
-        return visited * some_rows(slots, A, E), method
-    return visited * some_rows(n * S, A, E), method
+        return visited * _executed(slots, n * S * A / E), method
+    return visited * _executed(n * S, n * S * A / E), method
+
+
+def _executed(rows: int, expected: float) -> int:
+    """Rows that a balanced expert computes of those given: the least rung that holds its own."""
+    return next(size for size in ladder(rows, expected) if size >= min(rows, expected))
 
 
 def step_work(

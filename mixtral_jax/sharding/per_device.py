@@ -48,6 +48,7 @@ def visit_local(
     weights: ExpertWeights,
     kernels: Kernels,
     *,
+    expected: float,
     same_over: tuple[str, ...],
 ) -> jax.Array:
     """Inside shard_map: this device's experts on all rows given; f32 partial sums.
@@ -55,12 +56,12 @@ def visit_local(
     Devices take different branches in there, so nothing in there may be a collective. The transpose
     of using a replicated value on a varying path is one (a psum): everything is marked as varying
     before. ``same_over`` names the axes that the rows are replicated over; experts are over data.
+    ``expected``: rows of an expert if all are chosen equally often.
     """
     x, routing = jax.lax.pcast((x, routing), same_over, to="varying")
     weights = jax.lax.pcast(weights, "data", to="varying")
     out = jax.lax.pcast(jnp.zeros(x.shape, jnp.float32), AXES, to="varying")
     first = jax.lax.axis_index("expert") * weights.gate.shape[0]
-    num_experts = weights.gate.shape[0] * jax.lax.axis_size("expert")
     return kernels.routed_experts(
         out,
         x,
@@ -68,7 +69,7 @@ def visit_local(
         routing.expert_weights,
         routing.valid,
         weights,
-        num_experts=num_experts,
+        expected=expected,
     )
 
 
@@ -149,12 +150,13 @@ def _visit(
     is_row: Bool[Array, " N"],
     weights: ExpertWeights,
     kernels: Kernels,
+    expected: float,
 ) -> jax.Array:
     """What a device does with the rows that arrived; their sums, in the dtype of the rows."""
     ids, shares = jnp.split(beside, 2, axis=1)
     ids = ids.astype(jnp.int32)
     routing = Routing(ids, shares, is_row & (ids[:, 0] >= 0))
-    done = visit_local(rows, routing, weights, kernels, same_over=("tensor",))
+    done = visit_local(rows, routing, weights, kernels, expected=expected, same_over=("tensor",))
     return done.astype(rows.dtype)
 
 
@@ -178,13 +180,14 @@ def plan_once(routing: Routing, *, num_experts: int, factor: float, kernels: Ker
         starts=jnp.arange(shards) * room,
         num_slots=shards * room,
     )
+    expected = n * shards * top_k / num_experts
     exchange = functools.partial(
         jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True
     )
 
     def run(x: jax.Array, routing: Routing, weights: ExpertWeights) -> jax.Array:
         rows, beside = map(exchange, _take_rows(x, routing, slots))
-        done = _visit(rows, beside, jnp.ones(rows.shape[:1], bool), weights, kernels)
+        done = _visit(rows, beside, jnp.ones(rows.shape[:1], bool), weights, kernels, expected)
         return _sum_choices(exchange(done), slots)
 
     return Plan(slots.dropped, run)
@@ -220,6 +223,7 @@ def plan_ragged(routing: Routing, *, num_experts: int, factor: float, kernels: K
     visits = find_visits(ids, valid, num_experts=num_experts, shards=shards)
     share = round(factor * n * shards * visit_share(num_experts, shards, top_k), 9)
     buffer = min(n * shards, math.ceil(share))
+    expected = n * shards * top_k / num_experts
     wanted = jax.lax.all_gather((visits.choice < top_k).sum(axis=0, dtype=jnp.int32), "expert")
     traffic = Traffic.cut(wanted, buffer)
     slots = assign_device_slots(
@@ -255,7 +259,7 @@ def plan_ragged(routing: Routing, *, num_experts: int, factor: float, kernels: K
     def run(x: jax.Array, routing: Routing, weights: ExpertWeights) -> jax.Array:
         rows, beside = map(there, _take_rows(x, routing, slots))
         is_row = jnp.arange(buffer) < traffic.rows[:, me].sum()
-        done = _visit(rows, beside, is_row, weights, kernels)
+        done = _visit(rows, beside, is_row, weights, kernels, expected)
         return _sum_choices(back(done), slots)
 
     return Plan(slots.dropped, run)

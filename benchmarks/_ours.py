@@ -1,0 +1,157 @@
+"""Our model of any size with random weights, and what its passes must read and compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.decode.generate import Generation, Request, slot_bucket
+from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.model.cache import init_cache
+from mixtral_jax.model.placement import LOCAL, Placement
+from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.weights import slots_of
+
+_BENCH = ModelConfig(
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+    dtype="float32",
+)
+# `bench` is a quarter of the widths and of the layers of 8x7B: 0.79 G parameters.
+CONFIGS = {
+    **PRESETS,
+    "bench": _BENCH,
+    "small": dataclasses.replace(
+        _BENCH,
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    ),
+}
+
+
+def config_of(model: str, layers: int | None = None) -> ModelConfig:
+    """A configuration by name, with fewer layers if asked."""
+    config = CONFIGS[model]
+    return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
+
+
+def std_of(path: str, shape: tuple[int, ...]) -> float:
+    """Of a Gaussian matrix, so that activations stay near one."""
+    return 1.0 if path == "embed_tokens" else 1 / math.sqrt(shape[-1])
+
+
+def random_model(config: ModelConfig, dtype: str) -> Mixtral:
+    """Gaussian weights, drawn on the device leaf by leaf; experts laid out as ``load`` does."""
+
+    @functools.partial(jax.jit, static_argnames=("shape", "std"))
+    def draw(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
+        return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+
+    leaves = {}
+    for seed, (path, spec) in enumerate(leaf_specs(config).items()):
+        if len(spec.shape) == 1:
+            leaves[path] = jnp.ones(spec.shape, dtype)
+            continue
+        leaf = draw(jax.random.key(seed), spec.shape, std_of(path, spec.shape))
+        leaves[path] = slots_of(leaf, 1) if leaf.ndim == 3 else leaf
+    return assemble(config, leaves)
+
+
+def random_prompts(config: ModelConfig, rows: int, length: int) -> np.ndarray:
+    """Distinct tokens: equal rows would choose equal experts."""
+    draw = np.random.default_rng(rows * length)
+    return draw.integers(3, config.vocab_size, (rows, length)).astype(np.int32)
+
+
+def generation(
+    model: Mixtral, prompts: np.ndarray, steps: int, placement: Placement = LOCAL
+) -> Generation:
+    """Greedy, past any end of text."""
+    asked = SamplingOptions(max_new_tokens=steps, ignore_eos=True)
+    requests = [Request(prompt_ids=tuple(map(int, row)), options=asked) for row in prompts]
+    return Generation(model, requests, placement=placement)
+
+
+def decoder(
+    model: Mixtral, prompts: np.ndarray, steps: int
+) -> Callable[[], tuple[float, np.ndarray]]:
+    """A call that generates as ``sample`` does: seconds of writing, reads by the host included."""
+
+    def call() -> tuple[float, np.ndarray]:
+        run = generation(model, prompts, steps)
+        rows: list[list[int]] = [[] for _ in prompts]
+        for chunk in run.chunks():
+            for row, ids in zip(rows, chunk.token_ids, strict=True):
+                row.extend(ids)
+        return run.progress.decode_seconds, np.asarray(rows)
+
+    return call
+
+
+@jax.jit
+def read(model: Mixtral, tokens: jax.Array) -> jax.Array:
+    """Reads prompts into a cache; logits of the last position."""
+    B, T = tokens.shape
+    slots = slot_bucket(model.config, T)
+    dtype = model.embed_tokens.get_value().dtype
+    cache = init_cache(model.config, rows=B, slots=slots, dtype=dtype)
+    hidden = model.hidden(tokens, cache=cache)
+    # The cache is a result here too, else the compiler would leave it out.
+    logits, _ = jax.lax.optimization_barrier((model.unembed(hidden.x[:, -1]), hidden.cache))
+    return logits
+
+
+@jax.jit
+def experts_hit(model: Mixtral, tokens: jax.Array) -> jax.Array:
+    """Experts that some row chose, ``[L, T]`` per position: what a step of decode must read."""
+    B, T = tokens.shape
+    E = model.config.num_local_experts
+    layers = [
+        jax.nn.one_hot(routing.expert_ids, E, dtype=bool).any(1).reshape(B, T, E).any(0).sum(-1)
+        for routing in model.hidden(tokens).routing
+    ]
+    return jnp.stack(layers)
+
+
+def step_bytes(config: ModelConfig, hits: float, batch: int, context: float, size: int) -> float:
+    """Bytes that one step must read: weights that some row needs, and the cache in use."""
+    total = 0.0
+    for path, spec in leaf_specs(config).items():
+        if path == "embed_tokens":
+            continue
+        share = hits / config.num_local_experts if "expert" in spec.axes else 1.0
+        total += share * math.prod(spec.shape) * size
+    kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return total + batch * context * kv * size
+
+
+def prompt_flops(config: ModelConfig, length: int) -> float:
+    """FLOPs of a prompt, the head at its last position."""
+    per_token = 0.0
+    for path, spec in leaf_specs(config).items():
+        if path in ("embed_tokens", "lm_head") or len(spec.shape) == 1:
+            continue
+        share = config.num_experts_per_tok / config.num_local_experts
+        per_token += math.prod(spec.shape) * (share if "expert" in spec.axes else 1.0)
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    head = config.vocab_size * config.hidden_size
+    return 2 * (length * per_token + head) + 2 * length * attention  # causal: half of 4
