@@ -33,6 +33,10 @@ class PackedPlacement:
         product = x.reshape(-1, x.shape[-1]) @ w.T
         return product.reshape(*x.shape[:-1], w.shape[0]).astype(dtype or x.dtype)
 
+    def lookup(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        """Rows of the embedding."""
+        return table[ids]
+
     def attention(
         self,
         q: jax.Array,

@@ -30,8 +30,15 @@ def contract(einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.
         return _contract_adapted(einsum, x, w).astype(dtype)
     # HIGHEST: f32 means f32 (a GPU would round the operands to TF32).
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    product = jnp.einsum(einsum, x, w, precision=precision, preferred_element_type=jnp.float32)
-    return product.astype(dtype)
+    # One flat product: with more dims XLA's CPU compiler transposes the weight into a copy.
+    product = jnp.einsum(
+        "NI,OI->NO",
+        x.reshape(-1, x.shape[-1]),
+        w,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return product.astype(dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
 def _contract_adapted(einsum: str, x: jax.Array, w: Adapted) -> jax.Array:

@@ -9,7 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.model.cache import KV_AXES, Window, write
+from mixtral_jax.kernels.rows import write_rows
+from mixtral_jax.model.cache import KV_AXES, Window
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.rope import Rotation, rotate
 from mixtral_jax.weights import weight
@@ -67,8 +68,8 @@ class Attention(nnx.Module):
         k = rotate(heads(self.k_proj, "kv_heads"), by)
         v = heads(self.v_proj, "kv_heads")
         if cache is not None:
-            k = placement.constrain(write(cache.keys, k, window.slots), KV_AXES)
-            v = placement.constrain(write(cache.values, v, window.slots), KV_AXES)
+            k = placement.constrain(write_rows(cache.keys, k, window.slots), KV_AXES)
+            v = placement.constrain(write_rows(cache.values, v, window.slots), KV_AXES)
             cache = LayerKV(k, v)
         out = placement.attention(
             q, k, v, window.positions, window.key_positions, window=self.sliding_window

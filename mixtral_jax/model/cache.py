@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import EMPTY
+from mixtral_jax.kernels.rows import write_rows
 
 KV_AXES = ("batch", "slots", "kv_heads", "channels")
 
@@ -72,21 +72,12 @@ def advance(cache: KVCache, valid: Bool[Array, "B T"]) -> tuple[KVCache, Window]
 
     Returns:
         The cache with positions and lengths advanced (keys and values are still to be written by
-        ``write``), and the tokens' Window.
+        ``write_rows``), and the tokens' Window.
     """
     size = cache.positions.shape[1]
     steps = jnp.arange(valid.shape[1], dtype=jnp.int32)
     positions = cache.lengths[:, None] + steps[None, :]
     slots = jnp.where(valid, positions % size, size)
-    written = write(cache.positions, positions, slots)
+    written = write_rows(cache.positions, positions, slots)
     lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
     return cache._replace(positions=written, lengths=lengths), Window(positions, slots, written)
-
-
-def write(target: jax.Array, new: jax.Array, slots: Int[Array, "B T"]) -> jax.Array:
-    """Writes ``new[b, t]`` to ``target[b, slots[b, t]]``; slots past the end are left out."""
-
-    def write_row(target: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-        return target.at[slots].set(new.astype(target.dtype), mode="drop")
-
-    return jax.vmap(write_row)(target, new, slots)

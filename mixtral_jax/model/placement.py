@@ -45,6 +45,10 @@ class Placement(Protocol):
         """A product with one weight, ``kernels/contract.py``."""
         ...
 
+    def lookup(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        """Rows of an embedding, ``kernels/rows.py``."""
+        ...
+
     def attention(
         self,
         q: jax.Array,
@@ -82,6 +86,10 @@ class LocalPlacement:
     def contract(self, einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
         """See Placement."""
         return KERNELS[self.kernels].contract(einsum, x, w, dtype=dtype)
+
+    def lookup(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        """See Placement."""
+        return KERNELS[self.kernels].lookup(table, ids)
 
     def attention(
         self,

@@ -98,7 +98,7 @@ class Mixtral(nnx.Module):
         else:
             cache, window = advance(cache, valid)
         by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
-        x = placement.constrain(self.embed_tokens[...][tokens], RESIDUAL)
+        x = placement.constrain(placement.lookup(self.embed_tokens[...], tokens), RESIDUAL)
         keys, values, layers = [], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else LayerKV(cache.keys[i], cache.values[i])

@@ -40,6 +40,10 @@ class MeshPlacement:
         """See Placement."""
         return KERNELS[self.kernels].contract(einsum, x, w, dtype=dtype)
 
+    def lookup(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        """See Placement."""
+        return KERNELS[self.kernels].lookup(table, ids)
+
     def attention(
         self,
         q: jax.Array,

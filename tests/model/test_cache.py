@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.attention import attends
-from mixtral_jax.model.cache import advance, init_cache, num_slots, write
+from mixtral_jax.model.cache import advance, init_cache, num_slots
 from tests.models import REFERENCE, forward, random_model, random_tokens
 
 F32 = 1e-4
@@ -65,9 +65,3 @@ def test_one_slot_less_would_lose_a_key(small_config):
 
 def test_full_attention_keeps_every_position(small_config):
     assert num_slots(small_config(), total=100, chunk=16) == 100
-
-
-def test_padding_writes_nothing():
-    target = jnp.zeros((1, 4))
-    got = write(target, jnp.asarray([[1.0, 2.0]]), jnp.asarray([[2, 4]]))
-    assert got.tolist() == [[0, 0, 1, 0]]
