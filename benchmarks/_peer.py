@@ -46,8 +46,8 @@ def our_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) ->
     return assemble(config, {path: put(leaf) for path, leaf in leaves.items()})
 
 
-def their_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) -> Any:
-    """MixtralForCausalLM with fused experts, as transformers 5 keeps them."""
+def empty_model(config: ModelConfig) -> Any:
+    """MixtralForCausalLM with fused experts, as transformers 5 keeps them, and no weights yet."""
     theirs = transformers.MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -65,7 +65,33 @@ def their_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) 
         tie_word_embeddings=False,
     )
     with torch.device("meta"):
-        model = transformers.MixtralForCausalLM(theirs)
+        return transformers.MixtralForCausalLM(theirs)
+
+
+def ready(model: Any, device: str = "cpu") -> Any:
+    """With the table of rotations, which is no weight, and every core."""
+    with torch.device(device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    torch.set_num_threads(os.cpu_count() or 1)
+    return model.eval()
+
+
+def random_on(config: ModelConfig, dtype: str, device: str) -> Any:
+    """Gaussian weights drawn on the device, of the same spread as ours."""
+    model = empty_model(config).to(getattr(torch, dtype)).to_empty(device=device)
+    with torch.no_grad():
+        for name, leaf in model.named_parameters():
+            if leaf.ndim == 1:
+                leaf.fill_(1)
+            else:
+                path = "embed_tokens" if "embed_tokens" in name else name
+                leaf.normal_(std=std_of(path, tuple(leaf.shape)))
+    return ready(model, device)
+
+
+def their_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) -> Any:
+    """The given weights in it."""
+    model = empty_model(config)
     state = {}
 
     def put(name: str, leaf: np.ndarray) -> None:
@@ -86,9 +112,12 @@ def their_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) 
         put(f"{name}.mlp.experts.gate_up_proj", gate_up)
         put(f"{name}.mlp.experts.down_proj", leaves[f"{experts}.down"])
     model.load_state_dict(state, assign=True, strict=True)
-    model.model.rotary_emb = type(model.model.rotary_emb)(theirs)  # its table is no weight
-    torch.set_num_threads(os.cpu_count() or 1)
-    return model.eval()
+    return ready(model)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def decoder(
@@ -100,7 +129,7 @@ def decoder(
     checks of its own on top. The prompts are read with ``eager`` experts, whatever writes:
     ``batched_mm`` would copy the experts' weights for every token of them.
     """
-    tokens = torch.from_numpy(prompts.astype(np.int64))
+    tokens = torch.from_numpy(prompts.astype(np.int64)).to(model.device)
 
     def call() -> tuple[float, np.ndarray]:
         with torch.inference_mode():
@@ -109,24 +138,28 @@ def decoder(
             out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             last, written = out.logits[:, -1].argmax(-1, keepdim=True), []
             model.set_experts_implementation(experts)
+            _wait()
             start = time.perf_counter()
             for _ in range(steps):
                 out = model(last, past_key_values=cache, use_cache=True)
                 last = out.logits[:, -1].argmax(-1, keepdim=True)
                 written.append(last)
+            _wait()
             seconds = time.perf_counter() - start
-        return seconds, torch.cat(written, 1).numpy()
+        return seconds, torch.cat(written, 1).cpu().numpy()
 
     return call
 
 
 def reader(model: Any, prompts: np.ndarray, experts: str) -> Callable[[], np.ndarray]:
     """A call that reads the prompts into a cache and gives the logits of the last position."""
-    tokens = torch.from_numpy(prompts.astype(np.int64))
+    tokens = torch.from_numpy(prompts.astype(np.int64)).to(model.device)
 
     def call() -> np.ndarray:
         model.set_experts_implementation(experts)
         with torch.inference_mode():
-            return model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1].float().numpy()
+            return (
+                model(tokens, use_cache=True, logits_to_keep=1).logits[:, -1].float().cpu().numpy()
+            )
 
     return call

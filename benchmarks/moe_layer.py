@@ -2,7 +2,8 @@
 
 The yardstick is one dense product per device with the layer's FLOPs, in the same run: the time that
 the layer would take if nothing travelled and its products were one large one. Runs on accelerators
-where there are some, else on simulated devices (then it compares methods, no more).
+where there are some, else on simulated devices (then it compares methods, no more). On one device
+`lax.ragged_dot` on sorted rows is timed beside it.
 
     python benchmarks/moe_layer.py --mesh 1x8 --model mixtral-8x7b
 """
@@ -23,12 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from _common import report
+from _ours import CONFIGS
 from rich.console import Console
 from rich.progress import track
 
-from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.experts import ExpertWeights
 from mixtral_jax.kernels.table import KERNELS
+from mixtral_jax.model.placement import Routing
 from mixtral_jax.model.router import route
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
@@ -45,7 +48,7 @@ class Options:
     mesh: str = "1x8"
     """data x expert, or data x expert x tensor."""
     model: str = "tiny"
-    """A preset, for its sizes: tiny, mixtral-8x7b, mixtral-8x22b."""
+    """For its sizes: bench, small, or a preset (tiny, mixtral-8x7b, mixtral-8x22b)."""
     rows: tuple[int, ...] = (16, 512, 4096)
     """Tokens over all devices."""
     dtype: str = "bfloat16"
@@ -96,9 +99,31 @@ def yardstick(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: An
     return functools.partial(run, x, w)
 
 
+def stacked(weights: ExpertWeights) -> list[jax.Array]:
+    """Of one device: ``[E, I, O]``, as ragged_dot takes them."""
+    return [jnp.concatenate(leaf.slots).swapaxes(1, 2) for leaf in weights]
+
+
+@jax.jit
+def ragged(x: jax.Array, routing: Routing, weights: list[jax.Array]) -> jax.Array:
+    """The layer with ``lax.ragged_dot`` on rows sorted by expert, as its documentation has it."""
+    gate, up, down = weights
+    ids = routing.expert_ids.reshape(-1)
+    order = jnp.argsort(ids)
+    sizes = jnp.bincount(ids, length=gate.shape[0]).astype(jnp.int32)
+    rows = order // routing.expert_ids.shape[1]
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32)
+
+    hidden = jax.nn.silu(product(x[rows], gate)) * product(x[rows], up)
+    done = product(hidden.astype(x.dtype), down) * routing.expert_weights.reshape(-1)[order, None]
+    return jnp.zeros(x.shape, jnp.float32).at[rows].add(done)
+
+
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per number of tokens and method."""
-    config = PRESETS[options.model]
+    config = CONFIGS[options.model]
     spec = MeshSpec.parse(options.mesh).fit(config)
     simulate_on_cpu(spec, lambda line: print(f"note: {line}", file=sys.stderr))
     mesh, dtype = spec.build(), jnp.dtype(options.dtype)
@@ -115,7 +140,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
         routing = route(jax.random.normal(key_r, (count, E)), jnp.ones((count,), bool), top_k=A)
         calls: dict[str, Callable] = {"one product": yardstick(config, mesh, count, dtype)}
         facts: dict[str, tuple[int, int]] = {}
-        for method in METHODS:
+        if mesh.size == 1:
+            calls["ragged_dot"] = functools.partial(ragged, x, routing, stacked(weights))
+        for method in METHODS if mesh.size > 1 else METHODS[:1]:
             asked = DispatchOptions(method=method, capacity_factor=options.capacity_factor)  # type: ignore[arg-type]
             run = jax.jit(
                 functools.partial(dispatch, mesh=mesh, options=asked, kernels=KERNELS["visit"])

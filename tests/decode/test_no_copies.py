@@ -1,0 +1,95 @@
+"""A step of decode copies no weight and no cache: read from the compiled program."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.decode import steps
+from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.model.placement import LOCAL
+from mixtral_jax.model.transformer import assemble, leaf_specs
+from mixtral_jax.weights import slots_of
+
+# Widths whose weights and caches are far larger than any activation of a few rows.
+CONFIG = ModelConfig(
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    num_local_experts=4,
+    max_position_embeddings=4096,
+    rope_theta=1e6,
+)
+SLOTS = 1024
+SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
+MOVES = ("copy", "convert", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad")
+INSTRUCTION = re.compile(r"%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+
+
+def decode_program(dtype: str, rows: int) -> jax.stages.Compiled:
+    """decode_step compiled from shapes, experts laid out as ``load`` lays them out."""
+
+    def shape_of(spec) -> object:
+        leaf = jax.ShapeDtypeStruct(spec.shape, dtype)
+        slots = functools.partial(slots_of, shards=1)
+        return jax.eval_shape(slots, leaf) if len(spec.shape) == 3 else leaf
+
+    model = assemble(CONFIG, {path: shape_of(spec) for path, spec in leaf_specs(CONFIG).items()})
+    state = jax.eval_shape(
+        functools.partial(steps.empty_state, CONFIG, slots=SLOTS, dtype=dtype, placement=LOCAL),
+        jax.ShapeDtypeStruct((rows,), "int32"),
+        jax.ShapeDtypeStruct((rows,), "bool"),
+    )
+    sampling = row_sampling([SamplingOptions()] * rows, [0] * rows, CONFIG.vocab_size)
+    zeros = np.zeros((rows,), np.int32)
+    limits = steps.Limits(zeros, zeros.astype(bool), np.zeros((1,), np.int32))
+    lowered = steps.decode_step.lower(model, state, sampling, limits, np.int32(32), placement=LOCAL)
+    return lowered.compile()
+
+
+def moved(hlo: str, least: int) -> list[str]:
+    """Instructions that move or convert at least so many bytes."""
+    found = []
+    for line in hlo.splitlines():
+        match = INSTRUCTION.search(line)
+        if match and match[3] in MOVES and match[1] in SIZES:
+            dims = [int(dim) for dim in match[2].split(",") if dim]
+            if SIZES[match[1]] * math.prod(dims) >= least:
+                found.append(match[0])
+    return found
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_copy_of_weights_or_cache(dtype, rows):
+    program = decode_program(dtype, rows)
+    # The least thing that must stay: keys of one layer, or the smallest projection.
+    cache = rows * SLOTS * CONFIG.num_key_value_heads * CONFIG.head_dim
+    kv_proj = CONFIG.num_key_value_heads * CONFIG.head_dim * CONFIG.hidden_size
+    least = min(cache, kv_proj) * np.dtype(jax.numpy.dtype(dtype)).itemsize
+    assert moved(program.as_text(), least) == []
+    # Sampling holds a few [rows, vocabulary] arrays; the rest is smaller.
+    logits = rows * CONFIG.vocab_size * 4
+    assert program.memory_analysis().temp_size_in_bytes < 16 * logits + 2**20
+
+
+def test_a_planted_copy_is_seen():
+    def transposes(x: jax.Array, w: jax.Array) -> jax.Array:
+        return (x @ w.T, w.T.copy())[1]
+
+    shapes = (
+        jax.ShapeDtypeStruct((2, 512), "float32"),
+        jax.ShapeDtypeStruct((256, 512), "float32"),
+    )
+    hlo = jax.jit(transposes).lower(*shapes).compile().as_text()
+    assert moved(hlo, 256 * 512 * 4)
