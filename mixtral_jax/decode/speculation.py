@@ -25,6 +25,7 @@ from mixtral_jax.decode.steps import (
     Draft,
     Emitted,
     Limits,
+    Wrote,
     append,
     no_tokens,
     write_tokens,
@@ -81,6 +82,26 @@ def _constrained(memory: Memory, placement: Placement) -> Memory:
     """As in ``steps``: without this a second call might compile again."""
     history = placement.constrain(memory.history, ("batch", "length"))
     return Memory(history, placement.constrain(memory.may_draft, ("batch",)))
+
+
+def _extended(memory: Memory, lengths: Int[Array, " B"], wrote: Wrote) -> Memory:
+    """The memory of rows that had so many tokens, with what a step wrote."""
+    new, past_the_end = wrote.emitted, memory.history.shape[1]
+    place = jnp.arange(new.tokens.shape[1])
+    slots = jnp.where(place < new.counts[:, None], lengths[:, None] + place, past_the_end)
+    history = write(memory.history, new.tokens, slots)
+    return Memory(history, memory.may_draft & ~wrote.is_refused)
+
+
+def _counted(tally: Tally, draft: Draft, new: Emitted) -> Tally:
+    """The tally with one more step."""
+    writes = (new.counts > 0).sum(dtype=jnp.int32)
+    return Tally(
+        steps=tally.steps + 1,
+        row_steps=tally.row_steps + writes,
+        drafted=tally.drafted + draft.counts.sum(dtype=jnp.int32),
+        accepted=tally.accepted + new.counts.sum(dtype=jnp.int32) - writes,
+    )
 
 
 class _Carry(NamedTuple):
@@ -186,19 +207,9 @@ def speculate_step(
         lengths = state.cache.lengths + 1  # the last token is not in the cache yet
         draft = Draft(draft.tokens[:, :longest], draft.counts)
         state, wrote = write_tokens(model, state, draft, rows, limits, placement=placement)
-        new, at = wrote.emitted, jnp.arange(longest + 1)
-        past_the_end = memory.history.shape[1]
-        slots = jnp.where(at < new.counts[:, None], lengths[:, None] + at, past_the_end)
-        history = write(memory.history, new.tokens, slots)
-        memory = Memory(history, memory.may_draft & ~wrote.is_refused)
-        memory = _constrained(memory, placement)
-        writes = (new.counts > 0).sum(dtype=jnp.int32)
-        tally = Tally(
-            steps=tally.steps + 1,
-            row_steps=tally.row_steps + writes,
-            drafted=tally.drafted + draft.counts.sum(dtype=jnp.int32),
-            accepted=tally.accepted + new.counts.sum(dtype=jnp.int32) - writes,
-        )
+        memory = _constrained(_extended(memory, lengths, wrote), placement)
+        new = wrote.emitted
+        tally = _counted(tally, draft, new)
         return _Carry(state, memory, draft_of(state, memory), append(emitted, new), tally)
 
     def goes_on(carry: _Carry) -> jax.Array:
