@@ -309,7 +309,11 @@ class LanguageModel:
         if not batch.requests:
             return
         generation = Generation(
-            self.model, batch.requests, placement=self.placement, data_shards=self.spec.data
+            self.model,
+            batch.requests,
+            placement=self.placement,
+            data_shards=self.spec.data,
+            speculate=batch.options.speculate,
         )
         for chunk in generation.chunks(steps):
             yield batch.take(chunk, generation.stop)

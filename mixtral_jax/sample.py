@@ -149,7 +149,10 @@ def _conversation(prompt: str, system: str | None) -> list[Message]:
 
 def _show(completion: Completion, options: Options, *, is_only_prompt: bool) -> None:
     if options.json:
-        print(json.dumps(dataclasses.asdict(completion)), flush=True)
+        line = dataclasses.asdict(completion)
+        if line["stats"]["speculated"] is None:
+            del line["stats"]["speculated"]
+        print(json.dumps(line), flush=True)
         return
     text = completion.generated_text
     if text is None:
@@ -167,9 +170,13 @@ def _summary(completions: list[Completion]) -> str:
     ends = [c.finish_reason for c in completions if c.finish_reason]
     reasons = ", ".join(f"{ends.count(reason)} {reason}" for reason in dict.fromkeys(ends))
     reasons = ends[0] if len(completions) == len(ends) == 1 else reasons
+    drafts = ""
+    if stats.speculated is not None:
+        drafts = f", {stats.speculated.accepted} of {stats.speculated.drafted} drafted tokens taken"
+        drafts += " (switched off)" if stats.speculated.switched_off else ""
     return (
         f"{tokens} tokens, {reasons or 'no end'}: {stats.decode_tokens_per_second:.1f} tokens/s, "
-        f"prefill {stats.prefill_seconds:.2f} s, compile {stats.compile_seconds:.1f} s"
+        f"prefill {stats.prefill_seconds:.2f} s, compile {stats.compile_seconds:.1f} s{drafts}"
     )
 
 

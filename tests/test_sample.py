@@ -68,6 +68,16 @@ def test_json_has_the_keys_that_scripts_rely_on(json_lines):
     assert all(isinstance(value, float) and value >= 0 for value in line["stats"].values())
 
 
+def test_speculation_is_reported_where_it_was_asked_for(json_lines):
+    (plain,) = json_lines("--prompt", "the red house")
+    (line,) = json_lines("--prompt", "the red house", "--speculate", "2")
+    assert line["token_ids"] == plain["token_ids"]
+    report = line["stats"].pop("speculated")
+    assert line["stats"].keys() == STATS
+    assert report.keys() == {"drafted", "accepted", "row_steps", "switched_off"}
+    assert report["accepted"] + report["row_steps"] == 6
+
+
 def test_each_prompt_is_a_sample_of_its_own(json_lines):
     both = json_lines("--prompt", "the red house", "--prompt", "le jour")
     assert [line["prompt"] for line in both] == ["the red house", "le jour"]

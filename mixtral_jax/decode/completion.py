@@ -8,6 +8,7 @@ from typing import Literal
 
 from mixtral_jax.decode.generate import Chunk, Progress, Request
 from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.decode.speculation import Speculated
 from mixtral_jax.decode.text import TextStream
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.tokenizer import Tokenizer
@@ -17,13 +18,17 @@ FinishReason = Literal["length", "eos_token", "stop_sequence"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Seconds and tokens per second of the batch a completion belongs to, compilation apart."""
+    """Seconds and tokens per second of the batch a completion belongs to, compilation apart.
+
+    ``speculated`` is None where nobody asked for speculation.
+    """
 
     prefill_seconds: float
     prefill_tokens_per_second: float
     decode_seconds: float
     decode_tokens_per_second: float
     compile_seconds: float
+    speculated: Speculated | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,6 +161,7 @@ class Batch:
                 decode_seconds=progress.decode_seconds,
                 decode_tokens_per_second=_rate(progress.decode_tokens, progress.decode_seconds),
                 compile_seconds=progress.compile_seconds,
+                speculated=progress.speculated,
             ),
             error=error,
         )

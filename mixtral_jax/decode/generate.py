@@ -16,6 +16,7 @@ import numpy as np
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.decode.speculation import Speculated, Speculator
 from mixtral_jax.decode.timing import Stopwatch
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
 from mixtral_jax.model.cache import num_slots
@@ -57,7 +58,9 @@ class Progress:
     assignments left out per layer; ``expert_counts[row, layer, expert]`` how often the tokens that
     a row read, of its prompt and its answer, chose an expert (nothing reads the last token; a row
     that meets a stop string reads on to the end of its chunk), known once all rows have ended;
-    seconds are wall time, compilation apart.
+    seconds are wall time, compilation apart; ``speculated`` is None where nobody asked for it.
+    With speculation ``dropped`` counts the assignments of rejected drafts too, ``expert_counts``
+    does not.
     """
 
     prefill_tokens: int = 0
@@ -68,6 +71,7 @@ class Progress:
     dropped: list[int] = dataclasses.field(default_factory=list)
     is_bad: list[bool] = dataclasses.field(default_factory=list)
     expert_counts: np.ndarray | None = None
+    speculated: Speculated | None = None
 
 
 def check_token_ids(rows: Sequence[Sequence[int]], config: ModelConfig) -> None:
@@ -124,8 +128,12 @@ def slot_bucket(config: ModelConfig, total: int, largest: int = PREFILL_CHUNK) -
 
     For the largest chunk, so that the slots do not depend on the longest prompt.
     """
-    total = -(-total // LENGTH_BUCKET) * LENGTH_BUCKET
-    return num_slots(config, total=total, chunk=largest)
+    return num_slots(config, total=length_bucket(total), chunk=largest)
+
+
+def length_bucket(total: int) -> int:
+    """Tokens that rows have room for."""
+    return -(-total // LENGTH_BUCKET) * LENGTH_BUCKET
 
 
 class Generation:
@@ -137,6 +145,7 @@ class Generation:
         placement: where the model lies.
         data_shards: size of the data axis; rows are padded to divide it.
         prefill_chunk: prompt tokens read per call at most, at absolute multiples of it.
+        speculate: tokens drafted per step at most, or None for plain decoding.
 
     Raises:
         MixtralError: before anything is traced, if a request cannot be served.
@@ -150,6 +159,7 @@ class Generation:
         placement: Placement,
         data_shards: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
+        speculate: int | None = None,
     ):
         check_requests(requests, model.config)
         self.model, self.placement = model, placement
@@ -158,7 +168,9 @@ class Generation:
         self.rows = row_bucket(len(requests), data_shards)
         longest = max(len(request.prompt_ids) for request in requests)
         self.chunk = chunk_bucket(longest, prefill_chunk)
-        self._largest_chunk = prefill_chunk
+        self._largest_chunk = max(prefill_chunk, 1 + (speculate or 0))  # that the cache takes
+        self._total = max(len(r.prompt_ids) + r.options.max_new_tokens for r in requests)
+        self._speculate = speculate
         self._stopped = np.zeros((self.rows,), np.bool_)
 
     def stop(self, row: int) -> None:
@@ -167,14 +179,13 @@ class Generation:
 
     def _state(self) -> steps.DecodeState:
         config = self.model.config
-        total = max(len(r.prompt_ids) + r.options.max_new_tokens for r in self.requests)
         last = [r.prompt_ids[-1] for r in self.requests]
         fill = self.rows - len(last)
         return steps.empty_state(
             config,
             np.asarray(last + [0] * fill, np.int32),
             np.asarray([False] * len(last) + [True] * fill),
-            slots=slot_bucket(config, total, self._largest_chunk),
+            slots=slot_bucket(config, self._total, self._largest_chunk),
             dtype=self.model.embed_tokens.get_value().dtype,
             placement=self.placement,
         )
@@ -193,6 +204,19 @@ class Generation:
             state = steps.prefill(self.model, state, tokens, counts, placement=self.placement)
         return state
 
+    def _speculator(self) -> Speculator | None:
+        if self._speculate is None:
+            return None
+        speculator = Speculator(
+            [r.prompt_ids for r in self.requests],
+            rows=self.rows,
+            size=length_bucket(self._total),
+            num_drafts=self._speculate,
+            placement=self.placement,
+        )
+        self.progress.speculated = speculator.report
+        return speculator
+
     def _limits(self) -> steps.Limits:
         budget = [r.options.max_new_tokens for r in self.requests]
         budget += [0] * (self.rows - len(budget))
@@ -200,7 +224,10 @@ class Generation:
         return steps.Limits(np.asarray(budget, np.int32), self._stopped.copy(), eos_ids)
 
     def chunks(self, steps_per_chunk: int = steps.STEPS_PER_CALL) -> Iterator[Chunk]:
-        """Generates; ``steps_per_chunk`` tokens per row at most between two looks from outside."""
+        """Generates; ``steps_per_chunk`` steps at most between two looks from outside.
+
+        A step writes a token to each row, with speculation up to ``speculate`` + 1.
+        """
         progress = self.progress
         watch = Stopwatch()
         state = jax.block_until_ready(self._prefill(self._state()))
@@ -214,26 +241,33 @@ class Generation:
             self.model.config.vocab_size,
         )
         num = len(self.requests)
+        speculator = self._speculator()
         is_done = False
         while not is_done:
             watch = Stopwatch()
             limits = self._limits()
-            hosts.begin_step()
-            state, emitted = steps.decode_step(
-                self.model,
-                state,
-                rows,
-                limits,
-                np.int32(steps_per_chunk),
-                placement=self.placement,
-            )
+            if speculator is None:
+                hosts.begin_step()
+                state, emitted = steps.decode_step(
+                    self.model,
+                    state,
+                    rows,
+                    limits,
+                    np.int32(steps_per_chunk),
+                    placement=self.placement,
+                )
+            else:
+                state, emitted = speculator.step(self.model, state, rows, limits, steps_per_chunk)
             tokens, logprobs, counts, done, bad, dropped = hosts.fetch(
                 (*emitted, state.is_done, state.is_bad, state.dropped)
             )
             seconds, compiling = watch.read()
             progress.decode_seconds += seconds
             progress.compile_seconds += compiling
-            progress.decode_tokens += int(counts[:num].sum())
+            written = int(counts[:num].sum())
+            progress.decode_tokens += written
+            if speculator is not None:
+                speculator.learn(seconds, written)
             progress.dropped = dropped.tolist()
             progress.is_bad = bad[:num].tolist()
             is_done = bool(done.all())
@@ -242,4 +276,4 @@ class Generation:
                 logprobs=[logprobs[b, : counts[b]].tolist() for b in range(num)],
             )
             is_done |= bool((done | self._stopped).all())
-        progress.expert_counts = hosts.fetch(state.expert_counts)[:num]
+        progress.expert_counts = np.asarray(hosts.fetch(state.expert_counts))[:num]

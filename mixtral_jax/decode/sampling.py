@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from mixtral_jax.errors import USAGE, MixtralError
 
 NUM_SEEDS = 2**32
+MOST_DRAFTS = 64  # tokens that a step can speculate on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,9 @@ class SamplingOptions:
         stop: texts that end the answer; cut from it.
         num_samples: answers per prompt.
         ignore_eos: generate past the end-of-text token.
+        speculate: draft so many tokens per step from what the text repeats, and keep those that
+            would have been generated anyway: the same text, sooner. Switches itself off where it
+            does not pay. Off, if None.
     """
 
     max_new_tokens: int = 64
@@ -46,10 +50,12 @@ class SamplingOptions:
     stop: tuple[str, ...] = ()
     num_samples: int = 1
     ignore_eos: bool = False
+    speculate: int | None = None
 
     def __post_init__(self):
         top_k, top_p, min_p = self.top_k, self.top_p, self.min_p
-        penalty, stop = self.repetition_penalty, self.stop
+        penalty, stop, drafts = self.repetition_penalty, self.stop, self.speculate
+        is_draft = _is_integer(drafts, 1) and drafts is not None and drafts <= MOST_DRAFTS
         is_stop = isinstance(stop, tuple) and all(isinstance(s, str) and s for s in stop)
         for name, is_fine, expected in (
             ("max_new_tokens", _is_integer(self.max_new_tokens, 1), "an integer, at least 1"),
@@ -65,6 +71,7 @@ class SamplingOptions:
             ("seed", _is_integer(self.seed, 0) and self.seed < NUM_SEEDS, "from 0 to 2^32 - 1"),
             ("stop", is_stop, "texts that are not empty"),
             ("num_samples", _is_integer(self.num_samples, 1), "an integer, at least 1"),
+            ("speculate", drafts is None or is_draft, f"an integer, 1 to {MOST_DRAFTS}"),
         ):
             if not is_fine:
                 what, got = "--" + name.replace("_", "-"), repr(getattr(self, name))

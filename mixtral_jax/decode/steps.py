@@ -15,11 +15,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode.sampling import Column, RowSampling, sample
-from mixtral_jax.model.cache import KV_AXES, KVCache, init_cache
+from mixtral_jax.model.cache import KV_AXES, KVCache, init_cache, rewind, write
 from mixtral_jax.model.placement import Placement, Routing
 from mixtral_jax.model.transformer import Mixtral
 
-STEPS_PER_CALL = 32  # tokens that one call of decode_step can write
+STEPS_PER_CALL = 32  # steps that one call of decode_step can take
 
 
 class DecodeState(NamedTuple):
@@ -55,10 +55,17 @@ class Limits(NamedTuple):
 
 
 class Emitted(NamedTuple):
-    """What a call of decode_step wrote: row b has ``counts[b]`` tokens, the rest is padding."""
+    """What was written: row b has ``counts[b]`` tokens, the rest is padding."""
 
     tokens: Int[Array, "B steps"]
     logprobs: Float[Array, "B steps"]
+    counts: Int[Array, " B"]
+
+
+class Draft(NamedTuple):
+    """Tokens guessed to follow each row's last: row b has ``counts[b]``, the rest is padding."""
+
+    tokens: Int[Array, "B K"]
     counts: Int[Array, " B"]
 
 
@@ -79,11 +86,16 @@ def _constrained(state: DecodeState, placement: Placement) -> DecodeState:
     )
 
 
-def _count(counts: Int[Array, "B L E"], routing: tuple[Routing, ...]) -> Int[Array, "B L E"]:
-    """Adds what every layer's router chose. By row, so that no device needs another's numbers."""
+def _count(
+    counts: Int[Array, "B L E"], routing: tuple[Routing, ...], kept: Bool[Array, "B T"]
+) -> Int[Array, "B L E"]:
+    """Adds what every layer's router chose for the tokens that are kept.
+
+    By row, so that no device needs another's numbers.
+    """
     B, _, E = counts.shape
     chosen = [
-        (jax.nn.one_hot(layer.expert_ids, E, dtype=jnp.int32) * layer.valid[:, None, None])
+        (jax.nn.one_hot(layer.expert_ids, E, dtype=jnp.int32) * kept.reshape(-1, 1, 1))
         .reshape(B, -1, E)
         .sum(axis=1)
         for layer in routing
@@ -156,7 +168,7 @@ def prefill(
         cache=hidden.cache,
         seen=_mark(state.seen, tokens, valid),
         dropped=state.dropped + hidden.dropped,
-        expert_counts=_count(state.expert_counts, hidden.routing),
+        expert_counts=_count(state.expert_counts, hidden.routing, valid),
     )
     return _constrained(state, placement)
 
@@ -166,6 +178,111 @@ def _mark(
 ) -> Bool[Array, "B V"]:
     past_the_end = jnp.where(valid, tokens, seen.shape[-1])
     return jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(seen, past_the_end)
+
+
+def no_tokens(rows: int, size: int) -> Emitted:
+    """Room for ``size`` tokens per row, none written."""
+    return Emitted(
+        tokens=jnp.zeros((rows, size), jnp.int32),
+        logprobs=jnp.zeros((rows, size), jnp.float32),
+        counts=jnp.zeros((rows,), jnp.int32),
+    )
+
+
+def append(emitted: Emitted, new: Emitted) -> Emitted:
+    """Tokens after those already there."""
+    size, place = emitted.tokens.shape[1], jnp.arange(new.tokens.shape[1])
+    slots = jnp.where(place < new.counts[:, None], emitted.counts[:, None] + place, size)
+    return Emitted(
+        tokens=write(emitted.tokens, new.tokens, slots),
+        logprobs=write(emitted.logprobs, new.logprobs, slots),
+        counts=emitted.counts + new.counts,
+    )
+
+
+class Wrote(NamedTuple):
+    """What one step wrote.
+
+    ``is_refused`` marks rows that wrote nothing because their logits were NaN beside a draft: NaN
+    reaches the tokens before it through masked products, so the draft may have brought it. The
+    caller gives them no draft from then on, and what is the row's own will show.
+    """
+
+    emitted: Emitted
+    is_refused: Bool[Array, " B"]
+
+
+def write_tokens(
+    model: Mixtral,
+    state: DecodeState,
+    draft: Draft,
+    rows: RowSampling,
+    limits: Limits,
+    *,
+    placement: Placement,
+) -> tuple[DecodeState, Wrote]:
+    """Writes one token to every row that is not done, and one more for each drafted token met.
+
+    Reads the last token and the draft behind it in one pass. Every position is sampled with the
+    random numbers of its own step, and counts only while the draft was what had been sampled, so
+    the tokens are those of one step after another, whatever the draft (Leviathan et al. 2023 accept
+    with some probability instead; the draft here has none). What was read in vain is taken back.
+
+    Args:
+        model: weights.
+        state: any. Of a row that goes on, the draft ends before its budget.
+        draft: with K = 0 this is plain decoding.
+        rows: sampling options.
+        limits: when rows end.
+        placement: where it runs.
+
+    Returns:
+        The state, and at most K + 1 tokens per row.
+    """
+    goes_on = ~state.is_done[:, None]
+    tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
+    place = jnp.arange(tokens.shape[1])
+    valid = goes_on & (place <= draft.counts[:, None])
+    hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
+    assert hidden.cache is not None
+    logits = model.unembed(hidden.x, placement)
+    # Split as the head is, then whole rows: one collective of logits, not one of the head, nor
+    # the dozen that sorting a split row would take.
+    logits = placement.constrain(logits, ("batch", "length", "vocab_parts"))
+    logits = placement.constrain(logits, ("batch", "length", "vocab"))
+    seen = [_mark(state.seen, tokens[:, :n], valid[:, :n]) for n in range(1, tokens.shape[1] + 1)]
+    step = state.step[:, None] + place
+    each = jax.vmap(sample, in_axes=(1, 1, None, 1), out_axes=1)
+    sampled = each(logits, jnp.stack(seen, axis=1), rows, step)
+
+    at_end = (sampled.tokens[..., None] == limits.eos_ids).any(axis=-1)
+    ends = at_end & ~rows.ignore_eos[:, None]
+    ends |= sampled.is_bad | (step + 1 >= limits.budget[:, None])
+    is_met = valid[:, 1:] & (draft.tokens == sampled.tokens[:, :-1]) & ~ends[:, :-1]
+    # A position counts if every one before it went on to it.
+    counts_at = jnp.cumprod(jnp.concatenate([goes_on, is_met], axis=1), axis=1).astype(bool)
+    is_bad = (counts_at & sampled.is_bad).any(axis=1)
+    is_refused = is_bad & (draft.counts > 0)
+    counts_at &= ~is_refused[:, None]
+    is_bad &= ~is_refused
+    kept = counts_at.sum(axis=1, dtype=jnp.int32)  # tokens read that stay in the cache
+    counts = kept - is_bad
+    last = jnp.take_along_axis(sampled.tokens, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    cache = hidden.cache
+    if draft.tokens.shape[1]:
+        cache = rewind(cache, state.cache.lengths + kept, draft.tokens.shape[1] + 1)
+    state = DecodeState(
+        cache=cache,
+        token=jnp.where(counts > 0, last, state.token),
+        seen=_mark(state.seen, tokens, counts_at),
+        step=state.step + counts,
+        is_done=state.is_done | (counts_at & ends).any(axis=1),
+        is_bad=state.is_bad | is_bad,
+        dropped=state.dropped + hidden.dropped,
+        expert_counts=_count(state.expert_counts, hidden.routing, counts_at),
+    )
+    emitted = Emitted(sampled.tokens, sampled.logprobs, counts)
+    return _constrained(state, placement), Wrote(emitted, is_refused)
 
 
 @functools.partial(jax.jit, static_argnames=("placement",), donate_argnames=("state",))
@@ -196,48 +313,17 @@ def decode_step(
     """
     B = state.step.shape[0]
     state = state._replace(is_done=state.is_done | limits.stopped)
-    emitted = Emitted(
-        tokens=jnp.zeros((B, STEPS_PER_CALL), jnp.int32),
-        logprobs=jnp.zeros((B, STEPS_PER_CALL), jnp.float32),
-        counts=jnp.zeros((B,), jnp.int32),
-    )
+    no_draft = Draft(jnp.zeros((B, 0), jnp.int32), jnp.zeros((B,), jnp.int32))
 
     def body(carry: tuple[jax.Array, DecodeState, Emitted]):
         i, state, emitted = carry
-        token, goes_on = state.token[:, None], ~state.is_done[:, None]
-        hidden = model.hidden(token, goes_on, cache=state.cache, placement=placement)
-        assert hidden.cache is not None
-        seen = _mark(state.seen, token, goes_on)
-        logits = model.unembed(hidden.x[:, 0], placement)
-        # Split as the head is, then whole rows: one collective of logits, not one of the head, nor
-        # the dozen that sorting a split row would take.
-        logits = placement.constrain(logits, ("batch", "vocab_parts"))
-        logits = placement.constrain(logits, ("batch", "vocab"))
-        sampled = sample(logits, seen, rows, state.step)
-        writes = ~state.is_done & ~sampled.is_bad
-        emitted = Emitted(
-            tokens=emitted.tokens.at[:, i].set(jnp.where(writes, sampled.tokens, 0)),
-            logprobs=emitted.logprobs.at[:, i].set(jnp.where(writes, sampled.logprobs, 0.0)),
-            counts=emitted.counts + writes,
-        )
-        step = state.step + writes
-        at_end = (sampled.tokens[:, None] == limits.eos_ids[None, :]).any(axis=-1)
-        ends = (at_end & ~rows.ignore_eos) | (step >= limits.budget)
-        state = DecodeState(
-            cache=hidden.cache,
-            token=jnp.where(writes, sampled.tokens, state.token),
-            seen=seen,
-            step=step,
-            is_done=state.is_done | sampled.is_bad | ends,
-            is_bad=state.is_bad | (sampled.is_bad & ~state.is_done),
-            dropped=state.dropped + hidden.dropped,
-            expert_counts=_count(state.expert_counts, hidden.routing),
-        )
-        return i + 1, _constrained(state, placement), emitted
+        state, wrote = write_tokens(model, state, no_draft, rows, limits, placement=placement)
+        return i + 1, state, append(emitted, wrote.emitted)
 
     def goes_on(carry: tuple[jax.Array, DecodeState, Emitted]) -> jax.Array:
         i, state, _ = carry
         return (i < num_steps) & (i < STEPS_PER_CALL) & ~state.is_done.all()
 
-    _, state, emitted = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, emitted))
+    start = jnp.int32(0), state, no_tokens(B, STEPS_PER_CALL)
+    _, state, emitted = jax.lax.while_loop(goes_on, body, start)
     return state, emitted

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -81,3 +82,26 @@ def advance(cache: KVCache, valid: Bool[Array, "B T"]) -> tuple[KVCache, Window]
     written = write_rows(cache.positions, positions, slots)
     lengths = cache.lengths + valid.sum(axis=1, dtype=jnp.int32)
     return cache._replace(positions=written, lengths=lengths), Window(positions, slots, written)
+
+
+def rewind(cache: KVCache, lengths: Int[Array, " B"], most: int) -> KVCache:
+    """Takes back the last tokens of every row, as if they had not been read.
+
+    Their slots become EMPTY, and zero: a NaN left in one would reach every query of its row, since
+    a product with a masked NaN is NaN. What they overwrote in a ring does not come back: reading T
+    tokens needs S >= W + T - 1 slots whether they stay or not.
+
+    Args:
+        cache: any.
+        lengths: tokens of each row that stay.
+        most: no row takes back more than so many.
+    """
+    size = cache.positions.shape[1]
+    positions = lengths[:, None] + jnp.arange(most, dtype=jnp.int32)
+    slots = jnp.where(positions < cache.lengths[:, None], positions % size, size)
+
+    def fill(target: jax.Array, value: int) -> jax.Array:
+        return write_rows(target, jnp.full((*slots.shape, *target.shape[2:]), value), slots)
+
+    keys, values = jax.tree.map(lambda x: fill(x, 0), (cache.keys, cache.values))
+    return KVCache(keys, values, fill(cache.positions, EMPTY), lengths)

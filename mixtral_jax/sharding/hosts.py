@@ -14,6 +14,7 @@ import time
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from mixtral_jax.errors import OK, MixtralError
 from mixtral_jax.sharding.cluster import ProcessOptions, find_cluster
@@ -105,6 +106,16 @@ def begin_step() -> None:
     """Call it right before a program that all processes run, when its arguments are ready."""
     if _peers is not None:
         _peers.step()
+
+
+def of_first(value: float) -> float:
+    """Process 0's number (as float32), in every process; each must call it."""
+    if _peers is None:
+        return value
+    from jax.experimental import multihost_utils
+
+    begin_step()
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
 def barrier(name: str) -> None:

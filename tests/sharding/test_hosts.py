@@ -95,8 +95,9 @@ def converted(checkpoint):
     return folder
 
 
-def test_two_processes_sample_what_one_does(converted):
-    first, second = run([*ASK[:2], str(converted), *ASK[2:]])
+@pytest.mark.parametrize("more", [[], ["--speculate", "4"]], ids=["plain", "with drafts"])
+def test_two_processes_sample_what_one_does(converted, more):
+    first, second = run([*ASK[:2], str(converted), *ASK[2:], *more])
     got = [json.loads(line) for line in first.stdout.splitlines()]
     want = [json.loads(x) for x in alone([*ASK[:2], str(converted), *ASK[2:]]).splitlines()]
     assert [c["token_ids"] for c in got] == [c["token_ids"] for c in want]
