@@ -18,6 +18,7 @@ from mixtral_jax.decode import steps
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.decode.timing import Stopwatch
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
+from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
@@ -137,6 +138,7 @@ class Generation:
         placement: where the model lies.
         data_shards: size of the data axis; rows are padded to divide it.
         prefill_chunk: prompt tokens read per call at most, at absolute multiples of it.
+        kv_dtype: of the cache; the activations', if None.
 
     Raises:
         MixtralError: before anything is traced, if a request cannot be served.
@@ -150,6 +152,7 @@ class Generation:
         placement: Placement,
         data_shards: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
+        kv_dtype: KVDtype | None = None,
     ):
         check_requests(requests, model.config)
         self.model, self.placement = model, placement
@@ -159,6 +162,7 @@ class Generation:
         longest = max(len(request.prompt_ids) for request in requests)
         self.chunk = chunk_bucket(longest, prefill_chunk)
         self._largest_chunk = prefill_chunk
+        self._kv_dtype = storage_dtype(kv_dtype, model.embed_tokens.get_value().dtype)
         self._stopped = np.zeros((self.rows,), np.bool_)
 
     def stop(self, row: int) -> None:
@@ -175,7 +179,7 @@ class Generation:
             np.asarray(last + [0] * fill, np.int32),
             np.asarray([False] * len(last) + [True] * fill),
             slots=slot_bucket(config, total, self._largest_chunk),
-            dtype=self.model.embed_tokens.get_value().dtype,
+            dtype=self._kv_dtype,
             placement=self.placement,
         )
 

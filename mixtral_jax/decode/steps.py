@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode.sampling import Column, RowSampling, sample
-from mixtral_jax.model.cache import KV_AXES, KVCache, init_cache
-from mixtral_jax.model.placement import Placement, Routing
+from mixtral_jax.model.cache import KVCache, init_cache
+from mixtral_jax.model.placement import Placement, Routing, constrain_kv
 from mixtral_jax.model.transformer import Mixtral
 
 STEPS_PER_CALL = 32  # tokens that one call of decode_step can write
@@ -65,7 +65,7 @@ class Emitted(NamedTuple):
 def _constrained(state: DecodeState, placement: Placement) -> DecodeState:
     """The state where the placement wants it; without this a second call might compile again."""
     row = ("batch",)
-    kv = [tuple(placement.constrain(x, KV_AXES) for x in side) for side in state.cache[:2]]
+    kv = [tuple(constrain_kv(x, placement) for x in side) for side in state.cache[:2]]
     positions = placement.constrain(state.cache.positions, ("batch", "slots"))
     return DecodeState(
         KVCache(kv[0], kv[1], positions, placement.constrain(state.cache.lengths, row)),
@@ -108,7 +108,7 @@ def empty_state(
         last_tokens: the last token of each prompt; prefill reads those before it.
         is_padding: rows that only fill the batch.
         slots: of the cache, see ``model/cache.py``.
-        dtype: of keys and values.
+        dtype: of keys and values, see ``init_cache``.
         placement: where it runs.
     """
     B = last_tokens.shape[0]
