@@ -39,7 +39,7 @@ def _scores(
     scale: jax.Array | float = q.shape[-1] ** -0.5
     if isinstance(k, ScaledKV):
         scale *= _by_head(k.scales)
-        k = k.codes.astype(q.dtype)
+        k = k.widened(q.dtype)
     scores = jnp.einsum(
         "BTKGC,BSKC->BKGTS", q, k, precision=_precision(q), preferred_element_type=jnp.float32
     )
@@ -56,7 +56,7 @@ def _mix(shares: Float[Array, "B K G T S"], v: KV, dtype: jnp.dtype) -> Float[Ar
     if isinstance(v, ScaledKV):
         shares = shares * _by_head(v.scales)
         # A share of a scale is too small a number for float16.
-        v = v.codes.astype(jnp.float32 if dtype == jnp.float16 else dtype)
+        v = v.widened(jnp.float32 if dtype == jnp.float16 else dtype)
     return jnp.einsum(
         "BKGTS,BSKC->BTKGC",
         shares.astype(v.dtype),
