@@ -24,6 +24,7 @@ from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.kernels.scaled_kv import KVDtype
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
@@ -111,6 +112,7 @@ def load(
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
         placement=MeshPlacement(mesh, dispatch, strategy=strategy),
         spec=spec,
+        kv_dtype=asked.kv_dtype,
         folder=folder,
         note=note,
     )
@@ -131,6 +133,7 @@ class LanguageModel:
         config: sizes.
         tokenizer: None where the checkpoint has none; only text needs one.
         folder: where it was loaded from.
+        kv_dtype: of the cache that generation reads; ``logits`` needs none.
     """
 
     def __init__(
@@ -141,9 +144,11 @@ class LanguageModel:
         placement: Placement,
         spec: MeshSpec,
         folder: Path | None = None,
+        kv_dtype: KVDtype | None = None,
         note: Callable[[str], None] = _silent,
     ):
         self.model, self.placement, self.spec, self.folder = model, placement, spec, folder
+        self.kv_dtype: KVDtype | None = kv_dtype
         self.config: ModelConfig = model.config
         self.tokenizer = tokenizer
         self._note = note
@@ -314,6 +319,7 @@ class LanguageModel:
             placement=self.placement,
             data_shards=self.spec.data,
             speculate=batch.options.speculate,
+            kv_dtype=self.kv_dtype,
         )
         for chunk in generation.chunks(steps):
             yield batch.take(chunk, generation.stop)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mixtral_jax.config import DTYPES
 from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
@@ -28,6 +29,8 @@ class LoadOptions:
         adapter: a folder with a PEFT LoRA adapter, applied on top of the weights.
         attention: ``data``: each device of the expert axis has rows of its own; ``tensor``: they
             share the heads of the same rows (latency at small batches).
+        kv_dtype: ``int8`` or ``fp8`` keys and values in the cache, with a scale for each head of
+            each position; those of the activations, if None.
     """
 
     mesh: str | None = None
@@ -39,11 +42,15 @@ class LoadOptions:
     verify: bool = True
     adapter: str | None = None
     attention: Attention = Strategy.attention
+    kv_dtype: KVDtype | None = None
 
     def __post_init__(self):
         if self.dtype is not None and self.dtype not in DTYPES:
             expected = ", ".join(DTYPES)
             raise MixtralError("--dtype", expected=expected, got=repr(self.dtype), code=USAGE)
+        if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
+            expected = ", ".join(KV_DTYPES)
+            raise MixtralError("--kv-dtype", expected=expected, got=repr(self.kv_dtype), code=USAGE)
         window = self.sliding_window
         if window is not None and (not isinstance(window, int) or window < 1):
             expected = "a positive integer"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.attention import attends
 from mixtral_jax.kernels.experts import feed_forward
+from mixtral_jax.kernels.scaled_kv import KV, ScaledKV
 from mixtral_jax.model.placement import Routed, Routing
 
 
@@ -40,14 +41,16 @@ class PackedPlacement:
     def attention(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: KV,
+        v: KV,
         queries: jax.Array,
         keys: jax.Array,
         *,
         window: int | None,
     ) -> jax.Array:
         """Softmax attention within each document."""
+        assert not isinstance(k, ScaledKV), "training has no cache"
+        assert not isinstance(v, ScaledKV), "training has no cache"
         B, T, H, C = q.shape
         G = H // k.shape[2]
         heads = tuple(jnp.repeat(x, n, axis=2) for x, n in ((q, 1), (k, G), (v, G)))

@@ -19,6 +19,7 @@ from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.decode.speculation import Speculated, Speculator
 from mixtral_jax.decode.timing import Stopwatch
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
+from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
@@ -146,6 +147,7 @@ class Generation:
         data_shards: size of the data axis; rows are padded to divide it.
         prefill_chunk: prompt tokens read per call at most, at absolute multiples of it.
         speculate: tokens drafted per step at most, or None for plain decoding.
+        kv_dtype: of the cache; the activations', if None.
 
     Raises:
         MixtralError: before anything is traced, if a request cannot be served.
@@ -160,6 +162,7 @@ class Generation:
         data_shards: int = 1,
         prefill_chunk: int = PREFILL_CHUNK,
         speculate: int | None = None,
+        kv_dtype: KVDtype | None = None,
     ):
         check_requests(requests, model.config)
         self.model, self.placement = model, placement
@@ -171,6 +174,7 @@ class Generation:
         self._largest_chunk = max(prefill_chunk, 1 + (speculate or 0))  # that the cache takes
         self._total = max(len(r.prompt_ids) + r.options.max_new_tokens for r in requests)
         self._speculate = speculate
+        self._kv_dtype = storage_dtype(kv_dtype, model.embed_tokens.get_value().dtype)
         self._stopped = np.zeros((self.rows,), np.bool_)
 
     def stop(self, row: int) -> None:
@@ -186,7 +190,7 @@ class Generation:
             np.asarray(last + [0] * fill, np.int32),
             np.asarray([False] * len(last) + [True] * fill),
             slots=slot_bucket(config, self._total, self._largest_chunk),
-            dtype=self.model.embed_tokens.get_value().dtype,
+            dtype=self._kv_dtype,
             placement=self.placement,
         )
 

@@ -30,7 +30,7 @@ from mixtral_jax.decode.steps import (
     no_tokens,
     write_tokens,
 )
-from mixtral_jax.model.cache import write
+from mixtral_jax.kernels.rows import write_rows
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
 from mixtral_jax.sharding import hosts
@@ -89,7 +89,7 @@ def _extended(memory: Memory, lengths: Int[Array, " B"], wrote: Wrote) -> Memory
     new, past_the_end = wrote.emitted, memory.history.shape[1]
     place = jnp.arange(new.tokens.shape[1])
     slots = jnp.where(place < new.counts[:, None], lengths[:, None] + place, past_the_end)
-    history = write(memory.history, new.tokens, slots)
+    history = write_rows(memory.history, new.tokens, slots)
     return Memory(history, memory.may_draft & ~wrote.is_refused)
 
 

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode.sampling import Column, RowSampling, sample
-from mixtral_jax.model.cache import KV_AXES, KVCache, init_cache, rewind, write
-from mixtral_jax.model.placement import Placement, Routing
+from mixtral_jax.kernels.rows import write_rows
+from mixtral_jax.model.cache import KVCache, init_cache, rewind
+from mixtral_jax.model.placement import Placement, Routing, constrain_kv
 from mixtral_jax.model.transformer import Mixtral
 
 STEPS_PER_CALL = 32  # steps that one call of decode_step can take
@@ -72,7 +73,7 @@ class Draft(NamedTuple):
 def _constrained(state: DecodeState, placement: Placement) -> DecodeState:
     """The state where the placement wants it; without this a second call might compile again."""
     row = ("batch",)
-    kv = [tuple(placement.constrain(x, KV_AXES) for x in side) for side in state.cache[:2]]
+    kv = [tuple(constrain_kv(x, placement) for x in side) for side in state.cache[:2]]
     positions = placement.constrain(state.cache.positions, ("batch", "slots"))
     return DecodeState(
         KVCache(kv[0], kv[1], positions, placement.constrain(state.cache.lengths, row)),
@@ -120,7 +121,7 @@ def empty_state(
         last_tokens: the last token of each prompt; prefill reads those before it.
         is_padding: rows that only fill the batch.
         slots: of the cache, see ``model/cache.py``.
-        dtype: of keys and values.
+        dtype: of keys and values, see ``init_cache``.
         placement: where it runs.
     """
     B = last_tokens.shape[0]
@@ -194,8 +195,8 @@ def append(emitted: Emitted, new: Emitted) -> Emitted:
     size, place = emitted.tokens.shape[1], jnp.arange(new.tokens.shape[1])
     slots = jnp.where(place < new.counts[:, None], emitted.counts[:, None] + place, size)
     return Emitted(
-        tokens=write(emitted.tokens, new.tokens, slots),
-        logprobs=write(emitted.logprobs, new.logprobs, slots),
+        tokens=write_rows(emitted.tokens, new.tokens, slots),
+        logprobs=write_rows(emitted.logprobs, new.logprobs, slots),
         counts=emitted.counts + new.counts,
     )
 

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from mixtral_jax.kernels.scaled_kv import KV, ScaledKV
+
 EMPTY = -1  # the position of a cache slot that holds nothing
 
-# `blocked_attention` holds scores of at most so many bytes at a time.
+# `blocked_attention` holds scores of at most so many bytes at a time, and of a ScaledKV as many
+# codes as take so many bytes where a product widens them.
 SCORE_BYTES = 32 * 2**20
+WIDENED_BYTES = 2**20
 
 
 def attends(
@@ -29,20 +33,30 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def _scores(
-    q: Float[Array, "B T K G C"], k: Float[Array, "B S K C"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B T K G C"], k: KV, mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B K G T S"]:
     """Scaled scores in f32, the least number where the mask is false."""
+    scale: jax.Array | float = q.shape[-1] ** -0.5
+    if isinstance(k, ScaledKV):
+        scale *= _by_head(k.scales)
+        k = k.widened(q.dtype)
     scores = jnp.einsum(
         "BTKGC,BSKC->BKGTS", q, k, precision=_precision(q), preferred_element_type=jnp.float32
     )
-    scores = scores * q.shape[-1] ** -0.5
+    scores = scores * scale
     return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _mix(
-    shares: Float[Array, "B K G T S"], v: Float[Array, "B S K C"]
-) -> Float[Array, "B T K G C"]:
-    """Values weighted by shares, f32."""
+def _by_head(scales: Float[Array, "B S K"]) -> Float[Array, "B K 1 1 S"]:
+    return scales.transpose(0, 2, 1)[:, :, None, None]
+
+
+def _mix(shares: Float[Array, "B K G T S"], v: KV, dtype: jnp.dtype) -> Float[Array, "B T K G C"]:
+    """Values weighted by shares, f32; ``dtype`` is that of the activations."""
+    if isinstance(v, ScaledKV):
+        shares = shares * _by_head(v.scales)
+        # A share of a scale is too small a number for float16.
+        v = v.widened(jnp.float32 if dtype == jnp.float16 else dtype)
     return jnp.einsum(
         "BKGTS,BSKC->BTKGC",
         shares.astype(v.dtype),
@@ -54,8 +68,8 @@ def _mix(
 
 def attention(
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
+    k: KV,
+    v: KV,
     queries: Int[Array, "B T"],
     keys: Int[Array, "B S"],
     *,
@@ -69,7 +83,7 @@ def attention(
     Args:
         q: queries, rotated.
         k: keys, rotated.
-        v: values.
+        v: values; like keys, an array or a ScaledKV.
         queries: absolute position of each query.
         keys: absolute position of each key; EMPTY is seen by nobody.
         window: the sliding window in tokens, or None.
@@ -77,7 +91,7 @@ def attention(
     B, T, H, C = q.shape
     grouped = q.reshape(B, T, k.shape[2], -1, C)
     scores = _scores(grouped, k, attends(queries, keys, window))
-    out = _mix(jax.nn.softmax(scores, axis=-1), v)
+    out = _mix(jax.nn.softmax(scores, axis=-1), v, q.dtype)
     return out.astype(q.dtype).reshape(B, T, H, C)
 
 
@@ -91,8 +105,8 @@ class _Running(NamedTuple):
 
 def blocked_attention(
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
+    k: KV,
+    v: KV,
     queries: Int[Array, "B T"],
     keys: Int[Array, "B S"],
     *,
@@ -100,26 +114,32 @@ def blocked_attention(
 ) -> Float[Array, "B T H C"]:
     """``attention`` over blocks of keys, with a running softmax (Milakov & Gimelshein 2018).
 
-    Never holds more than about ``SCORE_BYTES`` of scores, and leaves out blocks that no query
-    sees: a half-empty cache costs half. Small products take the plain path.
+    Never holds more than about ``SCORE_BYTES`` of scores, nor widens more than ``WIDENED_BYTES`` of
+    codes, and leaves out blocks that no query sees: a half-empty cache costs half. Small products
+    take the plain path.
     """
     B, T, H, C = q.shape
     S, K = k.shape[1:3]
-    size = max(128, SCORE_BYTES // (4 * B * H * T) // 128 * 128)
+    size = SCORE_BYTES // (4 * B * H * T)
+    if isinstance(k, ScaledKV):
+        size = min(size, WIDENED_BYTES // (4 * B * K * C))
+    size = max(128, size // 128 * 128)
     if size >= S:
         return attention(q, k, v, queries, keys, window=window)
     grouped = q.reshape(B, T, K, H // K, C)
 
     def see(start: jax.Array | int, size: int, so_far: _Running | None) -> _Running:
-        block = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k, v, keys)]
-        mask = attends(queries, block[2], window)
+        block_k, block_v, block_keys = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), (k, v, keys)
+        )
+        mask = attends(queries, block_keys, window)
 
         def add(so_far: _Running | None) -> _Running:
-            scores = _scores(grouped, block[0], mask)
+            scores = _scores(grouped, block_k, mask)
             most = scores.max(axis=-1)
             most = most if so_far is None else jnp.maximum(so_far.most, most)
             shares = jnp.where(mask[:, None, None], jnp.exp(scores - most[..., None]), 0.0)
-            total, mixed = shares.sum(axis=-1), _mix(shares, block[1])
+            total, mixed = shares.sum(axis=-1), _mix(shares, block_v, q.dtype)
             if so_far is not None:
                 keep = jnp.exp(so_far.most - most)
                 total += so_far.total * keep

@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.kernels.rows import write_rows
-from mixtral_jax.model.cache import KV_AXES, Window
-from mixtral_jax.model.placement import Placement
+from mixtral_jax.kernels.scaled_kv import KV
+from mixtral_jax.model.cache import Window, write_kv
+from mixtral_jax.model.placement import Placement, constrain_kv
 from mixtral_jax.model.rope import Rotation, rotate
 from mixtral_jax.weights import weight
 
@@ -19,8 +19,8 @@ from mixtral_jax.weights import weight
 class LayerKV(NamedTuple):
     """Keys and values of one layer's cache."""
 
-    keys: Float[Array, "B S K C"]
-    values: Float[Array, "B S K C"]
+    keys: KV
+    values: KV
 
 
 class Attention(nnx.Module):
@@ -68,8 +68,8 @@ class Attention(nnx.Module):
         k = rotate(heads(self.k_proj, "kv_heads"), by)
         v = heads(self.v_proj, "kv_heads")
         if cache is not None:
-            k = placement.constrain(write_rows(cache.keys, k, window.slots), KV_AXES)
-            v = placement.constrain(write_rows(cache.values, v, window.slots), KV_AXES)
+            k = constrain_kv(write_kv(cache.keys, k, window.slots), placement)
+            v = constrain_kv(write_kv(cache.values, v, window.slots), placement)
             cache = LayerKV(k, v)
         out = placement.attention(
             q, k, v, window.positions, window.key_positions, window=self.sliding_window

@@ -17,19 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import EMPTY
 from mixtral_jax.kernels.rows import write_rows
+from mixtral_jax.kernels.scaled_kv import KV, ScaledKV, empty_kv, quantize_kv
 
-KV_AXES = ("batch", "slots", "kv_heads", "channels")
+KV_AXES = ("batch", "slots", "kv_heads", "channels")  # the scales of a ScaledKV lack the last
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, ``[B, S, K, C]`` each.
+    """Keys and values of every layer, ``[B, S, K, C]`` each, plain arrays or ScaledKV.
 
     ``positions`` is the absolute position in each slot (EMPTY if none), ``lengths`` the number of
     tokens each row has seen.
     """
 
-    keys: tuple[Float[Array, "B S K C"], ...]
-    values: tuple[Float[Array, "B S K C"], ...]
+    keys: tuple[KV, ...]
+    values: tuple[KV, ...]
     positions: Int[Array, "B S"]
     lengths: Int[Array, " B"]
 
@@ -53,12 +54,12 @@ def num_slots(config: ModelConfig, *, total: int, chunk: int) -> int:
 
 
 def init_cache(config: ModelConfig, *, rows: int, slots: int, dtype: Any) -> KVCache:
-    """An empty cache."""
+    """An empty cache; of ScaledKV where ``dtype`` is one of ``KV_DTYPES``."""
     shape = (rows, slots, config.num_key_value_heads, config.head_dim)
     layers = range(config.num_hidden_layers)
     return KVCache(
-        keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-        values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+        keys=tuple(empty_kv(shape, dtype) for _ in layers),
+        values=tuple(empty_kv(shape, dtype) for _ in layers),
         positions=jnp.full((rows, slots), EMPTY, jnp.int32),
         lengths=jnp.zeros((rows,), jnp.int32),
     )
@@ -73,7 +74,7 @@ def advance(cache: KVCache, valid: Bool[Array, "B T"]) -> tuple[KVCache, Window]
 
     Returns:
         The cache with positions and lengths advanced (keys and values are still to be written by
-        ``write_rows``), and the tokens' Window.
+        ``write_kv``), and the tokens' Window.
     """
     size = cache.positions.shape[1]
     steps = jnp.arange(valid.shape[1], dtype=jnp.int32)
@@ -105,3 +106,11 @@ def rewind(cache: KVCache, lengths: Int[Array, " B"], most: int) -> KVCache:
 
     keys, values = jax.tree.map(lambda x: fill(x, 0), (cache.keys, cache.values))
     return KVCache(keys, values, fill(cache.positions, EMPTY), lengths)
+
+
+def write_kv(target: KV, new: Float[Array, "B T K C"], slots: Int[Array, "B T"]) -> KV:
+    """Writes keys or values; into a ScaledKV their codes and scales, alike in any chunk."""
+    if not isinstance(target, ScaledKV):
+        return write_rows(target, new, slots)
+    made = quantize_kv(new, target.codes.dtype)
+    return ScaledKV(*(write_rows(old, new, slots) for old, new in zip(target, made, strict=True)))

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.kernels.experts import ExpertWeights
+from mixtral_jax.kernels.scaled_kv import KV
 from mixtral_jax.kernels.table import DEFAULT_KERNELS, KERNELS
+from mixtral_jax.model.cache import KV_AXES
 from mixtral_jax.weights import Matrix
 
 
@@ -52,8 +54,8 @@ class Placement(Protocol):
     def attention(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: KV,
+        v: KV,
         queries: jax.Array,
         keys: jax.Array,
         *,
@@ -94,8 +96,8 @@ class LocalPlacement:
     def attention(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: KV,
+        v: KV,
         queries: jax.Array,
         keys: jax.Array,
         *,
@@ -122,6 +124,11 @@ class LocalPlacement:
         """See Placement."""
         assert x.ndim == len(axes), (x.shape, axes)
         return x
+
+
+def constrain_kv(kv: KV, placement: Placement) -> KV:
+    """States the axes of a layer's keys or values; scales lie as their codes."""
+    return jax.tree.map(lambda x: placement.constrain(x, KV_AXES[: x.ndim]), kv)
 
 
 def refuse_adapter_ids(adapter_id: jax.Array | None) -> None:

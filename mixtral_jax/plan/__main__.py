@@ -18,6 +18,7 @@ from rich.table import Table
 
 from mixtral_jax import cli
 from mixtral_jax.errors import BAD_CONFIG, OK, USAGE, MixtralError
+from mixtral_jax.kernels.scaled_kv import KVDtype
 from mixtral_jax.language_model import EMBEDDED
 from mixtral_jax.plan.bill import Bill, make_bill
 from mixtral_jax.plan.devices import find_device
@@ -50,6 +51,8 @@ class Options:
     """Tokens per row, prompt and answer together; 4096, or what the model can hold."""
     dtype: Annotated[str | None, tyro.conf.arg(metavar="{float32,bfloat16,float16}")] = None
     """Of weights, activations and cache; the model's unless given."""
+    kv_dtype: KVDtype | None = None
+    """Of the cache instead: int8 or fp8 codes, and a scale for each head of each position."""
     quantize: str | None = None
     """Size of the weights as int8, fp8, int4, nf4, fp4 or gptq (4 bits)."""
     train: Train | None = None
@@ -99,6 +102,8 @@ class Options:
             raise MixtralError("--plot", fix="give --sweep too", code=USAGE)
         if self.sweep and self.mesh is not None:
             raise MixtralError("--sweep compares all meshes", fix="leave out --mesh", code=USAGE)
+        if self.train is not None and self.kv_dtype is not None:
+            raise MixtralError("--kv-dtype: training has no cache", fix="leave it out", code=USAGE)
         if self.fsdp and self.train != "full":
             raise MixtralError("--fsdp", fix="give --train full too", code=USAGE)
 
@@ -179,6 +184,7 @@ def workload(options: Options) -> Workload:
         batch=options.batch,
         context=context,
         dtype=dtype,
+        kv_dtype=options.kv_dtype,
         strategy=strategy,
         dispatch=DispatchOptions(
             method=options.dispatch,
@@ -227,8 +233,10 @@ def lines(options: Options, bill: Bill, best: Bill | None) -> Iterator[str]:
     """The bill as text."""
     work, memory = bill.work, bill.memory
     what = f"{work.train} training" if work.train else "generation"
+    dtypes = [work.dtype, *([bill.quantize] if bill.quantize else [])]
+    dtypes += [f"{work.kv_dtype} cache"] if work.kv_dtype else []
     yield (
-        f"{options.model}, {work.dtype}{f', {bill.quantize}' if bill.quantize else ''}: {what} on "
+        f"{options.model}, {', '.join(dtypes)}: {what} on "
         f"{work.mesh.num_devices} x {options.device}, mesh {work.mesh}, {work.strategy}; "
         f"batch {work.batch} (compiled for {work.rows} rows), context {work.context}"
     )

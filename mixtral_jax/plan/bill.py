@@ -97,6 +97,7 @@ class Bill:
             "attention": work.strategy.attention,
             "fsdp": work.strategy.fsdp,
             "dtype": work.dtype,
+            "kv_dtype": work.kv_dtype,
             "quantize": self.quantize,
             "train": work.train,
             "batch": work.batch,

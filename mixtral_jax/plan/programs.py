@@ -15,6 +15,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.generate import chunk_bucket, row_bucket, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.sharding.collectives import Collective, read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
@@ -38,7 +39,8 @@ class Workload:
         mesh: already fitted to the model.
         batch: rows over all devices: conversations at once, or examples per training step.
         context: tokens per row, prompt and answer together.
-        dtype: of weights, activations and cache.
+        dtype: of weights, activations and, without ``kv_dtype``, cache.
+        kv_dtype: of the cache.
         strategy: how weights are placed.
         dispatch: how rows travel to experts.
         train: a training step instead of generation.
@@ -49,6 +51,7 @@ class Workload:
     batch: int = 1
     context: int = 4096
     dtype: str = "bfloat16"
+    kv_dtype: KVDtype | None = None
     strategy: Strategy = dataclasses.field(default_factory=Strategy)
     dispatch: DispatchOptions = dataclasses.field(default_factory=DispatchOptions)
     train: Train | None = None
@@ -112,7 +115,7 @@ def state_shapes(work: Workload) -> steps.DecodeState:
         steps.empty_state,
         work.config,
         slots=work.slots,
-        dtype=jnp.dtype(work.dtype),
+        dtype=storage_dtype(work.kv_dtype, work.dtype),
         placement=_placement(work),
     )
     row = jax.ShapeDtypeStruct((work.rows,), jnp.int32)

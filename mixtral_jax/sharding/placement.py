@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.kernels.experts import ExpertWeights
+from mixtral_jax.kernels.scaled_kv import KV
 from mixtral_jax.kernels.table import DEFAULT_KERNELS, KERNELS
 from mixtral_jax.model.cache import KV_AXES
 from mixtral_jax.model.placement import Routed, Routing, refuse_adapter_ids
@@ -47,8 +48,8 @@ class MeshPlacement:
     def attention(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: KV,
+        v: KV,
         queries: jax.Array,
         keys: jax.Array,
         *,
@@ -57,7 +58,7 @@ class MeshPlacement:
         """See Placement. Each device attends with its own heads to the keys of its own rows."""
         kernel = functools.partial(KERNELS[self.kernels].attention, window=window)
         rows = self._spec(q, ("batch", "length", "heads", "channels"))
-        slots = self._spec(k, KV_AXES)
+        slots = jax.tree.map(lambda x: self._spec(x, KV_AXES[: x.ndim]), k)
         places = self._spec(keys, ("batch", "slots"))
         return jax.shard_map(
             kernel,

@@ -35,9 +35,11 @@ def compiles(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("text", "window"), [(None, None), ("1x8", 16)], ids=["local", "1x8, window 16"]
+    ("text", "window", "kv_dtype"),
+    [(None, None, None), ("1x8", 16, "int8")],
+    ids=["local", "1x8, window 16, int8"],
 )
-def test_decode_step_compiles_once(small_config, text, window):
+def test_decode_step_compiles_once(small_config, text, window, kv_dtype):
     config = small_config(initializer_range=0.2, sliding_window=window)
     model, placement = random_model(config), LOCAL
     if text is not None:
@@ -46,7 +48,7 @@ def test_decode_step_compiles_once(small_config, text, window):
 
     def generate(length: int, options: SamplingOptions) -> None:
         request = Request(prompt_ids=tuple(range(3, 3 + length)), options=options)
-        generation = Generation(model, [request], placement=placement)
+        generation = Generation(model, [request], placement=placement, kv_dtype=kv_dtype)
         written = sum(len(c.token_ids[0]) for c in generation.chunks())
         assert written == options.max_new_tokens
 

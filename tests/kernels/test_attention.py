@@ -59,7 +59,9 @@ def test_scores_are_never_held_whole():
         lowered = jax.jit(kernel, static_argnames="window").lower(
             shapes[0], shapes[1], shapes[1], *places, window=None
         )
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     scores = 8 * 512 * 32768 * 4
     assert temporaries(blocked_attention) < 6 * kernels.SCORE_BYTES

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.attention import attends
-from mixtral_jax.model.cache import advance, init_cache, num_slots
+from mixtral_jax.kernels.scaled_kv import KV_DTYPES, ScaledKV
+from mixtral_jax.model.cache import advance, init_cache, num_slots, write_kv
 from tests.models import REFERENCE, forward, random_model, random_tokens
 
 F32 = 1e-4
@@ -42,6 +43,46 @@ def test_chunks_equal_one_pass(small_config, window, chunk):
             for t in np.flatnonzero(np.asarray(valid[row])):
                 np.testing.assert_allclose(logits[row, t], want[row, start + t], atol=F32)
     assert cache.lengths.tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_chunks_through_a_ring_of_codes_equal_one_chunk(small_config, kv_dtype):
+    """What a slot held before leaves no trace, neither in its codes nor in its scales."""
+    model = random_model(small_config(sliding_window=6, initializer_range=0.2))
+    config, total, chunk = model.config, 24, 4
+    tokens = random_tokens(config, (2, total))
+
+    @jax.jit
+    def read(part, cache):
+        hidden = model.hidden(part, cache=cache, placement=REFERENCE)
+        return model.unembed(hidden.x), hidden.cache
+
+    def logits(slots: int, chunk: int) -> np.ndarray:
+        cache = init_cache(config, rows=2, slots=slots, dtype=KV_DTYPES[kv_dtype])
+        parts = []
+        for start in range(0, total, chunk):
+            part, cache = read(tokens[:, start : start + chunk], cache)
+            parts.append(part)
+        return np.concatenate(parts, axis=1)
+
+    whole, slots = logits(total, total), num_slots(config, total=total, chunk=chunk)
+    assert slots < total, "the ring must wrap"
+    np.testing.assert_allclose(logits(slots, chunk), whole, atol=F32)
+    assert np.abs(logits(slots - 1, chunk) - whole).max() > 100 * F32, "one slot less loses a key"
+    assert np.abs(forward(model, tokens) - whole).max() > F32, "codes are what was read"
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_padding_writes_no_codes(small_config, kv_dtype):
+    dtype = KV_DTYPES[kv_dtype]
+    target = init_cache(small_config(), rows=1, slots=4, dtype=dtype).keys[0]
+    new = jnp.arange(1.0, 33.0).reshape(1, 2, 2, 8)
+    got = write_kv(target, new, jnp.asarray([[2, 4]]))
+    assert isinstance(got, ScaledKV)
+    assert (got.scales[0] > 0).all(axis=-1).tolist() == [False, False, True, False]
+    restored = got.widened(jnp.float32)[0] * got.scales[0, ..., None]
+    np.testing.assert_allclose(restored[2], new[0, 0], rtol=0.07)
+    assert not restored[jnp.asarray([0, 1, 3])].any()
 
 
 def test_one_slot_less_would_lose_a_key(small_config):

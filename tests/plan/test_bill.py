@@ -136,6 +136,19 @@ def test_the_embedded_model_takes_what_the_plan_says(mesh):
     assert sum(len(ids) for chunk in live.chunks() for ids in chunk.token_ids) > 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_cache_of_codes_is_the_arithmetic(small_config, kv_dtype):
+    config, mesh = small_config(num_hidden_layers=3), MeshSpec.parse("2x1x2")
+    work = Workload(config=config, mesh=mesh, batch=8, context=64, kv_dtype=kv_dtype)
+    memory = memory_of(work, weight_bytes(config, mesh, Strategy()), 0)
+    rows, slots, heads, vector = 8 // 2, work.slots, 2 // 2, config.head_dim + 4
+    assert memory.cache_bytes == rows * slots * (3 * 2 * heads * vector + 4)
+    plain = memory_of(
+        dataclasses.replace(work, kv_dtype=None), weight_bytes(config, mesh, Strategy()), 0
+    )
+    assert plain.cache_bytes == rows * slots * (3 * 2 * heads * config.head_dim * 2 + 4)
+
+
 @pytest.mark.slow
 def test_temporaries_of_few_layers_are_those_of_all(small_config):
     config = small_config(num_hidden_layers=5)

@@ -68,6 +68,7 @@ def test_text_says_what_is_not_split():
         ("--plot x.svg", 64, "--plot"),
         ("--sweep --mesh 1x8", 64, "leave out --mesh"),
         ("--fsdp", 64, "--train full"),
+        ("--train lora --kv-dtype int8", 64, "--kv-dtype: training has no cache"),
         ("--train full --mesh 2x4 --batch 3", 78, "a multiple of data x expert (8)"),
     ],
 )
