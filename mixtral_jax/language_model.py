@@ -24,6 +24,7 @@ from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.kernels.table import KERNELS, kernels_for
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
@@ -88,6 +89,7 @@ def load(
     spec, strategy = spec or default_spec(config, note), Strategy(attention=asked.attention)
     strategy.check(config, spec)
     mesh = spec.build()
+    kernels = asked.kernels or kernels_for(mesh.devices.flat[0].platform)
     adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
     shardings = weight_shardings(leaf_specs(config), mesh, strategy)
     leaves = load_weights(
@@ -96,6 +98,7 @@ def load(
         sharding_of=lambda path: shardings[path],
         dtype=dtype,
         expert_shards=spec.expert,
+        layout=KERNELS[kernels].layout,
         verify=asked.verify,
         progress=progress,
         note=note,
@@ -109,7 +112,7 @@ def load(
     return LanguageModel(
         assemble(config, leaves),
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
-        placement=MeshPlacement(mesh, dispatch, strategy=strategy),
+        placement=MeshPlacement(mesh, dispatch, kernels, strategy),
         spec=spec,
         folder=folder,
         note=note,

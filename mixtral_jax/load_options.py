@@ -7,6 +7,7 @@ from typing import Literal
 
 from mixtral_jax.config import DTYPES
 from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
@@ -28,6 +29,8 @@ class LoadOptions:
         adapter: a folder with a PEFT LoRA adapter, applied on top of the weights.
         attention: ``data``: each device of the expert axis has rows of its own; ``tensor``: they
             share the heads of the same rows (latency at small batches).
+        kernels: visit (the CPU's), gpu, tpu or reference (slow): what computes; chosen by the
+            mesh's devices, if None.
     """
 
     mesh: str | None = None
@@ -39,11 +42,15 @@ class LoadOptions:
     verify: bool = True
     adapter: str | None = None
     attention: Attention = Strategy.attention
+    kernels: str | None = None
 
     def __post_init__(self):
         if self.dtype is not None and self.dtype not in DTYPES:
             expected = ", ".join(DTYPES)
             raise MixtralError("--dtype", expected=expected, got=repr(self.dtype), code=USAGE)
+        if self.kernels is not None and self.kernels not in tuple(KERNELS):
+            expected = ", ".join(KERNELS)
+            raise MixtralError("--kernels", expected=expected, got=repr(self.kernels), code=USAGE)
         window = self.sliding_window
         if window is not None and (not isinstance(window, int) or window < 1):
             expected = "a positive integer"

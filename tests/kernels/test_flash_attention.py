@@ -76,6 +76,7 @@ def test_gradients_equal_those_of_the_reference(window):
         (1, 1, 4096, (1, 8, 32)),  # few rows: keys are split
         (32, 1, 4096, (1, 256, 1)),
         (1, 512, 32768, (32, 8, 1)),
+        (128, 1, 32768, (1, 1024, 1)),  # a cache that 32 bits cannot index
     ],
 )
 def test_lowers_for_cuda_at_full_size(B, T, S, grid):
