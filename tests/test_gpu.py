@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,7 +63,7 @@ def test_routed_kernels_equal_the_reference(name, size, dtype):
 
     got, want = loss(ROUTED[name]), loss(dense_experts)
     for routing in ROUTINGS:
-        out, x, ids, shares, valid, experts = operands(routing, *size, dtype)
+        out, x, ids, shares, valid, experts = operands(routing, *size, dtype=dtype)
         given = (out, x, shares, experts, ids, valid)
         assert_close(got(*given), want(*given), 4 * KERNEL_TOLERANCE[dtype])
 
@@ -73,7 +74,7 @@ def test_routed_kernels_equal_the_reference(name, size, dtype):
     "size", [(2, 1, 3000, 8, 2, 128), (1, 200, 520, 8, 2, 128), (2, 37, 211, 6, 2, 24)]
 )
 def test_attention_kernel_equals_the_reference(size, window, dtype):
-    given = attention_operands(*size, dtype)
+    given = attention_operands(*size, dtype=dtype)
     sees = attends(*given[3:], window).any(axis=-1)
     got = jax.jit(functools.partial(flash_attention, window=window))(*given)
     want = attention(*given, window=window)
@@ -86,7 +87,7 @@ def test_rows_of_the_table_generate_the_same(kernels):
     got, want = (mj.load("tiny", kernels=name) for name in (kernels, "reference"))
     tokens = [want.encode("The red house is")]
     np.testing.assert_allclose(got.logits(tokens), want.logits(tokens), atol=F32)
-    asked = {"max_new_tokens": 40, "temperature": 0}
+    asked: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
     got, want = (lm.generate(["The red house"], **asked)[0].token_ids for lm in (got, want))
     assert got == want
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ SIZES = [(1, 40, 70), (16, 128, 64), (23, 130, 33), (150, 24, 40)]
 def test_equals_the_reference(name, size, dtype):
     run = jax.jit(ROUTED[name])
     for routing in ROUTINGS:
-        given = operands(routing, *size, dtype)
+        given = operands(routing, *size, dtype=dtype)
         assert_close(run(*given), DENSE(*given), TOLERANCE[dtype])
 
 
@@ -124,7 +125,9 @@ def shapes_8x7b(num_rows: int):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows = (of((num_rows, 2), jnp.int32), of((num_rows, 2), jnp.float32), of((num_rows,), bool))
-    experts = [of((8, *s), jnp.bfloat16) for s in ((14336, 4096), (14336, 4096), (4096, 14336))]
+    experts: list[Any] = [
+        of((8, *s), jnp.bfloat16) for s in ((14336, 4096), (14336, 4096), (4096, 14336))
+    ]
     x = (num_rows, 4096)
     return of(x, jnp.float32), of(x, jnp.bfloat16), *rows, ExpertWeights(*experts)
 
