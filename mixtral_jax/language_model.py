@@ -25,6 +25,7 @@ from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KVDtype
+from mixtral_jax.kernels.table import KERNELS, kernels_for
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
@@ -89,6 +90,7 @@ def load(
     spec, strategy = spec or default_spec(config, note), Strategy(attention=asked.attention)
     strategy.check(config, spec)
     mesh = spec.build()
+    kernels = asked.kernels or kernels_for(mesh.devices.flat[0].platform)
     adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
     shardings = weight_shardings(leaf_specs(config), mesh, strategy)
     leaves = load_weights(
@@ -97,6 +99,7 @@ def load(
         sharding_of=lambda path: shardings[path],
         dtype=dtype,
         expert_shards=spec.expert,
+        layout=KERNELS[kernels].layout,
         verify=asked.verify,
         progress=progress,
         note=note,
@@ -110,7 +113,7 @@ def load(
     return LanguageModel(
         assemble(config, leaves),
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
-        placement=MeshPlacement(mesh, dispatch, strategy=strategy),
+        placement=MeshPlacement(mesh, dispatch, kernels, strategy),
         spec=spec,
         kv_dtype=asked.kv_dtype,
         folder=folder,

@@ -8,6 +8,7 @@ from typing import Literal
 from mixtral_jax.config import DTYPES
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype
+from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
@@ -31,6 +32,8 @@ class LoadOptions:
             share the heads of the same rows (latency at small batches).
         kv_dtype: ``int8`` or ``fp8`` keys and values in the cache, with a scale for each head of
             each position; those of the activations, if None.
+        kernels: visit (the CPU's), gpu, tpu or reference (slow): what computes; chosen by the
+            mesh's devices, if None.
     """
 
     mesh: str | None = None
@@ -43,6 +46,7 @@ class LoadOptions:
     adapter: str | None = None
     attention: Attention = Strategy.attention
     kv_dtype: KVDtype | None = None
+    kernels: str | None = None
 
     def __post_init__(self):
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -51,6 +55,9 @@ class LoadOptions:
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             expected = ", ".join(KV_DTYPES)
             raise MixtralError("--kv-dtype", expected=expected, got=repr(self.kv_dtype), code=USAGE)
+        if self.kernels is not None and self.kernels not in tuple(KERNELS):
+            expected = ", ".join(KERNELS)
+            raise MixtralError("--kernels", expected=expected, got=repr(self.kernels), code=USAGE)
         window = self.sliding_window
         if window is not None and (not isinstance(window, int) or window < 1):
             expected = "a positive integer"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +159,8 @@ jax.tree_util.register_dataclass(ExpertSlots, data_fields=("slots",), meta_field
 
 Weight: TypeAlias = jax.Array | QTensor | Adapted | ExpertSlots
 Matrix: TypeAlias = jax.Array | QTensor | Adapted
+# Of experts: `ExpertSlots`, or one `[E, O, I]` array.
+Layout: TypeAlias = Literal["slots", "stacked"]
 
 
 def _only_ellipsis(index: object) -> None:

@@ -24,6 +24,7 @@ cases = {
     "dispatch": lambda: mj.load(dispatch="alltoall"),
     "overflow": lambda: mj.load(overflow="Drop"),
     "capacity": lambda: mj.load(capacity_factor="2"),
+    "kernels": lambda: mj.load(kernels=["gpu"]),
     "unknown": lambda: mj.load(quantise="int8"),
     "method": lambda: DispatchOptions(method="everything"),
     "floats": lambda: lm.logits([[1.9, 2.7]]),

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,10 @@ from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
 from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
-from mixtral_jax.weights import ExpertSlots, Weight
+from mixtral_jax.weights import ExpertSlots, Layout, Weight
 
 ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
 Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
-Layout: TypeAlias = Literal["slots", "stacked"]
 # (leaf, ids of the devices that hold what was read) -> bytes read from the checkpoint.
 Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
 # Leaves in flight at a time; each costs its local bytes of host memory.

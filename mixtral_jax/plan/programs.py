@@ -16,6 +16,7 @@ from mixtral_jax.decode import steps
 from mixtral_jax.decode.generate import chunk_bucket, row_bucket, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
+from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.sharding.collectives import Collective, read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
@@ -93,14 +94,14 @@ def _placement(work: Workload) -> MeshPlacement:
     return MeshPlacement(work.mesh.build(), work.dispatch, strategy=work.strategy)
 
 
-def _leaves(work: Workload, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _leaves(work: Workload, placement: MeshPlacement) -> dict[str, Any]:
     """Shapes of the weights, where and as ``mj.load`` puts them."""
-    specs = leaf_specs(work.config, work.dtype)
+    specs, mesh = leaf_specs(work.config, work.dtype), placement.mesh
     shardings, shards = weight_shardings(specs, mesh, work.strategy), mesh.shape["expert"]
     leaves: dict[str, Any] = {}
     for path, spec in specs.items():
         shape, sharding = spec.shape, shardings[path]
-        if "expert" in spec.axes:
+        if "expert" in spec.axes and KERNELS[placement.kernels].layout == "slots":
             slot = jax.ShapeDtypeStruct((shards, *shape[1:]), spec.dtype, sharding=sharding)
             leaves[path] = ExpertSlots((slot,) * (shape[0] // shards))
         else:
@@ -153,7 +154,7 @@ def compile_programs(work: Workload) -> dict[str, Program]:
 
 def _generate(work: Workload) -> dict[str, Any]:
     placement, B = _placement(work), work.rows
-    model = assemble(work.config, _leaves(work, placement.mesh))
+    model = assemble(work.config, _leaves(work, placement))
     state = state_shapes(work)
     tokens = jax.ShapeDtypeStruct((B, work.chunk), jnp.int32)
     counts = jax.ShapeDtypeStruct((B,), jnp.int32)
@@ -181,7 +182,7 @@ def _train(work: Workload) -> dict[str, Any]:
     """Loss and gradient of what is trained; the update itself only reads and writes its state."""
     placement = _placement(work)
     mesh = placement.mesh
-    leaves = _leaves(work, mesh)
+    leaves = _leaves(work, placement)
     everywhere = jax.NamedSharding(mesh, jax.P())
     tokens = jax.ShapeDtypeStruct((work.rows, work.context), jnp.int32, sharding=everywhere)
 

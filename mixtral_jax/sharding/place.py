@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from mixtral_jax.model.transformer import LeafSpec, Mixtral, assemble, leaf_specs
 from mixtral_jax.sharding.rules import kind_specs, partition_spec
 from mixtral_jax.sharding.strategy import Strategy
-from mixtral_jax.weights import AXES_KEY, Weight, slots_of
+from mixtral_jax.weights import AXES_KEY, Layout, Weight, slots_of
 
 DEFAULT = Strategy()
 
@@ -53,15 +53,15 @@ def place_weight(w: Weight, sharding: NamedSharding) -> Weight:
 
 
 def place(
-    model: Mixtral, mesh: Mesh, *, slots: bool = True, strategy: Strategy = DEFAULT
+    model: Mixtral, mesh: Mesh, *, layout: Layout = "slots", strategy: Strategy = DEFAULT
 ) -> Mixtral:
-    """Puts a model in memory onto a mesh; ``slots`` lays experts out as whole arrays."""
+    """Puts a model in memory onto a mesh, its experts in the layout of the kernels to come."""
     shardings = weight_shardings(leaf_specs(model.config), mesh, strategy)
     placed = {}
     for path, param in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))
         leaf = param[...]
-        if slots and leaf.ndim == 3:
+        if layout == "slots" and leaf.ndim == 3:
             leaf = slots_of(leaf, mesh.shape["expert"])
         placed[name] = place_weight(leaf, shardings[name])
     return assemble(model.config, placed)

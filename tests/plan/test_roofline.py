@@ -60,7 +60,7 @@ def test_flops_are_those_of_the_program(small_config, mesh, method, name):
         ),
     )
     placement = _placement(work)
-    model, state = assemble(config, _leaves(work, placement.mesh)), state_shapes(work)
+    model, state = assemble(config, _leaves(work, placement)), state_shapes(work)
     if name == "prefill":
         shapes = (work.rows, work.chunk), (work.rows,)
         arguments = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]

@@ -22,7 +22,8 @@ from tests.models import random_model, random_tokens
 
 ROWS, CHUNK, SLOTS, LAYERS = 16, 16, 64, 2
 # jax promises no stability of this call between versions; no artifact is kept.
-UNCHECKED = [export.DisabledSafetyCheck.custom_call("ragged_all_to_all")]
+TRITON = "__gpu$xla.gpu.triton"
+UNCHECKED = [export.DisabledSafetyCheck.custom_call(name) for name in ("ragged_all_to_all", TRITON)]
 METHODS = {
     "all_to_all": (r"stablehlo\.all_to_all", 2),
     "all_to_all_once": (r"stablehlo\.all_to_all", 3),
@@ -89,3 +90,31 @@ def test_programs_lower_for_accelerators(model, platform, method):
         assert len(re.findall(operation, text)) >= least, name
         if method != "ragged":
             assert "ragged" not in text
+
+
+# Triton calls of a layer, `replicated`: attention, then hidden and down. A gradient step runs them
+# forwards; backwards, the weights' and rows' gradients of three products are grouped.
+PALLAS = {"prefill": (LAYERS + 2 * (LAYERS - 1), 0), "decode_step": (3 * LAYERS, 0)}
+PALLAS["gradient_step"] = (3 * LAYERS, 2 * 3 * LAYERS)
+
+
+@pytest.mark.parametrize("text", ["1x1", "1x8"])
+def test_programs_lower_with_the_gpu_kernels(model, text):
+    mesh = MeshSpec.parse(text).build()
+    placement = MeshPlacement(mesh, DispatchOptions(method="replicated"), kernels="gpu")
+    placed = place(model, mesh, layout="stacked")
+    for name, (program, arguments) in programs(placed, placement).items():
+        lower = export.export(jax.jit(program), platforms=["cuda"], disabled_checks=UNCHECKED)
+        artifact = lower(*arguments).mlir_module()
+        triton, grouped = PALLAS[name]
+        assert artifact.count(f"@{TRITON}") == triton, name
+        assert artifact.count("chlo.ragged_dot") >= grouped, name
+
+
+def test_programs_lower_with_the_tpu_kernels(model):
+    mesh = MeshSpec.parse("1x8").build()
+    placement = MeshPlacement(mesh, kernels="tpu")
+    placed = place(model, mesh, layout="stacked")
+    for name, (program, arguments) in programs(placed, placement).items():
+        artifact = export.export(jax.jit(program), platforms=["tpu"])(*arguments).mlir_module()
+        assert "chlo.ragged_dot" in artifact, name

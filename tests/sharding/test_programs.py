@@ -90,7 +90,7 @@ def test_nor_in_decode(model, monkeypatch):
 def test_a_gathered_expert_would_be_seen(model):
     """The negative control: the layout that this project exists to avoid."""
     mesh = MeshSpec.parse("1x8").build()
-    gate = place(model, mesh, slots=False).layers[0].moe.experts.gate[...]
+    gate = place(model, mesh, layout="stacked").layers[0].moe.experts.gate[...]
     everywhere = jax.NamedSharding(mesh, jax.P())
     program = jax.jit(lambda w: jax.lax.with_sharding_constraint(w, everywhere) * 2)
     shapes = gathered_shapes(program.lower(gate).compile().as_text())

@@ -94,7 +94,7 @@ def test_logits_and_gradients_equal_one_device(num_experts, text, method, shape,
     def on_mesh(model, tokens):
         return loss(gather_weights(model, mesh, strategy), tokens, placement)
 
-    placed = place(model, mesh, strategy=strategy, slots=False)
+    placed = place(model, mesh, strategy=strategy, layout="stacked")
     tokens = random_tokens(model.config, shape)
     (_, logits), gradient = jax.jit(jax.value_and_grad(on_mesh, has_aux=True))(placed, tokens)
     want_logits, want = expected(num_experts, shape)
@@ -109,7 +109,7 @@ def test_gradients_of_fsdp_lie_where_the_weights_rest():
     model, spec = model_of(8), MeshSpec.parse("2x4")
     mesh, strategy = spec.build(), Strategy(fsdp=True)
     placement = MeshPlacement(mesh, strategy=strategy)
-    placed = place(model, mesh, strategy=strategy, slots=False)
+    placed = place(model, mesh, strategy=strategy, layout="stacked")
 
     def value(model, tokens):
         return loss(gather_weights(model, mesh, strategy), tokens, placement)[0]
