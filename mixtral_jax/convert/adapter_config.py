@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mixtral_jax.convert.safetensors_file import parse_json
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 
-MAX_CONFIG_BYTES = 1_000_000
 LARGEST = 1_000_000  # no rank or alpha is
 
 # Fields that change what the tensors mean; each must be absent, null, false or empty.
@@ -38,7 +37,11 @@ class LoraConfig:
 
     def __init__(self, path: Path):
         self.path = path
-        fields = _read_json(path)
+        try:
+            fields = read_json(path, fix="use the file that peft wrote")
+        except FileNotFoundError:
+            fix = "name a folder that peft's save_pretrained wrote"
+            raise MixtralError(f"no such file: {path}", fix=fix, code=INPUT_NOT_FOUND) from None
         canonical = json.dumps(fields, sort_keys=True).encode()
         self.digest = hashlib.sha256(canonical).hexdigest()
         if fields.get("peft_type") != "LORA":
@@ -130,13 +133,3 @@ def _match(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return otherwise
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        fix = "name a folder that peft's save_pretrained wrote"
-        raise MixtralError(f"no such file: {path}", fix=fix, code=INPUT_NOT_FOUND)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        what = f"{path}: larger than {MAX_CONFIG_BYTES} bytes"
-        raise MixtralError(what, fix="use the file that peft wrote", code=BAD_DATA)
-    return parse_json(path.read_bytes(), path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,11 +17,11 @@ from mixtral_jax.convert.reader import INDEX_NAME, PICKLES, Checkpoint
 from mixtral_jax.convert.safetensors_file import (
     FLOATS,
     bytes_of,
-    parse_json,
     prefetch,
     read_exactly,
 )
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 from mixtral_jax.model.transformer import LeafSpec
 
 Note = Callable[[str], None]
@@ -305,7 +304,7 @@ def check_leaf(
         return [f"{leaf}: manifest entry is unusable"]
     path = array_folder(folder, leaf) / ".zarray"
     try:
-        array = parse_json(path.read_bytes(), path)
+        array = read_json(path)
     except OSError:
         return [f"{leaf}: no array in {path.parent}"]
     chunk_shape = shape if chunks[0].expert is None else (1, *shape[1:])
@@ -381,4 +380,4 @@ def config_content(folder: Path, config: ModelConfig) -> dict[str, Any]:
     path = config_path(folder)
     if path.name == NATIVE_NAME:
         return config_to_dict(config)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.convert.safetensors_file import parse_json
 from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.json_file import read_json
 
 NAME = "manifest.json"
 VERSION = 1
+MAX_BYTES = 32_000_000  # of 8x22B: 0.3 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def read_manifest(folder: Path) -> Manifest:
         MixtralError: exit code 65 if it is of another version, unreadable or altered.
     """
     path = folder / NAME
-    raw = parse_json(path.read_bytes(), path)
+    raw = read_json(path, max_bytes=MAX_BYTES)
     if raw.get("version") != VERSION:
         raise MixtralError(
             f"{path} version",

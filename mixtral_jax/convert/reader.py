@@ -20,9 +20,9 @@ from mixtral_jax.convert.safetensors_file import (
     Tensor,
     bad_file,
     bytes_of,
-    parse_json,
 )
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -153,13 +153,10 @@ class Checkpoint:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     path = safe_path(folder, INDEX_NAME)
-    if not path.exists():
+    try:
+        weight_map = read_json(path, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if not path.is_file():
-        raise bad_file(path, "not a regular file")
-    if path.stat().st_size > MAX_HEADER_BYTES:
-        raise bad_file(path, f"larger than {MAX_HEADER_BYTES} bytes")
-    weight_map = parse_json(path.read_bytes(), path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise bad_file(path, "weight_map: expected an object of tensor -> file")
     for name in weight_map.values():

@@ -267,7 +267,7 @@ def test_index_that_is_a_folder_or_a_link_away_is_refused(tmp_path):
         Checkpoint(folder)
     (folder / INDEX_NAME).unlink()
     (folder / INDEX_NAME).mkdir()
-    with pytest.raises(MixtralError, match="not a regular file"):
+    with pytest.raises(MixtralError, match="is a folder"):
         Checkpoint(folder)
 
 
