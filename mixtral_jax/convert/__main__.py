@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import tyro
 
 from mixtral_jax import cli
-from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
+from mixtral_jax.convert.driver import convert
+from mixtral_jax.convert.options import ConvertOptions, ConvertReport
 from mixtral_jax.errors import INTERRUPTED, OK
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions

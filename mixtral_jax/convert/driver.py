@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.companions import check_companions, copy_companions, find_companions
-from mixtral_jax.convert.export import SafetensorsOutput, parse_size
+from mixtral_jax.convert.export import SafetensorsOutput
 from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
 from mixtral_jax.convert.leaves import Leaves, common_dtype, is_checkpoint, open_leaves
@@ -33,6 +33,7 @@ from mixtral_jax.convert.manifest import (
 )
 from mixtral_jax.convert.memory import PeakMemory
 from mixtral_jax.convert.merge import Merge
+from mixtral_jax.convert.options import ConvertOptions, ConvertReport
 from mixtral_jax.convert.orbax import disk_full, is_disk_full
 from mixtral_jax.convert.output import OrbaxOutput, Output
 from mixtral_jax.convert.preflight import check_destination, check_disk, check_work_folder
@@ -44,56 +45,16 @@ from mixtral_jax.errors import (
     INTERRUPTED,
     IO_ERROR,
     OUTPUT_EXISTS,
-    USAGE,
     MixtralError,
 )
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 
-Dtype: TypeAlias = Literal["keep", "float32", "bfloat16", "float16"]
 Note: TypeAlias = Callable[[str], None]
 Progress: TypeAlias = Callable[[int, int], None]
 
 WORK_SUFFIX = ".partial"
 JOURNAL_NAME, OUTPUT_NAME = "journal.jsonl", "output"
 THREADS = min(8, os.cpu_count() or 1)
-DEFAULT_SHARD_SIZE = "5GB"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """How to convert."""
-
-    format: Literal["orbax", "safetensors"] = "orbax"
-    """Format of the weights in the output folder; safetensors has the names of Hugging Face."""
-    dtype: Dtype = "keep"
-    """Store the weights in this dtype."""
-    adapter: str | None = None
-    """A folder with a PEFT LoRA adapter, merged into the weights."""
-    max_shard_size: str | None = None
-    """With safetensors: most bytes of tensors in one file, as 500MB (5GB unless given)."""
-    verify: bool = False
-    """Read every leaf back through the format's library, of a finished output too."""
-    allow_nonfinite: bool = False
-    """Accept NaN and infinite weights."""
-
-    def __post_init__(self):
-        if self.max_shard_size is not None:
-            if self.format != "safetensors":
-                fix = "add --format safetensors, or leave it out"
-                raise MixtralError("--max-shard-size is for safetensors", fix=fix, code=USAGE)
-            parse_size(self.max_shard_size)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertReport:
-    """What was converted. ``peak_rss_bytes`` is anonymous memory of the process."""
-
-    parameters: int
-    tensors: int
-    bytes: int
-    seconds: float
-    peak_rss_bytes: int
-    digest: str
 
 
 def convert(
@@ -202,7 +163,7 @@ class _Conversion:
     def _output(self, folder: Path) -> Output:
         if self.options.format == "orbax":
             return OrbaxOutput(folder, self.specs)
-        size = parse_size(self.options.max_shard_size or DEFAULT_SHARD_SIZE)
+        size = self.options.max_shard_bytes
         return SafetensorsOutput(folder, self.specs, self.dtypes, max_shard_bytes=size)
 
     def _fingerprint(self, leaves: Leaves) -> dict[str, Any]:
@@ -213,7 +174,7 @@ class _Conversion:
             "dtype": self.options.dtype,
         }
         if self.options.format == "safetensors":
-            found["max_shard_size"] = parse_size(self.options.max_shard_size or DEFAULT_SHARD_SIZE)
+            found["max_shard_size"] = self.options.max_shard_bytes
         return found
 
     def _finished_already(self, pool: Executor) -> Manifest | None:
@@ -274,7 +235,7 @@ class _Conversion:
         self, output: Output, journal: Journal, stop: Callable[[], bool], pool: Executor
     ) -> Manifest:
         output.prepare()
-        self._buffer = np.empty(max(map(self._num_bytes, self.specs)), np.uint8)
+        self._buffer = np.empty(0, np.uint8)
         self._total = sum(map(self._source_bytes, self.specs))
         records: dict[str, LeafRecord] = {}
         self._refuse_nonfinite(journal.finished)
@@ -341,12 +302,17 @@ class _Conversion:
         self, output: Output, leaf: str, following: str | None, pool: Executor
     ) -> LeafRecord:
         # One buffer for all leaves: fresh memory would cost the system a page fault per 4 KiB.
+        if not len(self._buffer):
+            self._buffer = np.empty(max(map(self._num_bytes, self.specs)), np.uint8)
         value = self._buffer[: self._num_bytes(leaf)].view(self.dtypes[leaf])
         value = value.reshape(self.specs[leaf].shape)
         record = self._fetch(leaf, value, pool, progress=self._advance)
         if following is not None:
             pool.submit(self.leaves.prefetch, following)
         output.write(leaf, value)
+        if self.options.verify:  # Orbax needs up to two leaves of memory for itself
+            del value
+            self._buffer = np.empty(0, np.uint8)
         if self.options.verify and not output.reads_back(leaf, record, pool):
             raise MixtralError(
                 f"{leaf} in {output.folder} does not read back as it was written",

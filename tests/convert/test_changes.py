@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -126,3 +128,16 @@ def test_numbers_beyond_any_model(tmp_path, small_config, field, value):
     fields = json.loads((src / "config.json").read_text())
     (src / "config.json").write_text(json.dumps({**fields, field: value}))
     assert field in fails(BAD_CONFIG, src, tmp_path / "out")
+
+
+def test_killed_between_the_header_of_a_file_and_its_size_no_leaf_is_redone(tmp_path, original):
+    options = ConvertOptions(format="safetensors")
+    fails(INTERRUPTED, original, tmp_path / "out", options, stop=lambda: True)
+    file = tmp_path / "out.partial" / "output" / "model.safetensors"
+    (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+    os.truncate(file, 8 + length)
+    fails(INTERRUPTED, original, tmp_path / "out", options, stop=Stop(9))
+    notes: list[str] = []
+    convert(original, tmp_path / "out", options, note=notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("resuming: 8 of ")

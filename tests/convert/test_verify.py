@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mixtral_jax.convert import ConvertOptions, convert
+from mixtral_jax.convert import ConvertOptions, convert, orbax
 from mixtral_jax.convert.leaves import chunk_path
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.errors import BAD_DATA, INTERRUPTED, OUTPUT_EXISTS, MixtralError
@@ -126,3 +127,24 @@ def test_complete_output_that_orbax_cannot_read_is_refused_under_verify(tmp_path
     error = refusal(original, tmp_path / "out", VERIFY)
     assert error.code == BAD_DATA
     assert str(error).startswith("norm.weight")
+
+
+def test_no_leaf_is_held_while_orbax_reads_it_back(tmp_path, original, monkeypatch):
+    """Orbax needs two leaves for itself, which is all that is promised."""
+    write_leaf, read_leaf = orbax.write_leaf, orbax.read_leaf
+    held: list[weakref.ref[np.ndarray]] = []
+    found: list[np.ndarray | None] = []
+
+    def write(folder, leaf, value):
+        held.append(weakref.ref(value.base))
+        write_leaf(folder, leaf, value)
+
+    def read(folder, leaf):
+        found.append(held[-1]())
+        return read_leaf(folder, leaf)
+
+    monkeypatch.setattr(orbax, "write_leaf", write)
+    monkeypatch.setattr(orbax, "read_leaf", read)
+    convert(original, tmp_path / "out", VERIFY)
+    assert len(found) == len(held) > 0
+    assert found == [None] * len(held)
