@@ -349,14 +349,20 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     eos = list(values.pop("eos_token_ids"))
     dtype = values.pop("dtype")
-    if config.sliding_window == MISPUBLISHED_WINDOW:
-        values[_DELIBERATE] = True
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "hidden_act": "silu",
         **values,
+        **followed_window(config),
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "torch_dtype": dtype,
     }
+
+
+def followed_window(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config.json whose window every reader takes as we do."""
+    is_deliberate = config.sliding_window == MISPUBLISHED_WINDOW
+    own = {_DELIBERATE: True} if is_deliberate else {}
+    return {"sliding_window": config.sliding_window, **own}

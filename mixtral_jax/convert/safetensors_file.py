@@ -112,7 +112,7 @@ class SafetensorsFile:
         if not same or (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
             raise MixtralError(
                 f"{self.path} was changed while it was read",
-                fix="let nothing write to it, and start again in a new destination",
+                fix="let nothing write to it, and start again",
                 code=BAD_DATA,
             )
 
