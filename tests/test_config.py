@@ -308,7 +308,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_errors_name_the_file_that_was_read(tmp_path):
     native = {"dim": 64, "n_layers": 2, "hidden_dim": 96, "n_heads": 4, "vocab_size": -1}
-    (tmp_path / "params.json").write_text(json.dumps(native | {"num_experts": 2, "num_experts_per_tok": 1}))
+    (tmp_path / "params.json").write_text(
+        json.dumps(native | {"num_experts": 2, "num_experts_per_tok": 1})
+    )
     with pytest.raises(MixtralError, match=r"params\.json field") as caught:
         read_config(tmp_path)
     assert "config.json" not in str(caught.value)

@@ -30,7 +30,7 @@ class Options(ConvertOptions):
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A Hugging Face or native Mistral folder, one that convert wrote, or org/name[@revision]."""
+    """A Hugging Face or native Mistral folder, one of ours, tiny, or org/name[@revision]."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to make; work goes on in DST.partial until all is done."""
     json: bool = False

@@ -20,7 +20,7 @@ from mixtral_jax.convert.safetensors_file import (
     prefetch,
     read_exactly,
 )
-from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError, listing
 from mixtral_jax.json_file import read_json
 from mixtral_jax.model.transformer import LeafSpec
 
@@ -221,8 +221,7 @@ class OrbaxLeaves:
             problems += check_leaf(folder, leaf, specs[leaf].shape, records[leaf])
         if problems:
             raise MixtralError(
-                f"{folder}: {len(problems)} problem(s) with its weights: "
-                f"{'; '.join(sorted(problems))}",
+                f"{folder}: {len(problems)} problem(s) with its weights: {listing(problems)}",
                 fix="convert the checkpoint again",
                 code=BAD_DATA,
             )

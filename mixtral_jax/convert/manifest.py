@@ -38,12 +38,15 @@ class LeafRecord:
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> LeafRecord:
         """From JSON; KeyError or TypeError for what is none."""
-        return cls(
+        found = cls(
             shape=tuple(entry["shape"]),
             dtype=entry["dtype"],
             chunks=tuple(entry["chunks"]),
             nonfinite=bool(entry.get("nonfinite", False)),
         )
+        if not all(map(_is_count, found.shape)) or not _are_texts(found.dtype, *found.chunks):
+            raise TypeError("a field of another type")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,8 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
             companions=dict(raw.get("companions", {})),
             source=dict(raw.get("source", {})),
         )
-        plain = all(Path(name).name == name and "\0" not in name for name in manifest.companions)
-        intact = plain and manifest.digest == raw["digest"]
+        intact = _is_sound(manifest) and manifest.digest == raw["digest"]
     except (KeyError, TypeError, ValueError, AttributeError):
         intact = False
     if not intact:
@@ -133,6 +135,26 @@ def read_manifest(folder: Path) -> Manifest:
             code=BAD_DATA,
         )
     return manifest
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_texts(*values: object) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    """The types of what no digest covers; companions are plain names."""
+    names, source = manifest.companions, manifest.source
+    return (
+        isinstance(manifest.fingerprint, dict)
+        and _is_count(manifest.parameters)
+        and _is_count(manifest.bytes)
+        and _are_texts(*names, *names.values(), *source, *source.values())
+        and all(Path(name).name == name != ".." and "\0" not in name for name in names)
+    )
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ SINGLE_NAME = "model.safetensors"
 # Native Mistral: one file, or several of disjoint tensors without an index.
 NATIVE_FILE = re.compile(r"consolidated(\.\d{2,3})?\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 class Checkpoint:
@@ -178,7 +179,8 @@ def _weight_files(folder: Path) -> set[str]:
     if (folder / SINGLE_NAME).exists():
         return {SINGLE_NAME}
     if not folder.is_dir():
-        raise MixtralError(f"no such folder: {folder}", code=INPUT_NOT_FOUND)
+        fix = "name the folder of a published checkpoint"
+        raise MixtralError(f"no such folder: {folder}", fix=fix, code=INPUT_NOT_FOUND)
     names = {path.name for path in folder.iterdir()}
     native = {name for name in names if NATIVE_FILE.fullmatch(name)}
     whole = "consolidated.safetensors"
@@ -190,12 +192,13 @@ def _weight_files(folder: Path) -> set[str]:
         )
     if native:
         return native
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickles:
+    refuse_pickles(folder, names)
+    shards = sorted(name for name in names if _SHARD.fullmatch(name))
+    if shards:
         raise MixtralError(
-            f"{folder / pickles[0]} is a pickle, which can run code when read, and is refused",
-            fix=f"resave as safetensors: {_resave(folder, pickles[0])}",
-            code=BAD_DATA,
+            f"{folder} has {shards[0]}, but {INDEX_NAME} is missing",
+            fix="download it from where the shards came from",
+            code=INPUT_NOT_FOUND,
         )
     raise MixtralError(
         f"no {SINGLE_NAME}, {INDEX_NAME} or {whole} in {folder}",
@@ -204,7 +207,18 @@ def _weight_files(folder: Path) -> set[str]:
     )
 
 
-def _resave(folder: Path, pickle: str) -> str:
+def refuse_pickles(place: Path | str, names: Iterable[str]) -> None:
+    """Raises exit code 65 if pickles are among the files of a folder, or of a repository."""
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if pickles:
+        raise MixtralError(
+            f"{place}/{pickles[0]} is a pickle, which can run code when read, and is refused",
+            fix=f"resave as safetensors: {_resave(place, pickles[0])}",
+            code=BAD_DATA,
+        )
+
+
+def _resave(folder: Path | str, pickle: str) -> str:
     """The command that turns the pickles of a folder into safetensors."""
     place = json.dumps(str(folder))
     if pickle.startswith("consolidated"):
