@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.json_file import read_json
 
 NAME = "manifest.json"
 VERSION = 1
+AGAIN = f"convert again; for weights that were changed on purpose, delete {NAME}"
 MAX_BYTES = 32_000_000  # of 8x22B: 0.3 MB
 
 
@@ -73,6 +75,20 @@ class Manifest:
     def digest(self) -> str:
         """The digest of the weights, whatever they were read from."""
         return fold(self.leaves)
+
+    def chunk_digest(self, chunk: Chunk) -> str:
+        """The sha256 (hex) of a chunk's bytes."""
+        return self.leaves[chunk.leaf].chunks[chunk.expert or 0]
+
+    def check_describes(
+        self, stored: Mapping[str, tuple[tuple[int, ...], str]], folder: Path
+    ) -> None:
+        """Refuses weights of other leaves, shapes or dtype names (exit code 65)."""
+        described = {path: (leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
+        counts = {path: len(chunks_of(path, leaf.shape)) for path, leaf in self.leaves.items()}
+        is_complete = all(len(self.leaves[path].chunks) == counts[path] for path in counts)
+        if described != dict(stored) or not is_complete:
+            raise MixtralError(f"{folder / NAME} is of other weights", fix=AGAIN, code=BAD_DATA)
 
     def write(self, folder: Path) -> None:
         """Writes manifest.json, durably."""
@@ -135,6 +151,23 @@ def read_manifest(folder: Path) -> Manifest:
             code=BAD_DATA,
         )
     return manifest
+
+
+def read_exported(folder: Path) -> Manifest | None:
+    """The manifest beside safetensors files that ``convert`` wrote.
+
+    None where there is none, or a file of that name by another tool.
+
+    Raises:
+        MixtralError: as ``read_manifest``.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    ours = {"version", "digest", "fingerprint", "leaves"}
+    if not ours <= read_json(path, max_bytes=MAX_BYTES).keys():
+        return None
+    return read_manifest(folder)
 
 
 def _is_count(value: object) -> bool:

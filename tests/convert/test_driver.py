@@ -15,9 +15,9 @@ import pytest
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert import ConvertOptions, convert, orbax
-from mixtral_jax.convert.leaves import OrbaxLeaves
 from mixtral_jax.convert.names import chunks_of
 from mixtral_jax.convert.orbax import read_leaf
+from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
 from mixtral_jax.errors import (
     BAD_DATA,
     INPUT_NOT_FOUND,

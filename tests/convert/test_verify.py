@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mixtral_jax.convert import ConvertOptions, convert, orbax
-from mixtral_jax.convert.leaves import chunk_path
 from mixtral_jax.convert.names import Chunk
+from mixtral_jax.convert.orbax_leaves import chunk_path
 from mixtral_jax.errors import BAD_DATA, INTERRUPTED, OUTPUT_EXISTS, MixtralError
 from tests.convert import checkpoints
 
