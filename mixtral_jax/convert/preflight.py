@@ -37,7 +37,9 @@ def check_work_folder(work: Path, journal: Path) -> None:
 
 def refuse_existing(dst: Path) -> MixtralError:
     """The error of a destination that holds something."""
-    return _taken(dst, "exists and is not empty")
+    return MixtralError(
+        f"{dst} exists and is not empty", fix="choose another destination", code=OUTPUT_EXISTS
+    )
 
 
 def _taken(path: Path, what: str) -> MixtralError:
