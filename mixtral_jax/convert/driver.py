@@ -31,10 +31,10 @@ from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
 from mixtral_jax.convert.leaves import Leaves, common_dtype, is_checkpoint, open_leaves
 from mixtral_jax.convert.manifest import (
-    NAME,
     LeafRecord,
     Manifest,
     read_manifest,
+    read_ours,
     sync_folder,
 )
 from mixtral_jax.convert.memory import PeakMemory
@@ -203,9 +203,9 @@ class _Conversion:
         """The manifest of ``dst`` if an earlier run of the same conversion completed it."""
         if not self.dst.exists() or not any(self.dst.iterdir()):
             return None
-        if not (self.dst / NAME).is_file():
+        manifest = read_ours(self.dst)
+        if manifest is None:
             raise refuse_existing(self.dst)
-        manifest = read_manifest(self.dst)
         found, asked = manifest.fingerprint, self.fingerprint
         others = sorted(key for key in found.keys() | asked if found.get(key) != asked.get(key))
         if others:

@@ -118,7 +118,7 @@ class PublishedLeaves:
                 note(f"{folder}: not read: {', '.join(self.checkpoint.unread)}")
             if self.plan.tied_head:
                 _same_tensor(self.checkpoint, *self.plan.tied_head)
-            self.manifest = manifests.read_exported(folder)
+            self.manifest = manifests.read_ours(folder)
             if self.manifest is not None:
                 stored = {leaf: (spec.shape, self.dtype(leaf).name) for leaf, spec in specs.items()}
                 self.manifest.check_describes(stored, folder)

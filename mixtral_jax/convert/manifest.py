@@ -153,8 +153,8 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_exported(folder: Path) -> Manifest | None:
-    """The manifest beside safetensors files that ``convert`` wrote.
+def read_ours(folder: Path) -> Manifest | None:
+    """The manifest of a folder that may be any.
 
     None where there is none, or a file of that name by another tool.
 

@@ -195,6 +195,10 @@ def test_existing_output_of_something_else_is_refused(tmp_path, original):
     error = refusal(original, tmp_path / "out")
     assert error.code == OUTPUT_EXISTS
     assert names_in(tmp_path / "out") == ["thesis.txt"]
+    (tmp_path / "out" / "manifest.json").write_text('{"name": "of another tool"}')
+    error = refusal(original, tmp_path / "out")
+    assert error.code == OUTPUT_EXISTS
+    assert "delete" not in str(error)
     convert(original, tmp_path / "ours")
     assert refusal(original, tmp_path / "ours", ConvertOptions(dtype="float32")).code == (
         OUTPUT_EXISTS
