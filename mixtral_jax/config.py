@@ -8,13 +8,14 @@ their Instruct versions. Both spellings of transformers are read (v4: ``rope_the
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax import rope_config
+from mixtral_jax.errors import BAD_CONFIG, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 from mixtral_jax.native_config import spelled_as_config
 
 CONFIG_NAME, NATIVE_NAME = "config.json", "params.json"
@@ -105,18 +106,26 @@ _POSITIVE = (
 )
 
 
-# Far above any model; what is listed by name must not be listed for hours.
-_MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024}
+# Above any model: what is listed by name must not be listed for minutes.
+_MOST = {"num_hidden_layers": 256, "num_local_experts": 1024}
+
+
+class _FieldError(MixtralError):
+    """A field that is wrong by itself, or beside another; where it was read is for the reader."""
+
+    def __init__(self, name: str, expected: str, got: object, source: str | None = None):
+        self.field = name, expected, got
+        super().__init__(
+            f"{source or 'config'} field {name}",
+            expected=expected,
+            got=repr(got),
+            fix="use the file that was published with the weights" if source else "correct it",
+            code=BAD_CONFIG,
+        )
 
 
 def _refuse(name: str, expected: str, got: object) -> None:
-    raise MixtralError(
-        f"config field {name}",
-        expected=expected,
-        got=repr(got),
-        fix="correct config.json",
-        code=BAD_CONFIG,
-    )
+    raise _FieldError(name, expected, got)
 
 
 def _is_integer(value: object) -> bool:
@@ -173,7 +182,6 @@ _UNUSED = frozenset([
     "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states",
     "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef",
     "router_jitter_noise", "transformers_version", "use_cache", "_name_or_path", "torch_dtype",
-    "rope_scaling",
 ])  # fmt: skip
 # Our own key: a window of 4096 that was asked for, kept when it is written and read again.
 _DELIBERATE = "sliding_window_is_deliberate"
@@ -200,7 +208,15 @@ def config_from_dict(
     Raises:
         MixtralError: exit code 78 where a field is missing, wrong, or asks for other maths.
     """
-    raw = dict(raw)
+    try:
+        return _from_dict(dict(raw), source, sliding_window, note)
+    except _FieldError as error:
+        raise _FieldError(*error.field, source=source) from None
+
+
+def _from_dict(
+    raw: dict[str, Any], source: str, sliding_window: int | None, note: Note
+) -> ModelConfig:
     for old, new in _ALIASES.items():
         if raw.get(new) is None:
             raw[new] = raw.get(old)
@@ -225,7 +241,7 @@ def config_from_dict(
     if missing:
         raise MixtralError(
             f"{source} lacks {', '.join(missing)}",
-            fix="use the config.json that was published with the weights",
+            fix="use the file that was published with the weights",
             code=BAD_CONFIG,
         )
     values: dict[str, Any] = {name: raw[name] for name in _REQUIRED}
@@ -237,7 +253,9 @@ def config_from_dict(
     }
     for name, default in defaults.items():
         values[name] = default if raw.get(name) is None else raw[name]
-    values["rope_theta"] = _rope_theta(raw, source)
+    theta = rope_config.read_rope_theta(raw, source, note)
+    _check_number("rope_theta", theta)
+    values["rope_theta"] = float(theta)
     values["sliding_window"] = _window(raw, sliding_window, source, note)
     eos = raw.get("eos_token_id", 2)
     eos = [] if eos is None else eos
@@ -264,44 +282,10 @@ _REQUIRED = (
 
 def _note_unknown(raw: Mapping[str, Any], source: str, note: Note) -> None:
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    read = {*fields, *_FIXED, "rope_parameters", "eos_token_id", "quantization_config", _DELIBERATE}
-    unknown = sorted(key for key in raw if key not in read | _UNUSED)
+    read = {*fields, *_FIXED, *rope_config.KEYS, "eos_token_id", "quantization_config"}
+    unknown = sorted(key for key in raw if key not in read | _UNUSED | {_DELIBERATE})
     if unknown:
         note(f"{source}: not used: {', '.join(map(repr, unknown))}")
-
-
-def _rope_theta(raw: Mapping[str, Any], source: str) -> float:
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        _refuse("rope_parameters", "a JSON object", rope)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise MixtralError(
-            f"{source} field rope_type",
-            expected="'default'",
-            got=repr(kind),
-            fix="scaled RoPE is not part of the Mixtral family",
-            code=BAD_CONFIG,
-        )
-    theta, other = rope.get("rope_theta"), raw.get("rope_theta")
-    if theta is None:
-        theta = other
-    if other is not None and other != theta:
-        raise MixtralError(
-            f"{source} field rope_theta",
-            expected=f"{theta!r}, as in rope_parameters",
-            got=repr(other),
-            fix="keep the one that was published with the weights",
-            code=BAD_CONFIG,
-        )
-    if theta is None:
-        raise MixtralError(
-            f"{source} lacks rope_theta",
-            fix="use the config.json that was published with the weights (Mixtral: 1000000.0)",
-            code=BAD_CONFIG,
-        )
-    _check_number("rope_theta", theta)
-    return float(theta)
 
 
 def _window(raw: Mapping[str, Any], asked: int | None, source: str, note: Note) -> Any:
@@ -328,29 +312,17 @@ def read_config(
     Arguments as in ``config_from_dict``.
 
     Raises:
-        MixtralError: exit code 66 without the file, 65 if it is no JSON object, 78 if unusable.
+        MixtralError: exit code 66 without the file, 65 if it is no sound JSON, 78 if unusable.
     """
     path = config_path(Path(folder))
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, fix=f"copy {path.name} from the published checkpoint again")
     except (FileNotFoundError, NotADirectoryError):
         raise MixtralError(
             f"no {CONFIG_NAME} in {folder}",
             fix="name a checkpoint folder, or 'tiny' for the embedded model",
             code=INPUT_NOT_FOUND,
         ) from None
-    except IsADirectoryError:
-        raise MixtralError(
-            f"{path} is a folder",
-            fix=f"copy {path.name} from the published checkpoint again",
-            code=BAD_DATA,
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise MixtralError(f"{path} is not JSON: {error}", code=BAD_DATA) from None
-    if not isinstance(raw, dict):
-        raise MixtralError(
-            f"{path}", expected="a JSON object", got=type(raw).__name__, code=BAD_DATA
-        )
     source = str(path)
     if path.name == NATIVE_NAME:
         raw = spelled_as_config(raw, source=source, max_positions=_published_context, note=note)
@@ -377,14 +349,20 @@ def config_to_dict(config: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     eos = list(values.pop("eos_token_ids"))
     dtype = values.pop("dtype")
-    if config.sliding_window == MISPUBLISHED_WINDOW:
-        values[_DELIBERATE] = True
     return {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
         "hidden_act": "silu",
         **values,
+        **followed_window(config),
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
         "torch_dtype": dtype,
     }
+
+
+def followed_window(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a config.json whose window every reader takes as we do."""
+    is_deliberate = config.sliding_window == MISPUBLISHED_WINDOW
+    own = {_DELIBERATE: True} if is_deliberate else {}
+    return {"sliding_window": config.sliding_window, **own}

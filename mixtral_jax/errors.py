@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 OK = 0
 USAGE = 64
 BAD_DATA = 65
@@ -46,3 +48,14 @@ class MixtralError(ValueError):
 def printable(text: str) -> str:
     """A text from anywhere as one harmless line: names in files may hold newlines or escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# 8x22B has 1,739 tensors: a list of some hundreds tells what is wrong with any model.
+MOST_LISTED = 500
+
+
+def listing(problems: Iterable[str]) -> str:
+    """Problems in order, as part of a line; beyond some hundreds, how many more there are."""
+    found = sorted(problems)
+    more = [f"and {len(found) - MOST_LISTED} more"] if len(found) > MOST_LISTED else []
+    return "; ".join([*found[:MOST_LISTED], *more])

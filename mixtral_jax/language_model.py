@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.chat import encode_chat
 from mixtral_jax.config import ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
-from mixtral_jax.convert.hub import resolve
+from mixtral_jax.convert.hub import EMBEDDED, EMBEDDED_FOLDER, resolve  # noqa: F401 (a name of ours)
 from mixtral_jax.convert.load import load_weights
 from mixtral_jax.convert.save import save_model
 from mixtral_jax.decode.completion import Batch, Completion
@@ -36,9 +36,6 @@ from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
-
-EMBEDDED = "tiny"
-EMBEDDED_FOLDER = Path(__file__).parent / "data" / "tiny"
 
 # Tokens between two looks at stop strings, and between two pieces of a stream.
 STEPS_PER_LOOK = 8
@@ -81,7 +78,7 @@ def load(
     )
     spec = None if asked.mesh is None else MeshSpec.parse(asked.mesh)
     is_embedded = str(checkpoint) == EMBEDDED
-    folder = EMBEDDED_FOLDER if is_embedded else resolve(checkpoint, note).folder
+    folder = resolve(checkpoint, note).folder
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
     dtype = asked.dtype or ("float32" if is_embedded else None)
     if spec is not None:

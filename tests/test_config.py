@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 import pytest
@@ -280,9 +281,13 @@ def test_read_from_a_folder(tmp_path):
         (b"[]", BAD_DATA),
         (b"\xff{}", BAD_DATA),
         (b"[" * 100_000, BAD_DATA),
+        (b"", BAD_DATA),
+        ('{"a": 1}'.encode("utf-16"), BAD_DATA),
+        (b'{"vocab_size": 1, "vocab_size": 2}', BAD_DATA),
+        (b" " * 2_000_000 + b"{}", BAD_DATA),
         (b"{}", BAD_CONFIG),
     ],
-    ids=["absent", "cut", "no object", "no text", "deep", "empty"],
+    ids=["absent", "cut", "no object", "no text", "deep", "none", "UTF-16", "twice", "huge", "{}"],
 )
 def test_unreadable_files_get_their_exit_codes(tmp_path, content, code):
     if content is not None:
@@ -291,6 +296,27 @@ def test_unreadable_files_get_their_exit_codes(tmp_path, content, code):
         read_config(tmp_path)
     assert caught.value.code == code
     assert str(tmp_path) in str(caught.value)
+    assert "; fix: " in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(MixtralError, match="not a regular file") as caught:
+        read_config(tmp_path)
+    assert caught.value.code == BAD_DATA
+
+
+def test_errors_name_the_file_that_was_read(tmp_path):
+    native = {"dim": 64, "n_layers": 2, "hidden_dim": 96, "n_heads": 4, "vocab_size": -1}
+    (tmp_path / "params.json").write_text(
+        json.dumps(native | {"num_experts": 2, "num_experts_per_tok": 1})
+    )
+    with pytest.raises(MixtralError, match=r"params\.json field") as caught:
+        read_config(tmp_path)
+    assert "config.json" not in str(caught.value)
+    for name, value in (("head_dim", 127), ("vocab_size", 0)):
+        line = str(refusal(PUBLISHED_8X7B | {name: value}, source="some/config.json"))
+        assert line.startswith(f"some/config.json field {name}: expected ")
 
 
 def test_a_file_in_place_of_a_folder_is_not_found(tmp_path):
@@ -298,6 +324,24 @@ def test_a_file_in_place_of_a_folder_is_not_found(tmp_path):
     with pytest.raises(MixtralError) as caught:
         read_config(tmp_path / "weights")
     assert caught.value.code == INPUT_NOT_FOUND
+
+
+def test_scaled_rope_is_refused_wherever_it_stands():
+    """Transformers lets a rope_scaling win over the rope_parameters beside it."""
+    both = PUBLISHED_8X7B | {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    assert config_from_dict(both | {"rope_scaling": {"type": "default"}})
+    for scaling in ({"type": "yarn", "factor": 4.0}, {"rope_type": "default", "type": "linear"}):
+        assert "rope_scaling.type" in str(refusal(both | {"rope_scaling": scaling}))
+    assert "a JSON object" in str(refusal(both | {"rope_scaling": [1]}))
+    elsewhere = {"rope_scaling": {"type": "default", "rope_theta": 1e4}}
+    assert "rope_scaling.rope_theta" in str(refusal(both | elsewhere))
+
+
+def test_unknown_keys_of_rope_are_told():
+    notes: list[str] = []
+    rope = {"rope_theta": 1e6, "rope_type": "default", "partial_rotary_factor": 0.5}
+    config_from_dict(PUBLISHED_8X7B | {"rope_parameters": rope}, note=notes.append)
+    assert notes == ["config.json: not used in rope_parameters: 'partial_rotary_factor'"]
 
 
 def test_two_values_of_rope_theta_are_refused():

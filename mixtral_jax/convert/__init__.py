@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
+    from mixtral_jax.convert.driver import convert
     from mixtral_jax.convert.leaves import is_checkpoint
     from mixtral_jax.convert.load import load_weights
+    from mixtral_jax.convert.options import ConvertOptions, ConvertReport
     from mixtral_jax.convert.save import save_model
 
 __all__ = [
@@ -24,8 +25,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConvertOptions": "driver",
-    "ConvertReport": "driver",
+    "ConvertOptions": "options",
+    "ConvertReport": "options",
     "convert": "driver",
     "is_checkpoint": "leaves",
     "load_weights": "load",

@@ -13,10 +13,13 @@ from typing import Annotated, Any
 import tyro
 
 from mixtral_jax import cli
-from mixtral_jax.convert.driver import ConvertOptions, ConvertReport, convert
+from mixtral_jax.convert.driver import convert
+from mixtral_jax.convert.options import ConvertOptions, ConvertReport
 from mixtral_jax.errors import INTERRUPTED, OK
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
+
+_STDERR = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Options(ConvertOptions):
     """
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """A Hugging Face or native Mistral folder, one that convert wrote, or org/name[@revision]."""
+    """A Hugging Face or native Mistral folder, one of ours, tiny, or org/name[@revision]."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """The folder to make; work goes on in DST.partial until all is done."""
     json: bool = False
@@ -54,7 +57,6 @@ def main(options: Options) -> int:
     if hosts.join(options.processes, with_jax=False) and not hosts.is_first():
         hosts.barrier("converted")  # one process converts; the others must not run ahead of it
         return OK
-    stop = _Stop()
     fields = [field.name for field in dataclasses.fields(ConvertOptions)]
     console = Console(stderr=True, soft_wrap=True)
     bar = Progress(
@@ -66,7 +68,7 @@ def main(options: Options) -> int:
         console=console,
         disable=not console.is_terminal,
     )
-    with bar:
+    with bar, _Stop(console) as stop:
         task = bar.add_task("convert", total=None)
         report = convert(
             options.src,
@@ -74,7 +76,7 @@ def main(options: Options) -> int:
             ConvertOptions(**{name: getattr(options, name) for name in fields}),
             note=lambda line: console.print(f"note: {line}", markup=False, highlight=False),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            stop=lambda: stop.asked,
+            stop=stop,
         )
     hosts.barrier("converted")
     print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
@@ -82,20 +84,41 @@ def main(options: Options) -> int:
 
 
 class _Stop:
-    """Notes SIGINT and SIGTERM; a second one ends the process at once, which is safe as well.
+    """SIGINT and SIGTERM. Between leaves the work can end in order; elsewhere it ends at once.
 
-    An exception raised by a signal inside Orbax leaves its threads waiting for ever.
+    Ending at once is safe as well, and more so than an exception: one that a signal raises inside
+    Orbax, or while files are fetched, leaves threads waiting for ever.
     """
 
-    def __init__(self):
-        self.asked = False
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._handle)
+    def __init__(self, console: Any):
+        self.console = console
+        self.is_listening = self.asked = False  # listening: somebody asks before each leaf
+
+    def __call__(self) -> bool:
+        self.is_listening = True
+        return self.asked
+
+    def __enter__(self) -> _Stop:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self.before = {signum: signal.signal(signum, self._handle) for signum in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        if self.asked:
-            os._exit(INTERRUPTED)
-        self.asked = True
+        if self.is_listening and not self.asked:
+            self.asked = True
+            self._say("note: stopping after this leaf; press again to stop now")
+            return
+        self._say("error: interrupted; fix: run the same command again to resume")
+        os._exit(INTERRUPTED)
+
+    def _say(self, line: str) -> None:
+        # Not through the console, whose locks other threads hold; below its bar, with a cursor.
+        below = "\n\x1b[?25h" if self.console.is_terminal else ""
+        os.write(_STDERR, f"{below}{line}\n".encode())
 
 
 def _table(report: ConvertReport) -> str:

@@ -25,14 +25,18 @@ from mixtral_jax.convert.adapter_config import LoraConfig
 from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.reader import PICKLES, Checkpoint, safe_path
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
-from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError, listing
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.weights import Adapted, ExpertSlots, Matrix, Weight
 
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-ENDS = ("lm_head", "embed_tokens")  # modules outside the layers
+# Modules outside the layers.
+ENDS = tuple(
+    names.row_of("original", leaf).tensor.removesuffix(".weight").rpartition(".")[2]
+    for leaf in ("lm_head", "embed_tokens")
+)
 
 
 class Pair(NamedTuple):
@@ -89,6 +93,7 @@ class Adapter:
                 f"adapter {folder}",
                 expected="a folder that peft's save_pretrained wrote",
                 got="no such folder",
+                fix="check the path of the adapter",
                 code=INPUT_NOT_FOUND,
             )
         lora = LoraConfig(safe_path(self.folder, CONFIG_NAME))
@@ -102,8 +107,12 @@ class Adapter:
             checkpoint.check_unchanged()
         self.fingerprint = {TENSORS_NAME: digest, CONFIG_NAME: lora.digest}
         unknown = ", ".join(repr(name) for name in plan.unknown_targets())
-        line = f"{self.folder}: this model has no {unknown}, which its {CONFIG_NAME} names"
-        self.notes = (line,) if unknown else ()
+        notes = []
+        if unknown:
+            notes.append(f"this model has no {unknown}, which its {CONFIG_NAME} names")
+        if lora.other_base:
+            notes.append(f"trained on {lora.other_base!r}, as its {CONFIG_NAME} says")
+        self.notes = tuple(f"{self.folder}: {line}" for line in notes)
 
     def attach(
         self, leaves: Mapping[str, Weight], sharding_of: Callable[[str], NamedSharding]
@@ -186,7 +195,7 @@ class _Plan:
         if self.problems:
             raise MixtralError(
                 f"{source}: {len(self.problems)} problem(s) with the adapter's tensors: "
-                f"{'; '.join(sorted(self.problems))}",
+                f"{listing(self.problems)}",
                 fix="use the base model that the adapter was trained on, and adapt only its "
                 "attention, experts and router",
                 code=BAD_DATA,

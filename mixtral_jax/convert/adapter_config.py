@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mixtral_jax.convert.safetensors_file import parse_json
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 
-MAX_CONFIG_BYTES = 1_000_000
 LARGEST = 1_000_000  # no rank or alpha is
+_LONGEST_NAME = 64  # of a module, about
+_MOST_TRIES = 1 << 20
 
 # Fields that change what the tensors mean; each must be absent, null, false or empty.
 REFUSED = (
@@ -24,6 +25,12 @@ REFUSED = (
 )  # fmt: skip
 # Initialisations that take the start of the adapter out of the base it was trained on.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of base_model_name_or_path, which may be any name or path.
+_OURS = re.compile("mixtral", re.IGNORECASE)
+_OTHER_FAMILY = re.compile(
+    r"(?<![a-z])(llama|qwen|gemma|phi-?\d|falcon|gpt|opt-|bloom|deepseek|mistral-7b|mistral-nemo)",
+    re.IGNORECASE,
+)
 
 
 class LoraConfig:
@@ -31,6 +38,7 @@ class LoraConfig:
 
     Attributes:
         digest: sha256 (hex) of all fields.
+        other_base: what it was trained on, where that is clearly no Mixtral.
 
     Raises:
         MixtralError: exit code 65 for what is not plain LoRA, with the fix.
@@ -38,7 +46,11 @@ class LoraConfig:
 
     def __init__(self, path: Path):
         self.path = path
-        fields = _read_json(path)
+        try:
+            fields = read_json(path, fix="use the file that peft wrote")
+        except FileNotFoundError:
+            fix = "name a folder that peft's save_pretrained wrote"
+            raise MixtralError(f"no such file: {path}", fix=fix, code=INPUT_NOT_FOUND) from None
         canonical = json.dumps(fields, sort_keys=True).encode()
         self.digest = hashlib.sha256(canonical).hexdigest()
         if fields.get("peft_type") != "LORA":
@@ -53,6 +65,8 @@ class LoraConfig:
         if isinstance(start, str) and start.lower().startswith(CHANGED_BASE):
             fix = "save it again with path_initial_model_for_weight_conversion"
             raise self.refuse("init_lora_weights", "one that keeps the base", _short(start), fix)
+        base = str(fields.get("base_model_name_or_path") or "")
+        self.other_base = base if _OTHER_FAMILY.search(base) and not _OURS.search(base) else None
         self._rank, self._alpha = fields.get("r"), fields.get("lora_alpha")
         self._rank_pattern = self._pattern(fields, "rank_pattern")
         self._alpha_pattern = self._pattern(fields, "alpha_pattern")
@@ -112,7 +126,32 @@ class LoraConfig:
             raise self.refuse(
                 name, "an object of regexes", got, "use the file that peft wrote"
             ) from None
+        if sum(map(_tries, pattern)) > _MOST_TRIES:
+            got, fix = _short(pattern), "write out the modules that it means"
+            raise self.refuse(name, "regexes that are matched in little time", got, fix)
         return dict(pattern)
+
+
+def _tries(key: str) -> float:
+    """At most so many ways to match a regex to a name; infinite where none of this tells."""
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", key).replace("(?:", "(")  # one character each
+    if "(?" in bare or re.search(r"\)[*+{]", bare):
+        return math.inf
+    tries, alternatives = 1, [1]
+    for character in bare:
+        if character == "(":
+            alternatives.append(1)
+        elif character == "|":
+            alternatives[-1] += 1
+        elif character == ")":
+            tries *= alternatives.pop()
+        elif character == "?":
+            tries *= 2
+        elif character in "*+{":
+            tries *= _LONGEST_NAME
+        if tries > _MOST_TRIES:
+            return math.inf
+    return tries * alternatives[0]
 
 
 def _listed(names: Any) -> tuple[str, ...]:
@@ -130,13 +169,3 @@ def _match(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return otherwise
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        fix = "name a folder that peft's save_pretrained wrote"
-        raise MixtralError(f"no such file: {path}", fix=fix, code=INPUT_NOT_FOUND)
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        what = f"{path}: larger than {MAX_CONFIG_BYTES} bytes"
-        raise MixtralError(what, fix="use the file that peft wrote", code=BAD_DATA)
-    return parse_json(path.read_bytes(), path)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.config import CONFIG_NAME as CONFIG
-from mixtral_jax.config import NATIVE_NAME, ModelConfig, config_path, config_to_dict
+from mixtral_jax.config import (
+    NATIVE_NAME,
+    ModelConfig,
+    config_path,
+    config_to_dict,
+    followed_window,
+)
 from mixtral_jax.convert.leaves import config_content
 from mixtral_jax.convert.manifest import NAME as MANIFEST
 from mixtral_jax.convert.manifest import write_durably
@@ -60,6 +66,12 @@ def _fits(path: Path) -> bool:
     return path.is_file() and path.stat().st_size <= MAX_COMPANION_BYTES
 
 
+def digests_of(src: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """The sha256 (hex) of each file that travels, and of the configuration, as they lie there."""
+    paths = [config_path(src), *(safe_path(src, name) for name in names)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
 def copy_companions(
     src: Path, dst: Path, names: tuple[str, ...], *, config: ModelConfig, dtype: str
 ) -> dict[str, str]:
@@ -69,7 +81,8 @@ def copy_companions(
         The sha256 of each file by its name.
     """
     contents = {name: safe_path(src, name).read_bytes() for name in names}
-    return _write(dst, contents, config_content(src, config), dtype)
+    fields = config_content(src, config) | followed_window(config)
+    return _write(dst, contents, fields, dtype)
 
 
 def write_config(dst: Path, config: ModelConfig, *, dtype: str) -> dict[str, str]:

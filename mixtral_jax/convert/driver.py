@@ -8,34 +8,46 @@ import itertools
 import json
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.adapter import Adapter
-from mixtral_jax.convert.companions import check_companions, copy_companions, find_companions
-from mixtral_jax.convert.export import SafetensorsOutput, parse_size
+from mixtral_jax.convert.companions import (
+    check_companions,
+    copy_companions,
+    digests_of,
+    find_companions,
+)
+from mixtral_jax.convert.export import SafetensorsOutput
 from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
 from mixtral_jax.convert.leaves import Leaves, common_dtype, is_checkpoint, open_leaves
 from mixtral_jax.convert.manifest import (
-    NAME,
     LeafRecord,
     Manifest,
     read_manifest,
+    read_ours,
     sync_folder,
 )
 from mixtral_jax.convert.memory import PeakMemory
 from mixtral_jax.convert.merge import Merge
+from mixtral_jax.convert.options import ConvertOptions, ConvertReport
 from mixtral_jax.convert.orbax import disk_full, is_disk_full
 from mixtral_jax.convert.output import OrbaxOutput, Output
-from mixtral_jax.convert.preflight import check_destination, check_disk, check_work_folder
+from mixtral_jax.convert.preflight import (
+    check_destination,
+    check_disk,
+    check_work_folder,
+    refuse_existing,
+)
 from mixtral_jax.convert.safetensors_file import np_dtype
 from mixtral_jax.convert.transfer import fetch_leaf
 from mixtral_jax.convert.verify import verify_output
@@ -44,56 +56,16 @@ from mixtral_jax.errors import (
     INTERRUPTED,
     IO_ERROR,
     OUTPUT_EXISTS,
-    USAGE,
     MixtralError,
 )
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 
-Dtype: TypeAlias = Literal["keep", "float32", "bfloat16", "float16"]
 Note: TypeAlias = Callable[[str], None]
 Progress: TypeAlias = Callable[[int, int], None]
 
 WORK_SUFFIX = ".partial"
 JOURNAL_NAME, OUTPUT_NAME = "journal.jsonl", "output"
 THREADS = min(8, os.cpu_count() or 1)
-DEFAULT_SHARD_SIZE = "5GB"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertOptions:
-    """How to convert."""
-
-    format: Literal["orbax", "safetensors"] = "orbax"
-    """Format of the weights in the output folder; safetensors has the names of Hugging Face."""
-    dtype: Dtype = "keep"
-    """Store the weights in this dtype."""
-    adapter: str | None = None
-    """A folder with a PEFT LoRA adapter, merged into the weights."""
-    max_shard_size: str | None = None
-    """With safetensors: most bytes of tensors in one file, as 500MB (5GB unless given)."""
-    verify: bool = False
-    """Read every leaf back through the format's library, of a finished output too."""
-    allow_nonfinite: bool = False
-    """Accept NaN and infinite weights."""
-
-    def __post_init__(self):
-        if self.max_shard_size is not None:
-            if self.format != "safetensors":
-                fix = "add --format safetensors, or leave it out"
-                raise MixtralError("--max-shard-size is for safetensors", fix=fix, code=USAGE)
-            parse_size(self.max_shard_size)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvertReport:
-    """What was converted. ``peak_rss_bytes`` is anonymous memory of the process."""
-
-    parameters: int
-    tensors: int
-    bytes: int
-    seconds: float
-    peak_rss_bytes: int
-    digest: str
 
 
 def convert(
@@ -118,18 +90,19 @@ def convert(
         options: how; the defaults keep the dtype.
         note: called with one line for each thing a person should know.
         progress: called with bytes done and bytes in all.
-        stop: asked before each leaf; True ends the work there, to be resumed by another call.
+        stop: asked before each leaf is converted or proved; True ends the work there, to be
+            resumed by another call.
 
     Raises:
-        MixtralError: exit codes 65 (bad source or adapter), 66 (no source), 73 (``dst`` is
-            something else, or the work folder is of another conversion), 74 (disk), 75 (stopped),
-            78 (config.json).
+        MixtralError: exit codes 65 (bad source or adapter, or options that do not fit them; the
+            work folder is removed), 66 (no source), 73 (``dst`` is something else, or the work
+            folder is of another conversion), 74 (disk), 75 (stopped), 78 (config.json).
     """
     source, dst = resolve(src, note), Path(os.path.abspath(dst))
     started = time.monotonic()
     with PeakMemory() as memory:
-        work = _Conversion(source, dst, options or ConvertOptions(), note, progress)
-        manifest = work.run(stop)
+        work = _Conversion(source, dst, options or ConvertOptions(), note, progress, stop)
+        manifest = work.run()
     return ConvertReport(
         parameters=manifest.parameters,
         tensors=work.num_tensors,
@@ -142,10 +115,16 @@ def convert(
 
 class _Conversion:
     def __init__(
-        self, source: Source, dst: Path, options: ConvertOptions, note: Note, progress: Progress
+        self,
+        source: Source,
+        dst: Path,
+        options: ConvertOptions,
+        note: Note,
+        progress: Progress,
+        stop: Callable[[], bool],
     ):
         self.source, self.src, self.dst = source, source.folder, dst
-        self.options, self.note = options, note
+        self.options, self.note, self._stop = options, note, stop
         is_change = (options.format, options.dtype, options.adapter) != ("orbax", "keep", None)
         if is_checkpoint(self.src) == "orbax" and not is_change:
             raise MixtralError(
@@ -155,7 +134,9 @@ class _Conversion:
             )
         self.work = Path(f"{dst}{WORK_SUFFIX}")
         self.output_folder, self.journal = self.work / OUTPUT_NAME, self.work / JOURNAL_NAME
-        check_destination(dst)
+        check_destination(dst, self.src)
+        if is_checkpoint(self.src) == "orbax":  # before a word of its config.json is believed
+            check_companions(self.src, read_manifest(self.src).companions)
         self.companions = find_companions(self.src, note)
         self.config = read_config(self.src, note=note)
         self.specs: Mapping[str, LeafSpec] = leaf_specs(self.config)
@@ -163,7 +144,7 @@ class _Conversion:
         self._done = self._total = 0
         self._counting = threading.Lock()
 
-    def run(self, stop: Callable[[], bool]) -> Manifest:
+    def run(self) -> Manifest:
         try:
             with contextlib.ExitStack() as stack:
                 head_dim = self.config.head_dim
@@ -174,8 +155,8 @@ class _Conversion:
                 self.merge = self._open_adapter(stack)
                 output = self._output(self.output_folder)
                 self.num_tensors = output.num_tensors()
-                pool = stack.enter_context(ThreadPoolExecutor(THREADS))
-                finished = self._finished_already(pool)
+                self.pool = stack.enter_context(ThreadPoolExecutor(THREADS))
+                finished = self._finished_already()
                 if finished is not None:
                     return finished
                 check_work_folder(self.work, self.journal)
@@ -184,9 +165,10 @@ class _Conversion:
                 self.work.mkdir(exist_ok=True)
                 # Resuming trusts more than content that was sampled: these must be the same files.
                 resumable = self.fingerprint | {"whereabouts": self.leaves.whereabouts}
+                del resumable["companions"]  # copied at the end, as they are then
                 journal = Journal(self.journal, resumable)
                 stack.callback(journal.close)
-                return self._convert(output, journal, stop, pool)
+                return self._convert(output, journal)
         except OSError as error:
             if is_disk_full(error):
                 raise disk_full(self.work) from error
@@ -202,45 +184,53 @@ class _Conversion:
     def _output(self, folder: Path) -> Output:
         if self.options.format == "orbax":
             return OrbaxOutput(folder, self.specs)
-        size = parse_size(self.options.max_shard_size or DEFAULT_SHARD_SIZE)
+        size = self.options.max_shard_bytes
         return SafetensorsOutput(folder, self.specs, self.dtypes, max_shard_bytes=size)
 
     def _fingerprint(self, leaves: Leaves) -> dict[str, Any]:
         found = {
             "files": leaves.fingerprint,
             "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
+            "companions": digests_of(self.src, self.companions),
             "format": self.options.format,
             "dtype": self.options.dtype,
         }
         if self.options.format == "safetensors":
-            found["max_shard_size"] = parse_size(self.options.max_shard_size or DEFAULT_SHARD_SIZE)
+            found["max_shard_size"] = self.options.max_shard_bytes
         return found
 
-    def _finished_already(self, pool: Executor) -> Manifest | None:
+    def _finished_already(self) -> Manifest | None:
         """The manifest of ``dst`` if an earlier run of the same conversion completed it."""
         if not self.dst.exists() or not any(self.dst.iterdir()):
             return None
-        if (self.dst / NAME).is_file():
-            manifest = read_manifest(self.dst)
-            if manifest.fingerprint == self.fingerprint:
-                output = self._output(self.dst)
-                output.check()
-                check_companions(self.dst, manifest.companions)
-                self._refuse_nonfinite(manifest.leaves)
-                if self.options.verify:
+        manifest = read_ours(self.dst)
+        if manifest is None:
+            raise refuse_existing(self.dst)
+        found, asked = manifest.fingerprint, self.fingerprint
+        others = sorted(key for key in found.keys() | asked if found.get(key) != asked.get(key))
+        if others:
+            raise MixtralError(
+                f"{self.dst} holds another conversion (of other {', '.join(others)})",
+                fix="choose another destination, or delete it",
+                code=OUTPUT_EXISTS,
+            )
+        output = self._output(self.dst)
+        output.check()
+        check_companions(self.dst, manifest.companions)
+        self._refuse_nonfinite(manifest.leaves)
+        how = "compared by samples with its source; --verify proves it"
+        if self.options.verify:
+            verify_output(output, manifest, self._fetch, self.pool, before_leaf=self._heed)
+            how = "compared with its source, every byte"
+        self._remove_work_folder()
+        self.note(f"{self.dst} is complete already ({how}); nothing to do")
+        return manifest
 
-                    def fetch(leaf: str, value: np.ndarray) -> LeafRecord:
-                        return self._fetch(leaf, value, pool)
-
-                    verify_output(output, manifest, fetch, pool)
-                self._remove_work_folder()
-                self.note(f"{self.dst} is complete already; nothing to do")
-                return manifest
-        raise MixtralError(
-            f"{self.dst} exists and is not this conversion",
-            fix="choose another destination, or delete it",
-            code=OUTPUT_EXISTS,
-        )
+    def _heed(self) -> None:
+        """Ends the work here if that was asked."""
+        if self._stop():
+            fix = "run the same command again to resume"
+            raise MixtralError("interrupted", fix=fix, code=INTERRUPTED)
 
     def _refuse_nonfinite(self, records: Mapping[str, LeafRecord]) -> None:
         """What an earlier run was asked to keep, this one must be asked as well."""
@@ -270,32 +260,20 @@ class _Conversion:
     def _source_bytes(self, leaf: str) -> int:
         return math.prod(self.specs[leaf].shape) * self.leaves.dtype(leaf).itemsize
 
-    def _convert(
-        self, output: Output, journal: Journal, stop: Callable[[], bool], pool: Executor
-    ) -> Manifest:
+    def _convert(self, output: Output, journal: Journal) -> Manifest:
         output.prepare()
-        self._buffer = np.empty(max(map(self._num_bytes, self.specs)), np.uint8)
+        self._buffer = np.empty(0, np.uint8)
         self._total = sum(map(self._source_bytes, self.specs))
-        records: dict[str, LeafRecord] = {}
         self._refuse_nonfinite(journal.finished)
         if journal.finished:
             self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
-        # While a leaf is written, the system reads the next one into its own cache.
-        following = dict(itertools.pairwise([*self.specs, None]))
-        for leaf in self.specs:
-            if self._is_finished(output, leaf, journal.finished.get(leaf), pool):
-                records[leaf] = journal.finished[leaf]
-                self._advance(self._source_bytes(leaf))
-                continue
-            if stop():
-                raise MixtralError(
-                    "interrupted",
-                    fix="run the same command again to resume",
-                    code=INTERRUPTED,
-                )
-            records[leaf] = self._convert_leaf(output, leaf, following[leaf], pool)
-            self.leaves.check_unchanged()  # before the leaf counts as this source's
-            journal.record(leaf, records[leaf])
+        try:
+            records = self._convert_leaves(output, journal)
+        except MixtralError as error:
+            if error.code == BAD_DATA:  # no run of these options resumes it, whatever is mended
+                shutil.rmtree(self.output_folder, ignore_errors=True)
+                self._remove_work_folder()
+            raise
         output.finish(records)
         manifest = Manifest(
             fingerprint=self.fingerprint,
@@ -306,6 +284,21 @@ class _Conversion:
         )
         return self._finish(manifest)
 
+    def _convert_leaves(self, output: Output, journal: Journal) -> dict[str, LeafRecord]:
+        records: dict[str, LeafRecord] = {}
+        # While a leaf is written, the system reads the next one into its own cache.
+        following = dict(itertools.pairwise([*self.specs, None]))
+        for leaf in self.specs:
+            self._heed()
+            if self._is_finished(output, leaf, journal.finished.get(leaf)):
+                records[leaf] = journal.finished[leaf]
+                self._advance(self._source_bytes(leaf))
+                continue
+            records[leaf] = self._convert_leaf(output, leaf, following[leaf])
+            self.leaves.check_unchanged()  # before the leaf counts as this source's
+            journal.record(leaf, records[leaf])
+        return records
+
     def _source(self) -> dict[str, str]:
         """What the manifest says of the source; no path of this machine."""
         found = {"name": self.source.repo or self.src.resolve().name, "layout": self.leaves.layout}
@@ -313,41 +306,43 @@ class _Conversion:
             found["revision"] = self.source.revision
         return found
 
-    def _is_finished(
-        self, output: Output, leaf: str, record: LeafRecord | None, pool: Executor
-    ) -> bool:
+    def _is_finished(self, output: Output, leaf: str, record: LeafRecord | None) -> bool:
         """True if an earlier run finished a leaf and the disk still holds it."""
         if record is None:
             return False
-        intact = record.shape == self.specs[leaf].shape and output.is_intact(leaf, record, pool)
+        fits = record.shape == self.specs[leaf].shape
+        intact = fits and output.is_intact(leaf, record, self.pool)
         if intact and self.options.verify:
-            intact = output.reads_back(leaf, record, pool)
+            intact = output.reads_back(leaf, record, self.pool)
         if not intact:
             self.note(f"{leaf} is no longer as it was written, and is converted again")
         return intact
 
-    def _fetch(self, leaf: str, value: np.ndarray, pool: Executor, **kwargs: Any) -> LeafRecord:
+    def _fetch(self, leaf: str, value: np.ndarray, **kwargs: Any) -> LeafRecord:
         return fetch_leaf(
             self.leaves,
             leaf,
             value,
             allow_nonfinite=self.options.allow_nonfinite,
-            pool=pool,
+            pool=self.pool,
             merge=None if self.merge is None else self.merge.leaf(leaf),
             **kwargs,
         )
 
-    def _convert_leaf(
-        self, output: Output, leaf: str, following: str | None, pool: Executor
-    ) -> LeafRecord:
+    def _convert_leaf(self, output: Output, leaf: str, following: str | None) -> LeafRecord:
         # One buffer for all leaves: fresh memory would cost the system a page fault per 4 KiB.
+        if not len(self._buffer):
+            self._buffer = np.empty(max(map(self._num_bytes, self.specs)), np.uint8)
         value = self._buffer[: self._num_bytes(leaf)].view(self.dtypes[leaf])
         value = value.reshape(self.specs[leaf].shape)
-        record = self._fetch(leaf, value, pool, progress=self._advance)
+        record = self._fetch(leaf, value, progress=self._advance)
         if following is not None:
-            pool.submit(self.leaves.prefetch, following)
+            self.pool.submit(self.leaves.prefetch, following)
         output.write(leaf, value)
-        if self.options.verify and not output.reads_back(leaf, record, pool):
+        if self.options.verify:  # Orbax needs up to two leaves of memory for itself
+            del value
+            self._buffer = np.empty(0, np.uint8)
+        if self.options.verify and not output.reads_back(leaf, record, self.pool):
             raise MixtralError(
                 f"{leaf} in {output.folder} does not read back as it was written",
                 fix="check the disk and the memory of this machine",
@@ -365,7 +360,8 @@ class _Conversion:
         digests = copy_companions(
             self.src, self.output_folder, self.companions, config=self.config, dtype=dtype.name
         )
-        manifest = dataclasses.replace(manifest, companions=digests)
+        now = {**self.fingerprint, "companions": digests_of(self.src, self.companions)}
+        manifest = dataclasses.replace(manifest, fingerprint=now, companions=digests)
         manifest.write(self.output_folder)
         sync_folder(self.output_folder)
         with contextlib.suppress(FileNotFoundError):

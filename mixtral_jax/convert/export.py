@@ -27,6 +27,7 @@ from mixtral_jax.convert.manifest import LeafRecord, write_durably
 from mixtral_jax.convert.names import PUBLISHED, Chunk, pieces
 from mixtral_jax.convert.reader import INDEX_NAME, SINGLE_NAME
 from mixtral_jax.convert.safetensors_file import FLOATS, bytes_of, read_exactly
+from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
 
@@ -94,9 +95,10 @@ class SafetensorsOutput:
         for name, shard in self.shards.items():
             fd = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                if os.pread(fd, len(shard.header), 0) != shard.header:
-                    _write_exactly(fd, memoryview(shard.header), 0)
+                is_whole = os.fstat(fd).st_size == shard.size
+                if not is_whole or os.pread(fd, len(shard.header), 0) != shard.header:
                     os.ftruncate(fd, shard.size)
+                    _write_exactly(fd, memoryview(shard.header), 0)
                     os.fsync(fd)
             finally:
                 os.close(fd)
@@ -145,16 +147,16 @@ class SafetensorsOutput:
 
     def reads_back(self, leaf: str, record: LeafRecord, pool: Executor) -> bool:
         """Reads the tensors with the safetensors library."""
-        del pool  # its handles belong to one thread
-        digests = []
+
+        def digest(place: Place) -> str:  # a handle of the library belongs to one thread
+            with safe_open(self.folder / place.file, framework="np") as file:
+                return sha256(np.ascontiguousarray(file.get_tensor(place.name)))
+
         try:
-            for _, place in self._places(leaf):
-                with safe_open(self.folder / place.file, framework="np") as file:
-                    tensor = np.ascontiguousarray(file.get_tensor(place.name))
-                digests.append(hashlib.sha256(bytes_of(tensor)).hexdigest())
+            digests = tuple(pool.map(digest, [place for _, place in self._places(leaf)]))
         except (OSError, SafetensorError):
             return False
-        return tuple(digests) == tuple(record.chunks)
+        return digests == tuple(record.chunks)
 
     def finish(self, records: Mapping[str, LeafRecord]) -> None:
         """Writes the index, if there are several files."""

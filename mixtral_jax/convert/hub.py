@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 from mixtral_jax.config import CONFIG_NAME, NATIVE_NAME
 from mixtral_jax.convert.companions import COMPANIONS
-from mixtral_jax.convert.reader import INDEX_NAME, NATIVE_FILE
-from mixtral_jax.errors import INPUT_NOT_FOUND, IO_ERROR, MixtralError
+from mixtral_jax.convert.reader import INDEX_NAME, NATIVE_FILE, refuse_pickles
+from mixtral_jax.errors import INPUT_NOT_FOUND, IO_ERROR, USAGE, MixtralError
 from mixtral_jax.tokenizer import find_tokenizer
+
+EMBEDDED = "tiny"
+EMBEDDED_FOLDER = Path(__file__).parents[1] / "data" / EMBEDDED
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>[\w./-]{{1,100}}))?", re.ASCII)
+_NAMES = "name a checkpoint folder, tiny (the embedded model), or org/name of the Hub"
 _WEIGHTS = "*.safetensors"
 _SMALL = (CONFIG_NAME, NATIVE_NAME, INDEX_NAME, "*.model", "*.model.v*", *COMPANIONS)
 
@@ -36,14 +40,22 @@ def resolve(name: str | Path, note: Callable[[str], None] = lambda line: None) -
     """Finds the folder of a checkpoint, fetching it from the Hub if it is named so.
 
     Args:
-        name: a folder, or ``org/name[@revision]`` where no such folder exists.
-        note: called with one line if the cache is used because the Hub cannot be asked.
+        name: ``tiny``, a folder, or ``org/name[@revision]`` where no such folder exists.
+        note: called with one line if the cache is used because the Hub cannot be asked, or a
+            folder here has the name of the embedded model.
 
     Raises:
-        MixtralError: exit code 66 if it is neither, or the Hub has no such repository, revision
-            or right to read it, or it is not in the cache and there is no network; 74 if the
-            network fails under way (what was fetched is kept).
+        MixtralError: exit code 64 for no name at all; 66 if it is neither, or the Hub has no such
+            repository, revision or right to read it, or it is not in the cache and there is no
+            network; 65 if it has only pickles; 74 if the network fails under way (what was fetched
+            is kept).
     """
+    if str(name) == EMBEDDED:
+        if Path(EMBEDDED).exists():
+            note(f"{EMBEDDED} is the embedded model; ./{EMBEDDED} names the folder here")
+        return Source(EMBEDDED_FOLDER)
+    if name == "":
+        raise MixtralError("no checkpoint is named", fix=_NAMES, code=USAGE)
     folder = Path(name)
     if folder.is_dir():
         return Source(folder)
@@ -52,7 +64,7 @@ def resolve(name: str | Path, note: Callable[[str], None] = lambda line: None) -
         what = "not a folder" if folder.exists() else "no such folder"
         raise MixtralError(
             f"{what}: {name}",
-            fix="name a checkpoint folder, tiny (the embedded model), or org/name of the Hub",
+            fix=_NAMES,
             code=INPUT_NOT_FOUND,
         )
     try:
@@ -96,7 +108,10 @@ class _Repository:
             ) from None
         except Exception as error:  # of the network, by whatever library
             return self._cached(f"the Hub cannot be reached ({_first_line(error)})")
-        files = wanted(sibling.rfilename for sibling in info.siblings or ())
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        files = wanted(names)
+        if not fnmatch.filter(files, _WEIGHTS):
+            refuse_pickles(self.repo, names)
         try:
             folder = self.library.snapshot_download(
                 self.repo, revision=info.sha, allow_patterns=[*map(_literal, files)]

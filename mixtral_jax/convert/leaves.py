@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -14,25 +12,24 @@ from mixtral_jax.config import NATIVE_NAME, ModelConfig, config_path, config_to_
 from mixtral_jax.convert import manifest as manifests
 from mixtral_jax.convert import names, transforms
 from mixtral_jax.convert.names import Chunk, chunks_of
+from mixtral_jax.convert.orbax_leaves import WEIGHTS, OrbaxLeaves
 from mixtral_jax.convert.reader import INDEX_NAME, PICKLES, Checkpoint
-from mixtral_jax.convert.safetensors_file import (
-    FLOATS,
-    bytes_of,
-    parse_json,
-    prefetch,
-    read_exactly,
-)
+from mixtral_jax.convert.safetensors_file import FLOATS
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 from mixtral_jax.model.transformer import LeafSpec
 
 Note = Callable[[str], None]
-WEIGHTS = "weights"
-_DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
 
 
 @runtime_checkable
 class Leaves(Protocol):
     """A readable set of leaves; each chunk is a C-ordered ``[rows, ...]`` array."""
+
+    @property
+    def manifest(self) -> manifests.Manifest | None:
+        """What the folder should hold; None where nothing of ours says."""
+        ...
 
     @property
     def layout(self) -> str:
@@ -74,7 +71,7 @@ class Leaves(Protocol):
         ...
 
     def digest(self, chunk: Chunk) -> str | None:
-        """The recorded sha256 of a chunk's bytes, None where the format records none."""
+        """The recorded sha256 of a chunk's bytes, None where there is no manifest."""
         ...
 
     def close(self) -> None:
@@ -85,6 +82,8 @@ class Leaves(Protocol):
 class PublishedLeaves:
     """The leaves of a folder of published files, in any layout of ``names.LAYOUTS``.
 
+    Where ``convert`` wrote them, its manifest lies beside them, and their bytes can be proved.
+
     Args:
         folder: where the files are.
         specs: what the model needs.
@@ -92,7 +91,8 @@ class PublishedLeaves:
         note: called with one line for each thing a person should know.
 
     Raises:
-        MixtralError: as ``Checkpoint`` and ``names.plan``.
+        MixtralError: as ``Checkpoint`` and ``names.plan``; exit code 65 for a manifest of ours that
+            is of other weights.
     """
 
     def __init__(
@@ -118,6 +118,10 @@ class PublishedLeaves:
                 note(f"{folder}: not read: {', '.join(self.checkpoint.unread)}")
             if self.plan.tied_head:
                 _same_tensor(self.checkpoint, *self.plan.tied_head)
+            self.manifest = manifests.read_ours(folder)
+            if self.manifest is not None:
+                stored = {leaf: (spec.shape, self.dtype(leaf).name) for leaf, spec in specs.items()}
+                self.manifest.check_describes(stored, folder)
         except BaseException:
             self.close()
             raise
@@ -171,8 +175,8 @@ class PublishedLeaves:
             self.checkpoint.prefetch(*self.plan.sources[chunk].rows)
 
     def digest(self, chunk: Chunk) -> str | None:
-        """None: published files record no digests."""
-        return None
+        """The sha256 that the conversion recorded, if one wrote these files."""
+        return None if self.manifest is None else self.manifest.chunk_digest(chunk)
 
     def close(self) -> None:
         """Closes the files."""
@@ -196,132 +200,6 @@ def _same_tensor(checkpoint: Checkpoint, one: str, other: str) -> None:
             fix="set tie_word_embeddings to false in config.json to use the head",
             code=BAD_DATA,
         )
-
-
-class OrbaxLeaves:
-    """The leaves of a folder that ``convert`` wrote.
-
-    Each leaf is one Orbax checkpoint in ``weights/<leaf>``, which any Orbax reads. Here the chunk
-    files of its zarr v2 array (raw C-ordered bytes, no compression:
-    https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html) are read directly, so that a device
-    costs the rows it holds, and bytes are proved before they are used.
-
-    Raises:
-        MixtralError: exit code 65 listing leaves that are missing, extra, misshapen or truncated.
-    """
-
-    layout = "orbax"
-
-    def __init__(self, folder: Path, specs: Mapping[str, LeafSpec]):
-        self.folder = folder
-        self.manifest = manifests.read_manifest(folder)
-        records = self.manifest.leaves
-        problems = [f"missing {leaf}" for leaf in specs.keys() - records.keys()]
-        problems += [f"extra {leaf}" for leaf in records.keys() - specs.keys()]
-        for leaf in specs.keys() & records.keys():
-            problems += check_leaf(folder, leaf, specs[leaf].shape, records[leaf])
-        if problems:
-            raise MixtralError(
-                f"{folder}: {len(problems)} problem(s) with its weights: "
-                f"{'; '.join(sorted(problems))}",
-                fix="convert the checkpoint again",
-                code=BAD_DATA,
-            )
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """The digest of the weights."""
-        return {manifests.NAME: {"digest": self.manifest.digest}}
-
-    @property
-    def whereabouts(self) -> dict[str, Any]:
-        """Nothing more: the digest is of all the content, and is proved while it is read."""
-        return {}
-
-    def check_unchanged(self) -> None:
-        """Its digests are proved while it is read."""
-
-    def unit(self, chunk: Chunk) -> int:
-        """Any row can be read."""
-        return 1
-
-    def source_name(self, chunk: Chunk) -> str:
-        """The leaf, and the expert if it has some."""
-        return chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
-
-    def dtype(self, leaf: str) -> np.dtype:
-        """The stored dtype of a leaf."""
-        return _DTYPES[self.manifest.leaves[leaf].dtype]
-
-    def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
-        """Reads rows of a chunk."""
-        shape = self.manifest.leaves[chunk.leaf].shape
-        path = chunk_path(self.folder, chunk, len(shape))
-        view = bytes_of(out)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            read_exactly(fd, view, start * (len(view) // (stop - start)), path)
-        finally:
-            os.close(fd)
-
-    def prefetch(self, leaf: str) -> None:
-        """Asks for every chunk file."""
-        shape = self.manifest.leaves[leaf].shape
-        for chunk in chunks_of(leaf, shape):
-            fd = os.open(chunk_path(self.folder, chunk, len(shape)), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                prefetch(fd, 0, os.fstat(fd).st_size)
-            finally:
-                os.close(fd)
-
-    def digest(self, chunk: Chunk) -> str | None:
-        """The sha256 that the conversion recorded."""
-        return self.manifest.leaves[chunk.leaf].chunks[chunk.expert or 0]
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
-
-def array_folder(folder: Path, leaf: str) -> Path:
-    """The zarr array of a leaf inside its Orbax checkpoint."""
-    return folder / WEIGHTS / leaf / "state" / leaf
-
-
-def chunk_path(folder: Path, chunk: Chunk, ndim: int) -> Path:
-    """The file of one chunk."""
-    index = [chunk.expert or 0] + [0] * (ndim - 1)
-    return array_folder(folder, chunk.leaf) / ".".join(map(str, index))
-
-
-def check_leaf(
-    folder: Path, leaf: str, shape: tuple[int, ...], record: manifests.LeafRecord
-) -> list[str]:
-    """What is wrong with a leaf on disk, without reading its data."""
-    shape = tuple(shape)
-    if tuple(record.shape) != shape:
-        return [f"{leaf}: expected shape {list(shape)}, got {list(record.shape)}"]
-    chunks = chunks_of(leaf, shape)
-    if record.dtype not in _DTYPES or len(record.chunks) != len(chunks):
-        return [f"{leaf}: manifest entry is unusable"]
-    path = array_folder(folder, leaf) / ".zarray"
-    try:
-        array = parse_json(path.read_bytes(), path)
-    except OSError:
-        return [f"{leaf}: no array in {path.parent}"]
-    chunk_shape = shape if chunks[0].expert is None else (1, *shape[1:])
-    raw = array.get("compressor") is None and not array.get("filters") and array.get("order") == "C"
-    expected = (list(shape), list(chunk_shape), ".")
-    if not raw or expected != tuple(map(array.get, ("shape", "chunks", "dimension_separator"))):
-        return [f"{leaf}: {path} does not describe raw chunks {list(chunk_shape)}"]
-    num_bytes = int(np.prod(chunk_shape)) * _DTYPES[record.dtype].itemsize
-    problems = []
-    for chunk in chunks:
-        file = chunk_path(folder, chunk, len(shape))
-        size = file.stat().st_size if file.is_file() else -1
-        if size != num_bytes:
-            got = "no file" if size < 0 else f"{size} bytes"
-            problems.append(f"{leaf}: {file.name}: expected {num_bytes} bytes, got {got}")
-    return problems
 
 
 def common_dtype(
@@ -381,4 +259,4 @@ def config_content(folder: Path, config: ModelConfig) -> dict[str, Any]:
     path = config_path(folder)
     if path.name == NATIVE_NAME:
         return config_to_dict(config)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

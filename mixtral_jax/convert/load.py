@@ -21,9 +21,10 @@ import numpy as np
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.convert.companions import check_companions
 from mixtral_jax.convert.finite import all_finite
-from mixtral_jax.convert.leaves import Leaves, OrbaxLeaves, common_dtype, open_leaves
+from mixtral_jax.convert.leaves import Leaves, common_dtype, open_leaves
 from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
-from mixtral_jax.convert.transfer import sha256
+from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
+from mixtral_jax.convert.transfer import altered, sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 from mixtral_jax.weights import ExpertSlots, Layout, Weight
@@ -61,7 +62,8 @@ def load_weights(
             differ, the dtype of the configuration if some have it, else that of most bytes.
         expert_shards: size of the expert axis; must divide the number of experts.
         layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``.
-        verify: prove a converted folder against its manifest, weights chunk by chunk. Where
+        verify: prove what ``convert`` wrote against its manifest, weights chunk by chunk (and the
+            small files, beside Orbax weights). Where
             devices hold parts of a chunk, the whole chunk is read for it, once per process.
         progress: called with bytes read, from several threads.
         note: called with one line for each thing a person should know.
@@ -131,7 +133,7 @@ class _Loader:
     ):
         self.leaves = leaves
         self.dtype = dtype
-        self.verify = verify and isinstance(leaves, OrbaxLeaves)
+        self.verify = verify and leaves.manifest is not None
         self.progress = progress
         self.reads = reads
         self._counting = threading.Lock()
@@ -166,12 +168,7 @@ class _Loader:
             if self.progress is not None:
                 self.progress(out.nbytes)
         if self.verify and sha256(out) != self.leaves.digest(chunk):
-            name = self.leaves.source_name(chunk)
-            raise MixtralError(
-                f"{name}: its bytes are not those that were written (its sha256 differs)",
-                fix="convert the checkpoint again; the disk may be failing",
-                code=BAD_DATA,
-            )
+            raise altered(self.leaves, chunk)
 
 
 class _Array:

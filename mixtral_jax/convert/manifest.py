@@ -15,11 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.convert.safetensors_file import parse_json
+from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.json_file import read_json
 
 NAME = "manifest.json"
 VERSION = 1
+AGAIN = f"convert again; for weights that were changed on purpose, delete {NAME}"
+MAX_BYTES = 32_000_000  # of 8x22B: 0.3 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,15 @@ class LeafRecord:
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> LeafRecord:
         """From JSON; KeyError or TypeError for what is none."""
-        return cls(
+        found = cls(
             shape=tuple(entry["shape"]),
             dtype=entry["dtype"],
             chunks=tuple(entry["chunks"]),
             nonfinite=bool(entry.get("nonfinite", False)),
         )
+        if not all(map(_is_count, found.shape)) or not _are_texts(found.dtype, *found.chunks):
+            raise TypeError("a field of another type")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,20 @@ class Manifest:
     def digest(self) -> str:
         """The digest of the weights, whatever they were read from."""
         return fold(self.leaves)
+
+    def chunk_digest(self, chunk: Chunk) -> str:
+        """The sha256 (hex) of a chunk's bytes."""
+        return self.leaves[chunk.leaf].chunks[chunk.expert or 0]
+
+    def check_describes(
+        self, stored: Mapping[str, tuple[tuple[int, ...], str]], folder: Path
+    ) -> None:
+        """Refuses weights of other leaves, shapes or dtype names (exit code 65)."""
+        described = {path: (leaf.shape, leaf.dtype) for path, leaf in self.leaves.items()}
+        counts = {path: len(chunks_of(path, leaf.shape)) for path, leaf in self.leaves.items()}
+        is_complete = all(len(self.leaves[path].chunks) == counts[path] for path in counts)
+        if described != dict(stored) or not is_complete:
+            raise MixtralError(f"{folder / NAME} is of other weights", fix=AGAIN, code=BAD_DATA)
 
     def write(self, folder: Path) -> None:
         """Writes manifest.json, durably."""
@@ -102,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
         MixtralError: exit code 65 if it is of another version, unreadable or altered.
     """
     path = folder / NAME
-    raw = parse_json(path.read_bytes(), path)
+    raw = read_json(path, max_bytes=MAX_BYTES)
     if raw.get("version") != VERSION:
         raise MixtralError(
             f"{path} version",
@@ -121,8 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
             companions=dict(raw.get("companions", {})),
             source=dict(raw.get("source", {})),
         )
-        plain = all(Path(name).name == name and "\0" not in name for name in manifest.companions)
-        intact = plain and manifest.digest == raw["digest"]
+        intact = _is_sound(manifest) and manifest.digest == raw["digest"]
     except (KeyError, TypeError, ValueError, AttributeError):
         intact = False
     if not intact:
@@ -132,6 +151,43 @@ def read_manifest(folder: Path) -> Manifest:
             code=BAD_DATA,
         )
     return manifest
+
+
+def read_ours(folder: Path) -> Manifest | None:
+    """The manifest of a folder that may be any.
+
+    None where there is none, or a file of that name by another tool.
+
+    Raises:
+        MixtralError: as ``read_manifest``.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    ours = {"version", "digest", "fingerprint", "leaves"}
+    if not ours <= read_json(path, max_bytes=MAX_BYTES).keys():
+        return None
+    return read_manifest(folder)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_texts(*values: object) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    """The types of what no digest covers; companions are plain names."""
+    names, source = manifest.companions, manifest.source
+    return (
+        isinstance(manifest.fingerprint, dict)
+        and _is_count(manifest.parameters)
+        and _is_count(manifest.bytes)
+        and _are_texts(*names, *names.values(), *source, *source.values())
+        and all(Path(name).name == name != ".." and "\0" not in name for name in names)
+    )
 
 
 def write_durably(path: Path, content: bytes) -> None:

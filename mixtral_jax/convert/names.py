@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
 from mixtral_jax.convert.transforms import Transform
-from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.errors import BAD_DATA, MixtralError, listing
 from mixtral_jax.model.transformer import LeafSpec
 
 
@@ -111,8 +111,8 @@ QUANTIZED = {
     "bitsandbytes 8-bit": (".SCB", ".weight_format"),
 }
 
-# Buffers of old checkpoints that are recomputed, not weights.
 _ROWS = {layout: {row.leaf: row for row in rows} for layout, rows in LAYOUTS.items()}
+# Buffers of old checkpoints that are recomputed, not weights.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)")
 
@@ -219,6 +219,7 @@ def plan(
     """
     _refuse_quantized(tensors, source)
     layout = detect_layout(tensors)
+    _refuse_far_more(layout, tensors, specs, source)
     wanted = list(pieces(layout, specs))
     shapes = {piece.rows.tensor: piece.tensor_shape for piece in wanted}
     ignored = tuple(name for name in tensors if IGNORED.fullmatch(name))
@@ -238,19 +239,35 @@ def plan(
     found += _mixed(wanted, tensors)
     _exactly_once(wanted, specs)
     if found:
-        shown = sorted(found)[:_ENOUGH_NAMES]
-        more = f"; and {len(found) - len(shown)} more" if len(found) > len(shown) else ""
         raise MixtralError(
-            f"{source}: {len(found)} problem(s) with its tensors: {'; '.join(shown)}{more}",
-            fix="use the config.json and every file that were published together",
+            f"{source}: {len(found)} problem(s) with its tensors: {listing(found)}",
+            fix=_TOGETHER,
             code=BAD_DATA,
         )
     sources = {piece.chunk: piece for piece in wanted}
     return Plan(layout=layout, sources=sources, ignored=ignored, tied_head=tied_head)
 
 
+_TOGETHER = "use the config.json and every file that were published together"
 # 8x22B has 1,739 tensors; a crafted header may have half a million.
 _ENOUGH_NAMES = 4000
+
+
+def _refuse_far_more(
+    layout: str, tensors: Mapping[str, Any], specs: Mapping[str, LeafSpec], source: str | Path
+) -> None:
+    """Counts before anything is listed by name: a config may ask for millions of tensors."""
+    wanted = 0
+    for leaf, spec in specs.items():
+        row = row_of(layout, leaf)
+        if row.part[0] == 0:
+            wanted += spec.shape[0] if "{e}" in row.tensor else 1
+    if wanted > len(tensors) + _ENOUGH_NAMES:
+        raise MixtralError(
+            f"{source}: config.json describes {wanted} tensors, its files have {len(tensors)}",
+            fix=_TOGETHER,
+            code=BAD_DATA,
+        )
 
 
 def detect_layout(tensors: Mapping[str, Any]) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from mixtral_jax.convert.leaves import WEIGHTS
 from mixtral_jax.convert.names import EXPERT_LEAF
+from mixtral_jax.convert.orbax_leaves import WEIGHTS
 from mixtral_jax.errors import IO_ERROR, MixtralError
 
 

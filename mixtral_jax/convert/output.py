@@ -15,9 +15,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mixtral_jax.convert import orbax
-from mixtral_jax.convert.leaves import WEIGHTS, OrbaxLeaves, check_leaf, chunk_path
 from mixtral_jax.convert.manifest import LeafRecord
 from mixtral_jax.convert.names import Chunk, chunks_of
+from mixtral_jax.convert.orbax_leaves import WEIGHTS, OrbaxLeaves, check_leaf, chunk_path
 from mixtral_jax.convert.transfer import digest_leaf
 from mixtral_jax.model.transformer import LeafSpec
 

@@ -12,8 +12,11 @@ from mixtral_jax.errors import INPUT_NOT_FOUND, IO_ERROR, OUTPUT_EXISTS, Mixtral
 DISK_SLACK_BYTES = 64 << 20
 
 
-def check_destination(dst: Path) -> None:
-    """Refuses a destination that is no plain folder, and one without a parent."""
+def check_destination(dst: Path, src: Path | None = None) -> None:
+    """Refuses a destination that is no plain folder, is the source, or has no parent."""
+    if src is not None and dst.exists() and dst.samefile(src):
+        fix = "choose another destination"
+        raise MixtralError(f"{dst} is the source itself", fix=fix, code=OUTPUT_EXISTS)
     if dst.is_symlink() or (dst.exists() and not dst.is_dir()):
         raise _taken(dst, "is a link" if dst.is_symlink() else "is a file")
     if dst.parent.exists() and not dst.parent.is_dir():
@@ -34,7 +37,9 @@ def check_work_folder(work: Path, journal: Path) -> None:
 
 def refuse_existing(dst: Path) -> MixtralError:
     """The error of a destination that holds something."""
-    return _taken(dst, "exists")
+    return MixtralError(
+        f"{dst} exists and is not empty", fix="choose another destination", code=OUTPUT_EXISTS
+    )
 
 
 def _taken(path: Path, what: str) -> MixtralError:

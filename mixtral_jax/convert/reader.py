@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,15 +20,16 @@ from mixtral_jax.convert.safetensors_file import (
     Tensor,
     bad_file,
     bytes_of,
-    parse_json,
 )
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Native Mistral: one file, or several of disjoint tensors without an index.
 NATIVE_FILE = re.compile(r"consolidated(\.\d{2,3})?\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 class Checkpoint:
@@ -153,13 +154,10 @@ class Checkpoint:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     path = safe_path(folder, INDEX_NAME)
-    if not path.exists():
+    try:
+        weight_map = read_json(path, max_bytes=MAX_HEADER_BYTES).get("weight_map")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    if not path.is_file():
-        raise bad_file(path, "not a regular file")
-    if path.stat().st_size > MAX_HEADER_BYTES:
-        raise bad_file(path, f"larger than {MAX_HEADER_BYTES} bytes")
-    weight_map = parse_json(path.read_bytes(), path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise bad_file(path, "weight_map: expected an object of tensor -> file")
     for name in weight_map.values():
@@ -181,7 +179,8 @@ def _weight_files(folder: Path) -> set[str]:
     if (folder / SINGLE_NAME).exists():
         return {SINGLE_NAME}
     if not folder.is_dir():
-        raise MixtralError(f"no such folder: {folder}", code=INPUT_NOT_FOUND)
+        fix = "name the folder of a published checkpoint"
+        raise MixtralError(f"no such folder: {folder}", fix=fix, code=INPUT_NOT_FOUND)
     names = {path.name for path in folder.iterdir()}
     native = {name for name in names if NATIVE_FILE.fullmatch(name)}
     whole = "consolidated.safetensors"
@@ -193,12 +192,13 @@ def _weight_files(folder: Path) -> set[str]:
         )
     if native:
         return native
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
-    if pickles:
+    refuse_pickles(folder, names)
+    shards = sorted(name for name in names if _SHARD.fullmatch(name))
+    if shards:
         raise MixtralError(
-            f"{folder / pickles[0]} is a pickle, which can run code when read, and is refused",
-            fix=f"resave as safetensors: {_resave(folder, pickles[0])}",
-            code=BAD_DATA,
+            f"{folder} has {shards[0]}, but {INDEX_NAME} is missing",
+            fix="download it from where the shards came from",
+            code=INPUT_NOT_FOUND,
         )
     raise MixtralError(
         f"no {SINGLE_NAME}, {INDEX_NAME} or {whole} in {folder}",
@@ -207,7 +207,18 @@ def _weight_files(folder: Path) -> set[str]:
     )
 
 
-def _resave(folder: Path, pickle: str) -> str:
+def refuse_pickles(place: Path | str, names: Iterable[str]) -> None:
+    """Raises exit code 65 if pickles are among the files of a folder, or of a repository."""
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if pickles:
+        raise MixtralError(
+            f"{place}/{pickles[0]} is a pickle, which can run code when read, and is refused",
+            fix=f"resave as safetensors: {_resave(place, pickles[0])}",
+            code=BAD_DATA,
+        )
+
+
+def _resave(folder: Path | str, pickle: str) -> str:
     """The command that turns the pickles of a folder into safetensors."""
     place = json.dumps(str(folder))
     if pickle.startswith("consolidated"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import stat
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import AGAIN, parse_json
 
 # The format allows 100 MB; the largest Mixtral header is 0.2 MB, and parsing must stay under 2 s.
 MAX_HEADER_BYTES = 32_000_000
@@ -112,7 +112,7 @@ class SafetensorsFile:
         if not same or (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
             raise MixtralError(
                 f"{self.path} was changed while it was read",
-                fix="let nothing write to it, and start again in a new destination",
+                fix="let nothing write to it, and start again",
                 code=BAD_DATA,
             )
 
@@ -176,7 +176,7 @@ def read_exactly(fd: int, out: memoryview, offset: int, path: Path) -> None:
 
 def bad_file(path: Path | str, why: str) -> MixtralError:
     """The error of a file that is not sound."""
-    return MixtralError(f"{path}: {why}", fix="download or convert it again", code=BAD_DATA)
+    return MixtralError(f"{path}: {why}", fix=AGAIN, code=BAD_DATA)
 
 
 def _read_header(fd: int, path: Path, size: int) -> bytes:
@@ -190,26 +190,6 @@ def _read_header(fd: int, path: Path, size: int) -> bytes:
     header = bytearray(length)
     read_exactly(fd, memoryview(header), 8, path)
     return bytes(header)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"duplicate key {name!r}")
-        found[name] = value
-    return found
-
-
-def parse_json(text: bytes, path: Path) -> dict[str, Any]:
-    """Parses a JSON object of a file that may lie: duplicate keys and deep nesting are refused."""
-    try:
-        found = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise bad_file(path, f"unreadable JSON: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise bad_file(path, "JSON: expected an object")
-    return found
 
 
 def _parse_header(header: bytes, path: Path, size: int) -> dict[str, Tensor]:

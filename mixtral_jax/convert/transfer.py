@@ -11,7 +11,7 @@ import numpy as np
 
 from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.leaves import Leaves
-from mixtral_jax.convert.manifest import LeafRecord
+from mixtral_jax.convert.manifest import AGAIN, LeafRecord
 from mixtral_jax.convert.merge import LeafMerge
 from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.safetensors_file import bytes_of
@@ -83,12 +83,7 @@ def fetch_leaf(
             digest.update(bytes_of(rows))  # while the rows are in the processor's cache
             progress(math.prod(rows.shape) * stored_dtype.itemsize)
         if recorded is not None and recorded != (digest if is_copy else source).hexdigest():
-            raise MixtralError(
-                f"{leaves.source_name(chunk)}: its bytes are not those that were written "
-                "(its sha256 differs)",
-                fix="convert the published checkpoint again; the disk may be failing",
-                code=BAD_DATA,
-            )
+            raise altered(leaves, chunk)
         if merge is not None:
             merge.check(chunk, leaves.source_name(chunk), out.dtype)
         return digest.hexdigest()
@@ -110,6 +105,16 @@ def digest_leaf(leaf: str, value: np.ndarray, pool: Executor) -> LeafRecord:
 
     digests = tuple(pool.map(digest, chunks_of(leaf, value.shape)))
     return LeafRecord(shape=tuple(value.shape), dtype=value.dtype.name, chunks=digests)
+
+
+def altered(leaves: Leaves, chunk: Chunk) -> MixtralError:
+    """The error of a chunk whose bytes are not those that its manifest records."""
+    name = leaves.source_name(chunk)
+    return MixtralError(
+        f"{name}: its bytes are not those that were written (its sha256 differs)",
+        fix=f"{AGAIN}; the disk may be failing",
+        code=BAD_DATA,
+    )
 
 
 def _blocks(shape: tuple[int, ...], itemsize: int, unit: int) -> list[tuple[int, int]]:

@@ -18,6 +18,8 @@ def verify_output(
     manifest: Manifest,
     fetch: Callable[[str, np.ndarray], LeafRecord],
     pool: Executor,
+    *,
+    before_leaf: Callable[[], None],
 ) -> None:
     """Reads a finished output and its source again, whole, one leaf at a time.
 
@@ -26,12 +28,14 @@ def verify_output(
         manifest: what it should hold.
         fetch: fills an array with a leaf, as the conversion did.
         pool: runs one chunk per task.
+        before_leaf: called before each leaf; may raise to end the work there.
 
     Raises:
         MixtralError: exit code 65 naming the tensor or file that was altered in the output; 73
             naming the tensor that the source now has otherwise.
     """
     for leaf, record in manifest.leaves.items():
+        before_leaf()
         if not output.is_intact(leaf, record, pool) or not output.reads_back(leaf, record, pool):
             raise MixtralError(
                 f"{leaf}: its bytes in {output.folder} are not those that were written",

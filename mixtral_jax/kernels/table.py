@@ -36,8 +36,10 @@ class Kernels:
 
 
 KERNELS: dict[str, Kernels] = {
-    "reference": Kernels(contract, lookup, attention, dense_experts, expert_blocks),
-    "visit": Kernels(contract, lookup_bits, blocked_attention, visit_experts, expert_blocks),
+    "reference": Kernels(contract, lookup, attention, dense_experts, expert_blocks, "slots"),
+    "visit": Kernels(
+        contract, lookup_bits, blocked_attention, visit_experts, expert_blocks, "slots"
+    ),
     "gpu": Kernels(contract, lookup, gpu_attention, gpu_routed_experts, stacked_blocks, "stacked"),
     "tpu": Kernels(
         contract, lookup, blocked_attention, tpu_routed_experts, stacked_blocks, "stacked"

@@ -212,6 +212,10 @@ def test_the_base_stays_as_it_was_and_factors_take_its_dtype(tmp_path, config, t
         ({"lora_alpha": float("nan")}, "lora_alpha: expected a number"),
         ({"lora_alpha": 10**400}, "lora_alpha: expected a number"),
         ({"rank_pattern": {"(": 2}}, "rank_pattern: expected an object of regexes"),
+        ({"rank_pattern": {"(x+x+)+y": 2}}, "rank_pattern: expected regexes that are matched in"),
+        ({"alpha_pattern": {"(.|.)" * 30 + "x": 2}}, "alpha_pattern: expected regexes that are"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 2}}, "alpha_pattern: expected regexes that are"),
+        ({"rank_pattern": {"(?=.*)x": 2}}, "rank_pattern: expected regexes that are"),
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern: expected an object of regexes"),
         ({"rank_pattern": {"q_proj": "2"}}, "r: expected a whole number"),
         ({"target_modules": ["v_proj"]}, "no tensors for model.layers.0.self_attn.v_proj"),
@@ -220,6 +224,33 @@ def test_the_base_stays_as_it_was_and_factors_take_its_dtype(tmp_path, config, t
 )
 def test_a_config_that_is_refused(tmp_path, config, tensors, fields, told):
     assert told in refusal(write(tmp_path, pairs(tensors, Q), **fields), config)
+
+
+def test_patterns_as_people_write_them_are_matched(tmp_path, config, tensors, base):
+    q = f"{LAYER}.self_attn.q_proj"
+    factors = pairs(tensors, q)
+    pattern = r".*\.(?:0|1|2|3|4|5|6|7)\.self_attn\.(q|k|v|o)_proj"
+    patterns = {"alpha_pattern": {r"layers\.[0-9]+\.mlp.*": 100, pattern: 12}}
+    adapter = write(tmp_path / "adapter", factors, **patterns)
+    same_as_merged(tmp_path, merged(tensors, factors, {q: 12 / RANK}), base, config, adapter)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_other"),
+    [
+        ("meta-llama/Llama-2-7b-hf", True),
+        ("Qwen/Qwen2.5-7B", True),
+        ("mistralai/Mistral-7B-v0.1", True),
+        ("mistralai/Mixtral-8x7B-v0.1", False),
+        ("TheBloke/mixtral-not-llama", False),
+        ("/data/base", False),
+        ("", False),
+    ],
+)
+def test_a_base_of_another_family_is_noted(tmp_path, config, tensors, name, is_other):
+    adapter = write(tmp_path, pairs(tensors, Q), base_model_name_or_path=name)
+    notes = Adapter(adapter, config).notes
+    assert [f"trained on {name!r}" in line for line in notes] == [True] * is_other
 
 
 def test_all_wrong_tensors_are_in_one_line(tmp_path, config, tensors):

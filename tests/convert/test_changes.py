@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -126,3 +128,43 @@ def test_numbers_beyond_any_model(tmp_path, small_config, field, value):
     fields = json.loads((src / "config.json").read_text())
     (src / "config.json").write_text(json.dumps({**fields, field: value}))
     assert field in fails(BAD_CONFIG, src, tmp_path / "out")
+
+
+def test_killed_between_the_header_of_a_file_and_its_size_no_leaf_is_redone(tmp_path, original):
+    options = ConvertOptions(format="safetensors")
+    fails(INTERRUPTED, original, tmp_path / "out", options, stop=lambda: True)
+    file = tmp_path / "out.partial" / "output" / "model.safetensors"
+    (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+    os.truncate(file, 8 + length)
+    fails(INTERRUPTED, original, tmp_path / "out", options, stop=Stop(9))
+    notes: list[str] = []
+    convert(original, tmp_path / "out", options, note=notes.append)
+    assert len(notes) == 1
+    assert notes[0].startswith("resuming: 8 of ")
+
+
+@FORMATS
+def test_what_a_fix_says_works_as_printed(tmp_path, small_config, format):
+    """Data that other options would take, or that must be fetched again, leaves nothing behind."""
+    config = small_config()
+    tensors = checkpoints.random_tensors(config)
+    tensors["lm_head.weight"][0, 0] = 1e6
+    src, out = checkpoints.write(tmp_path / "src", config, tensors), tmp_path / "out"
+    line = fails(BAD_DATA, src, out, ConvertOptions(format=format, dtype="float16"))
+    assert "fix: choose --dtype bfloat16" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+    convert(src, out, ConvertOptions(format=format, dtype="bfloat16"))
+
+
+def test_a_window_that_is_not_followed_is_not_exported(tmp_path, small_config):
+    config = small_config()
+    src = checkpoints.write(tmp_path / "src", config, checkpoints.random_tensors(config))
+    fields = json.loads((src / "config.json").read_text())
+    for deliberate in (False, True):
+        own = {"sliding_window_is_deliberate": True} if deliberate else {}
+        changed = {**fields, "sliding_window": 4096, **own}
+        (src / "config.json").write_text(json.dumps(changed))
+        out = tmp_path / f"out-{deliberate}"
+        convert(src, out, ConvertOptions(format="safetensors"))
+        written = json.loads((out / "config.json").read_text())
+        assert written == {**changed, "sliding_window": 4096 if deliberate else None}

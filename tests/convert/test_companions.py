@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from mixtral_jax.convert import ConvertOptions, convert, load_weights
+from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.tokenizer import find_tokenizer
 from tests.convert import checkpoints
@@ -75,12 +76,27 @@ def test_companions_are_no_part_of_the_digest(tmp_path, source):
     assert manifests[0]["companions"] != manifests[1]["companions"]
 
 
-def test_manifest_that_names_files_elsewhere_is_refused(tmp_path, source, config):
-    convert(source, tmp_path / "out")
-    path = tmp_path / "out" / "manifest.json"
-    content = json.loads(path.read_text())
-    content["companions"] = {os.path.join("..", "hf", "config.json"): "0"}
-    path.write_text(json.dumps(content))
-    with pytest.raises(MixtralError, match="altered") as caught:
-        load(tmp_path / "out", config)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"companions": {os.path.join("..", "hf", "config.json"): "0"}},
+        {"companions": {"..": "0"}},
+        {"companions": {"config.json": 5}},
+        {"companions": ["config.json"]},
+        {"parameters": "x"},
+        {"parameters": True},
+        {"bytes": None},
+        {"bytes": -1},
+        {"fingerprint": None},
+        {"source": {"name": 3}},
+        {"leaves": []},
+        {"leaves": {"norm.weight": {"shape": ["8"], "dtype": "float32", "chunks": ["0"]}}},
+    ],
+)
+def test_manifest_of_other_types_or_of_files_elsewhere_is_refused(converted, tmp_path, change):
+    content = json.loads((converted / "manifest.json").read_text())
+    assert read_manifest(converted)
+    (tmp_path / "manifest.json").write_text(json.dumps(content | change))
+    with pytest.raises(MixtralError, match=r"manifest\.json.*altered.*fix: ") as caught:
+        read_manifest(tmp_path)
     assert caught.value.code == BAD_DATA

@@ -15,9 +15,9 @@ import pytest
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert import ConvertOptions, convert, orbax
-from mixtral_jax.convert.leaves import OrbaxLeaves
 from mixtral_jax.convert.names import chunks_of
 from mixtral_jax.convert.orbax import read_leaf
+from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
 from mixtral_jax.errors import (
     BAD_DATA,
     INPUT_NOT_FOUND,
@@ -195,6 +195,10 @@ def test_existing_output_of_something_else_is_refused(tmp_path, original):
     error = refusal(original, tmp_path / "out")
     assert error.code == OUTPUT_EXISTS
     assert names_in(tmp_path / "out") == ["thesis.txt"]
+    (tmp_path / "out" / "manifest.json").write_text('{"name": "of another tool"}')
+    error = refusal(original, tmp_path / "out")
+    assert error.code == OUTPUT_EXISTS
+    assert "delete" not in str(error)
     convert(original, tmp_path / "ours")
     assert refusal(original, tmp_path / "ours", ConvertOptions(dtype="float32")).code == (
         OUTPUT_EXISTS

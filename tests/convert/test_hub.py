@@ -16,7 +16,7 @@ import pytest
 from mixtral_jax.convert import convert, hub
 from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.reader import Checkpoint
-from mixtral_jax.errors import INPUT_NOT_FOUND, IO_ERROR, MixtralError
+from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, IO_ERROR, USAGE, MixtralError
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 
 huggingface_hub = importlib.import_module("huggingface_hub")
@@ -89,9 +89,30 @@ def test_a_folder_of_that_name_comes_first(cache, tmp_path, monkeypatch):
 )
 def test_what_is_no_name_of_the_hub_is_no_folder(cache, name):
     if name == "":
-        assert hub.resolve(name).folder == Path()  # the current folder, as everywhere
+        assert "no checkpoint is named" in refusal(name, USAGE)
         return
     assert "no such folder" in refusal(name)
+
+
+def test_the_embedded_model_is_a_source_by_its_name(tmp_path, monkeypatch):
+    notes: list[str] = []
+    assert hub.resolve("tiny", notes.append) == hub.Source(EMBEDDED_FOLDER)
+    assert notes == []
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert hub.resolve("tiny", notes.append) == hub.Source(EMBEDDED_FOLDER)
+    assert notes == ["tiny is the embedded model; ./tiny names the folder here"]
+    assert hub.resolve("./tiny").folder.samefile(tmp_path / "tiny")
+
+
+def test_a_repository_of_pickles_is_refused_by_name(cache, monkeypatch):
+    files = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+    siblings = [SimpleNamespace(rfilename=name) for name in files]
+    network = Hub(monkeypatch, info=SimpleNamespace(sha=SHA, siblings=siblings))
+    line = refusal(REPO, BAD_DATA)
+    assert line.startswith(f"{REPO}/pytorch_model-00001-of-00002.bin is a pickle")
+    assert "fix: resave as safetensors: python -c" in line
+    assert network.asked == []
 
 
 def test_paths_are_never_taken_for_names_and_files_are_no_folders(cache, tmp_path):

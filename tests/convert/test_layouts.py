@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 import mixtral_jax as mj
 from mixtral_jax.config import MISPUBLISHED_WINDOW, PRESETS, read_config
 from mixtral_jax.convert import ConvertOptions, convert, load_weights
-from mixtral_jax.convert.leaves import OrbaxLeaves, PublishedLeaves
+from mixtral_jax.convert.leaves import PublishedLeaves
 from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.names import LAYOUTS, pieces
+from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, USAGE, MixtralError
 from mixtral_jax.language_model import EMBEDDED_FOLDER
@@ -284,6 +285,31 @@ def test_damaged_export_is_noticed(tmp_path, config, original, damage):
     assert caught.value.code == BAD_DATA
     words = "its bytes in" if damage == "flip" else f"{path} is missing, truncated or was altered"
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("fault", ["flip", "manifest", "other weights"])
+def test_our_export_is_proved_where_it_is_read(tmp_path, config, tensors, original, fault):
+    out = tmp_path / "out"
+    convert(original, out, SAFETENSORS)
+    assert loaded(out, config)
+    file, manifest = out / "model.safetensors", out / "manifest.json"
+    words = "its bytes are not those that were written"
+    if fault == "flip":
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+    elif fault == "manifest":
+        manifest.write_text(manifest.read_text().replace('"bfloat16"', '"float32"'))
+        words = "manifest.json does not agree"
+    else:
+        checkpoints.write(out, config, {name: w.astype("float32") for name, w in tensors.items()})
+        words = "manifest.json is of other weights"
+    for read in (lambda: loaded(out, config), lambda: convert(out, tmp_path / "again")):
+        with pytest.raises(MixtralError, match=f"{words}.*fix: convert") as caught:
+            read()
+        assert caught.value.code == BAD_DATA
+    manifest.write_text('{"of": "another tool"}')
+    assert loaded(out, config)
 
 
 @pytest.mark.parametrize("size", ["", "0", "5", "x", "-1GB", "1TBB", "1.5GB", "5gb", "5 GiB"])

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from mixtral_jax.config import config_to_dict
 from mixtral_jax.convert import convert, is_checkpoint, load_weights
-from mixtral_jax.convert.leaves import chunk_path
 from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
+from mixtral_jax.convert.orbax_leaves import chunk_path
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.model.transformer import assemble
 from mixtral_jax.weights import ExpertSlots, slots_of

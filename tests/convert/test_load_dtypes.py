@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert import convert, load_weights
-from mixtral_jax.convert.leaves import OrbaxLeaves
+from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from tests.convert import checkpoints

@@ -95,6 +95,41 @@ def started(source: Path, output: Path) -> subprocess.Popen[str]:
     return process
 
 
+# Before the first leaf: here, while the source is looked for.
+WAITING = """
+import sys, time
+from mixtral_jax import cli
+from mixtral_jax.convert import driver
+from mixtral_jax.convert.__main__ import Options, main
+def resolve(*arguments):
+    print("waiting", flush=True)
+    time.sleep(60)
+driver.resolve = resolve
+sys.exit(cli.run(main, Options, "convert", ["org/name", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_the_first_leaf_ends_at_once(tmp_path, sent):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, tmp_path / "out"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(sent)
+        _, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == INTERRUPTED
+    assert stderr == "error: interrupted; fix: run the same command again to resume\n"
+
+
 @pytest.mark.parametrize(
     "signals",
     [
@@ -115,8 +150,9 @@ def test_signal_is_75_and_resumable(tmp_path, small_config, signals):
         process.kill()
         process.communicate()
     assert process.returncode == INTERRUPTED, stderr
-    line = "error: interrupted; fix: run the same command again to resume\n"
-    assert stderr == line or len(signals) == 2
+    lines = stderr.splitlines()
+    assert lines[0] == "note: stopping after this leaf; press again to stop now"
+    assert lines[1:] == ["error: interrupted; fix: run the same command again to resume"]
     assert not (tmp_path / "out").exists()
     done = run(source, tmp_path / "out")
     assert done.returncode == 0

@@ -130,6 +130,17 @@ def test_a_change_that_rounding_would_lose_is_refused(tmp_path, small_config):
     assert convert(src, tmp_path / "out", options)
 
 
+def test_a_change_that_rounding_lost_can_be_merged_as_the_fix_says(tmp_path, small_config):
+    config = small_config(dtype="bfloat16")
+    tensors = checkpoints.random_tensors(config)
+    base = checkpoints.write(tmp_path / "hf", config, tensors)
+    factors = {name: w * np.float32(1e-5) for name, w in pairs(tensors, Q).items()}
+    adapter = write(tmp_path / "adapter", factors)
+    line = refusal(base, tmp_path / "out", adapter)
+    assert "fix: merge with --dtype float32" in line
+    convert(base, tmp_path / "out", ConvertOptions(adapter=str(adapter), dtype="float32"))
+
+
 def test_adapter_of_zeros_is_refused_and_some_zeros_are_noted(tmp_path, tensors, base):
     factors = pairs(tensors, *TOUCHED)
     for name in (Q, f"{EXPERT}.2.w2"):

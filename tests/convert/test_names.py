@@ -12,7 +12,7 @@ from mixtral_jax.config import PRESETS
 from mixtral_jax.convert import convert
 from mixtral_jax.convert.names import pieces, plan
 from mixtral_jax.convert.safetensors_file import Tensor
-from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.errors import BAD_DATA, MOST_LISTED, MixtralError, listing
 from mixtral_jax.model.transformer import leaf_specs
 from tests.convert import checkpoints
 
@@ -50,6 +50,22 @@ def test_half_a_million_names_are_refused_at_once(config, tensors):
     with pytest.raises(MixtralError, match=r"; and \d{6} more; fix: "):
         plan(crafted, leaf_specs(config), source="crafted")
     assert time.perf_counter() - started < 2
+
+
+def test_a_config_that_asks_for_millions_of_tensors_is_refused_by_their_number(config, tensors):
+    large = dataclasses.replace(config, num_local_experts=1024, num_hidden_layers=32)
+    found = {
+        name: Tensor(name=name, file="f", dtype="BF16", shape=w.shape, start=0, stop=w.nbytes)
+        for name, w in tensors.items()
+    }
+    with pytest.raises(MixtralError, match=rf"describes 98531 tensors.*have {len(found)}; fix: "):
+        plan(found, leaf_specs(large), source="small")
+
+
+def test_beyond_some_hundreds_problems_are_counted():
+    lines = [f"missing {k:04}" for k in range(MOST_LISTED + 7)]
+    assert listing(lines[:-7]) == "; ".join(lines[:-7])
+    assert listing(reversed(lines)) == "; ".join([*lines[:-7], "and 7 more"])
 
 
 def problems(tmp_path, config, changed) -> str:

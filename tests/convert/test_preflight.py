@@ -103,3 +103,15 @@ def test_destination_inside_a_file_is_refused(tmp_path, original):
     error = refusal(original, tmp_path / "file" / "out")
     assert error.code == OUTPUT_EXISTS
     assert f"{tmp_path / 'file'} is a file" in str(error)
+
+
+def test_the_source_is_never_the_destination_nor_to_be_deleted(tmp_path, config, tensors):
+    src = checkpoints.write(tmp_path / "hf", config, tensors)
+    (tmp_path / "link").symlink_to(src)
+    for dst in (src, src / "..", src.parent):
+        error = refusal(src, dst)
+        assert error.code == OUTPUT_EXISTS
+        assert "delete" not in str(error)
+    assert "is the source itself" in str(refusal(src, src))
+    assert "is the source itself" in str(refusal(tmp_path / "link", src))
+    assert sorted(os.listdir(src)) == ["config.json", "model.safetensors"]

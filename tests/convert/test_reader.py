@@ -267,7 +267,7 @@ def test_index_that_is_a_folder_or_a_link_away_is_refused(tmp_path):
         Checkpoint(folder)
     (folder / INDEX_NAME).unlink()
     (folder / INDEX_NAME).mkdir()
-    with pytest.raises(MixtralError, match="not a regular file"):
+    with pytest.raises(MixtralError, match="is a folder"):
         Checkpoint(folder)
 
 
@@ -283,3 +283,12 @@ def test_names_in_files_cannot_reach_the_terminal(tmp_path, small_config):
     for error in (caught.value, also_caught.value):
         assert str(error).isprintable()
         assert r"\n\x1b[31m\u202e" in str(error)
+
+
+def test_shards_without_their_index_say_so(tmp_path):
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(MixtralError, match=rf"{INDEX_NAME} is missing; fix: ") as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.code == INPUT_NOT_FOUND
+    with pytest.raises(MixtralError, match=r"no such folder.*fix: "):
+        Checkpoint(tmp_path / "nowhere")

@@ -8,8 +8,8 @@ import pytest
 
 import mixtral_jax as mj
 from mixtral_jax.convert import convert, save_model
-from mixtral_jax.convert.leaves import OrbaxLeaves
 from mixtral_jax.convert.manifest import read_manifest
+from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import OUTPUT_EXISTS, USAGE, MixtralError
 from mixtral_jax.model.transformer import leaf_specs

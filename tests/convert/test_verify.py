@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mixtral_jax.convert import ConvertOptions, convert
-from mixtral_jax.convert.leaves import chunk_path
+from mixtral_jax.convert import ConvertOptions, convert, orbax
 from mixtral_jax.convert.names import Chunk
+from mixtral_jax.convert.orbax_leaves import chunk_path
 from mixtral_jax.errors import BAD_DATA, INTERRUPTED, OUTPUT_EXISTS, MixtralError
 from tests.convert import checkpoints
 
@@ -126,3 +127,76 @@ def test_complete_output_that_orbax_cannot_read_is_refused_under_verify(tmp_path
     error = refusal(original, tmp_path / "out", VERIFY)
     assert error.code == BAD_DATA
     assert str(error).startswith("norm.weight")
+
+
+def test_no_leaf_is_held_while_orbax_reads_it_back(tmp_path, original, monkeypatch):
+    """Orbax needs two leaves for itself, which is all that is promised."""
+    write_leaf, read_leaf = orbax.write_leaf, orbax.read_leaf
+    held: list[weakref.ref[np.ndarray]] = []
+    found: list[np.ndarray | None] = []
+
+    def write(folder, leaf, value):
+        held.append(weakref.ref(value.base))
+        write_leaf(folder, leaf, value)
+
+    def read(folder, leaf):
+        found.append(held[-1]())
+        return read_leaf(folder, leaf)
+
+    monkeypatch.setattr(orbax, "write_leaf", write)
+    monkeypatch.setattr(orbax, "read_leaf", read)
+    convert(original, tmp_path / "out", VERIFY)
+    assert len(found) == len(held) > 0
+    assert found == [None] * len(held)
+
+
+@pytest.mark.parametrize("options", [None, VERIFY])
+def test_stop_is_asked_before_finished_leaves_are_proved(tmp_path, original, options):
+    interrupted(original, tmp_path / "out")
+    with pytest.raises(MixtralError, match="interrupted"):
+        convert(original, tmp_path / "out", options, stop=lambda: True)
+    notes: list[str] = []
+    convert(original, tmp_path / "out", options, note=notes.append)
+    assert notes[0].startswith("resuming: 8 of ")
+    asked = iter([False, True])
+    if options is VERIFY:
+        with pytest.raises(MixtralError, match="interrupted"):
+            convert(original, tmp_path / "out", options, stop=lambda: next(asked))
+
+
+def test_a_small_file_that_changed_is_another_conversion(tmp_path, config, tensors):
+    src = checkpoints.write(tmp_path / "hf", config, tensors)
+    template = src / "tokenizer_config.json"
+    template.write_text('{"a": 1}')
+    convert(src, tmp_path / "out")
+    notes: list[str] = []
+    convert(src, tmp_path / "out", note=notes.append)
+    assert "compared by samples with its source; --verify proves it" in notes[0]
+    convert(src, tmp_path / "out", VERIFY, note=notes.append)
+    assert "compared with its source, every byte" in notes[1]
+    template.write_text('{"a": 2}')
+    error = refusal(src, tmp_path / "out")
+    assert error.code == OUTPUT_EXISTS
+    assert "holds another conversion (of other companions)" in str(error)
+    assert template.read_text() != (tmp_path / "out" / template.name).read_text()
+
+
+def test_a_small_file_may_change_before_the_end(tmp_path, config, tensors):
+    src = checkpoints.write(tmp_path / "hf", config, tensors)
+    template = src / "tokenizer_config.json"
+    template.write_text('{"a": 1}')
+    interrupted(src, tmp_path / "out")
+    template.write_text('{"a": 2}')
+    convert(src, tmp_path / "out")
+    assert (tmp_path / "out" / template.name).read_text() == '{"a": 2}'
+    assert convert(src, tmp_path / "out", VERIFY).tensors
+
+
+def test_our_config_is_proved_before_it_is_believed(tmp_path, original):
+    convert(original, tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(path.read_text().replace("1e-05", "0.5"))
+    error = refusal(tmp_path / "ours", tmp_path / "out", ConvertOptions(format="safetensors"))
+    assert error.code == BAD_DATA
+    assert f"{path} was altered" in str(error)
+    assert not (tmp_path / "out").exists()

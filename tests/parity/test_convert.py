@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from mixtral_jax.config import read_config
-from mixtral_jax.convert import convert, load_weights
+from mixtral_jax.convert import ConvertOptions, convert, load_weights
 
 pytestmark = pytest.mark.parity
 
@@ -96,3 +96,25 @@ def test_every_saved_form_has_one_digest(tmp_path, model):
         model.save_pretrained(source, save_original_format=original_format)
         digests.add(convert(source, tmp_path / f"out-{original_format}").digest)
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(("weights", "num_files"), [(10**6, 1), (175_000, 2), (21_250, 19)])
+def test_transformers_loads_what_we_export(
+    tmp_path, torch, transformers, model, weights, num_files
+):
+    """By way of our own format, in as many shards as 8x7B has, too."""
+    shard_size = str(weights * model.dtype.itemsize)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "ours")
+    options = ConvertOptions(format="safetensors", max_shard_size=shard_size)
+    convert(tmp_path / "ours", tmp_path / "out", options)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == num_files
+    again, told = transformers.MixtralForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="auto", output_loading_info=True
+    )
+    assert not any(told.values()), told
+    assert again.dtype == model.dtype
+    wanted, found = model.state_dict(), again.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert np.array_equal(bits(torch, found[name]), bits(torch, tensor)), name

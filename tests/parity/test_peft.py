@@ -88,6 +88,38 @@ def test_merged_weights(fields, torch, transformers, tmp_path):
     assert touched
 
 
+# One rounding to bfloat16 is within half a step, 2^-9 of the value. We round the f32 sum once;
+# peft rounds the update, and then the sum: of each, half a step of what may be the larger term.
+BF16_STEP = 2.0**-8
+
+
+@pytest.mark.parametrize("kind", ["q, k, v, o", "experts, by the names of transformers 4"])
+def test_merged_onto_bfloat16(kind, torch, transformers, tmp_path):
+    peft = importlib.import_module("peft")
+    base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
+    base = base.to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | ADAPTERS[kind]
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "peft")
+    ours = ConvertOptions(format="safetensors", adapter=str(tmp_path / "adapter"))
+    convert(tmp_path / "base", tmp_path / "ours", ours)
+    plain, got, want = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "ours", "peft")
+    )
+    assert got.keys() == want.keys() == plain.keys()
+    touched = 0
+    for name in want:
+        before, mine, theirs = (part[name].astype(np.float32) for part in (plain, got, want))
+        terms = np.abs(mine) + np.abs(before) + np.abs(mine - before)
+        assert np.all(np.abs(mine - theirs) <= BF16_STEP * terms), name
+        changed = not np.array_equal(before, theirs)
+        assert changed == (not np.array_equal(before, mine)), name
+        touched += changed
+    assert touched
+
+
 def test_an_old_adapter_with_a_pair_per_expert(torch, transformers, tmp_path):
     """Written as transformers 4 named it; peft converts it while loading, we read it as it is."""
     peft = importlib.import_module("peft")
