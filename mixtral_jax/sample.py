@@ -61,7 +61,7 @@ class Options:
 def main(options: Options) -> int:
     """Loads, samples and prints."""
     _check(options)
-    if hosts.join(options.processes) and options.interactive:
+    if hosts.join(options.processes, options) and options.interactive:
         raise MixtralError("--interactive is for one process", code=USAGE)
     lm = _load(options)
     if options.interactive:

@@ -51,7 +51,7 @@ def main(options: Options) -> int:
         TransferSpeedColumn,
     )
 
-    if hosts.join(options.processes, with_jax=False) and not hosts.is_first():
+    if hosts.join(options.processes, options, with_jax=False) and not hosts.is_first():
         hosts.barrier("converted")  # one process converts; the others must not run ahead of it
         return OK
     stop = _Stop()

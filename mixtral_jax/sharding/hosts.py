@@ -11,11 +11,13 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 
 from mixtral_jax.errors import OK, MixtralError
+from mixtral_jax.sharding.agreement import Facts, option_facts, version_facts
 from mixtral_jax.sharding.cluster import ProcessOptions, find_cluster
 from mixtral_jax.sharding.peers import Peers
 
@@ -26,18 +28,20 @@ Tree = TypeVar("Tree")
 _peers: Peers | None = None
 
 
-def join(options: ProcessOptions, *, with_jax: bool = True) -> bool:
+def join(options: ProcessOptions, command: object = None, *, with_jax: bool = True) -> bool:
     """Joins the other processes of this command, if there are any. Call it before JAX is used.
 
     Args:
         options: flags; without them the environment of the cluster is asked.
+        command: a dataclass of what was asked, which all processes must have been asked alike.
         with_jax: start jax.distributed, so that ``jax.devices()`` are those of all processes.
 
     Returns:
         Whether there are others.
 
     Raises:
-        MixtralError: exit code 64 for wrong flags, 76 if the others do not come.
+        MixtralError: exit code 64 for wrong flags, or others than those of process 0; 76 if the
+            others do not come.
     """
     global _peers  # noqa: PLW0603 - a process joins once, as jax.distributed has it too
     cluster = find_cluster(options, os.environ)
@@ -52,6 +56,8 @@ def join(options: ProcessOptions, *, with_jax: bool = True) -> bool:
     )
     peers.join(JOIN_SECONDS)
     _peers = peers
+    asked = {} if command is None else option_facts(command)
+    peers.barrier("start", {**version_facts(), **asked})
     if with_jax:
         _keep_stdout_clean()
         # Or the runtime aborts the survivors (134) before we can say who is lost.
@@ -107,10 +113,18 @@ def begin_step() -> None:
         _peers.step()
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes; the name is used once."""
+def barrier(name: str, facts: Callable[[], Facts] = dict) -> None:
+    """Waits for all processes, and compares what they are about to do.
+
+    Args:
+        name: of the barrier, the same in all.
+        facts: called where there are others; what all must agree on (see agreement.py).
+
+    Raises:
+        MixtralError: exit code 64, in every process, where they differ.
+    """
     if _peers is not None:
-        _peers.barrier(name)
+        _peers.barrier(name, facts())
 
 
 def leave(code: int) -> None:

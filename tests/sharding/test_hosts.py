@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from mixtral_jax.errors import PEER_LOST
+from mixtral_jax.errors import PEER_LOST, USAGE
 from tests.convert import checkpoints
 from tests.sharding.processes import ROOT, finish, run, start
 
@@ -112,6 +112,58 @@ def test_two_processes_take_the_same_gradient_step(converted):
     got, want = json.loads(first.stdout), json.loads(alone(["-c", GRADIENT, str(converted)]))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert want[2] < want[0]
+
+
+def refused(processes: list) -> list[str]:
+    """The one line of each of them, ended with 64."""
+    ended = finish(processes, seconds=60)
+    for process in ended:
+        assert process.code == USAGE, process.stderr
+        assert process.stdout == ""
+    return [x for p in ended for x in p.stderr.splitlines() if x.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        (["--prompt=b"], "prompt is ('b',), in process 0 ('a',)"),
+        (["--prompt=a", "--max-new-tokens=8"], "max-new-tokens is 8, in process 0 24"),
+    ],
+)
+def test_other_arguments_are_refused_and_named(own, named):
+    processes = start([*SAMPLE, "--mesh=1x2"], own={0: ["--prompt=a"], 1: own})
+    lines = refused(processes)
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert line.startswith(f"error: process {rank}: process 1 does not do what process 0 does:")
+        assert named in line
+
+
+def test_another_checkpoint_is_refused_and_named(small_config, tmp_path_factory):
+    """Its sizes are the same, and so is its path on each host."""
+    folders, config = [tmp_path_factory.mktemp(f"host{i}") for i in range(2)], small_config()
+    for seed, folder in enumerate(folders):
+        tensors = checkpoints.random_tensors(config, seed=seed)
+        checkpoints.write(folder / "hf", config, tensors)
+    script = "import os, sys; from mixtral_jax import cli, sample\n"
+    script += "os.chdir(sys.argv.pop()); sys.exit(cli.run(sample.main, sample.Options, 'sample'))"
+    ask = ["-c", script, "hf", "--mesh=1x2", "--prompt-ids=1"]
+    lines = refused(start(ask, own={rank: [str(f)] for rank, f in enumerate(folders)}))
+    assert len(lines) == 2
+    for line in lines:
+        assert "process 1 does not do what process 0 does: the file model" in line
+
+
+@pytest.mark.parametrize("call", ["generate(prompt_token_ids=ids)", "logits(ids)"])
+def test_python_programs_are_compared_where_they_compute(call):
+    flag = GRADIENT[: GRADIENT.index("lm = ")]
+    program = f"{flag}ids = [[1, int(sys.argv[-1])]]\nlm = mj.load(mesh='1x2')\n"
+    program += f"try:\n  lm.{call}\nexcept mj.MixtralError as error:\n"
+    program += "  print('error:', error, file=sys.stderr)\n  hosts.leave(error.code)\n"
+    lines = refused(start(["-c", program], own={0: ["5"], 1: ["6"]}))
+    assert len(lines) == 2
+    for line in lines:
+        assert "process 1 does not do what process 0 does: the " in line
 
 
 def test_a_fault_of_one_ends_all(converted):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mixtral_jax.errors import PEER_LOST, MixtralError
+from mixtral_jax.errors import PEER_LOST, USAGE, MixtralError
 from mixtral_jax.sharding import peers as module
 from mixtral_jax.sharding.peers import Peers
 from tests.sharding.processes import free_port
@@ -114,6 +114,46 @@ def test_barriers_hold_until_the_last_comes():
     assert passed
 
 
+def passing(both: list[Peers], *calls: tuple) -> list:
+    """What each process met at its barrier: None, or the fault."""
+    met: list = [TimeoutError()] * len(both)
+
+    def work(rank: int) -> None:
+        try:
+            met[rank] = both[rank].barrier(*calls[rank])
+        except MixtralError as error:
+            met[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(both))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    return met
+
+
+def test_all_are_refused_where_one_is_about_to_do_something_else():
+    both, verdicts = two()
+    same = {"prompt": "'a'", "json": "False"}
+    assert passing(both, ("start", same), ("start", dict(same))) == [None, None]
+    met = passing(both, ("load", same), ("load", {**same, "prompt": "'b'"}))
+    for error in met:
+        assert isinstance(error, MixtralError)
+        assert error.code == USAGE
+        assert str(error).startswith(
+            "process 1 does not do what process 0 does: prompt is 'b', in process 0 'a'; fix: "
+        )
+    time.sleep(2 * TIMEOUT)
+    assert verdicts == [[], []], "each ends by its own fault"
+
+
+def test_another_barrier_is_something_else():
+    both, _ = two()
+    met = passing(both, ("end",), ("generate", {"the batch": "x"}))
+    for error in met:
+        assert "the next step is generate, in process 0 end; the batch is x" in str(error)
+
+
 def test_gone_is_noticed_by_all_and_named():
     _, verdicts, (one, other) = first_with(1, 2)
     one.socket.shutdown(socket.SHUT_RDWR)
@@ -203,6 +243,41 @@ def test_who_does_not_come_is_named():
     with pytest.raises(MixtralError, match="process 0 does not answer at") as caught:
         other.join(0.3)
     assert caught.value.code == PEER_LOST
+
+
+@pytest.mark.parametrize(
+    ("rank", "of", "fault"),
+    [
+        (1, 3, "process 1 was started with --num-processes 3, process 0 with 2"),
+        (1, 2, "more than one process was started with --process-id 1"),
+    ],
+)
+def test_processes_that_do_not_fit_are_told_and_process_0_too(rank, of, fault):
+    port, met = free_port(), []
+    first = make("127.0.0.1", port, 2 if of == 3 else 3, 0)
+    other = make("127.0.0.1", port, of if of == 3 else 3, rank)
+    peers = [first, other] + ([] if of == 3 else [make("127.0.0.1", port, 3, rank)])
+
+    def join(peer: Peers) -> None:
+        with pytest.raises(MixtralError) as caught:
+            peer.join(10)
+        met.append((caught.value.code, str(caught.value).startswith(fault)))
+
+    threads = [threading.Thread(target=join, args=(peer,)) for peer in peers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert met == [(USAGE, True)] * len(peers)
+
+
+def test_a_latecomer_of_another_command_ends_only_itself():
+    both, verdicts = two()
+    late = make("127.0.0.1", both[1]._address[1], 2, 1)
+    with pytest.raises(MixtralError, match="more than one process"):
+        late.join(10)
+    assert passing(both, ("end",), ("end",)) == [None, None]
+    assert verdicts == [[], []]
 
 
 HELLOS = [b"GET / HTTP/1.1\r\n\r\n", b'{"process": 0, "of": 2}\n', b"[]\n"]
