@@ -52,7 +52,8 @@ def main(options: Options) -> int:
     )
 
     if hosts.join(options.processes, options, with_jax=False) and not hosts.is_first():
-        hosts.barrier("converted")  # one process converts; the others must not run ahead of it
+        # One process converts; the others must not run ahead of it.
+        hosts.barrier("converted", may_wait_for_first=True)
         return OK
     stop = _Stop()
     fields = [field.name for field in dataclasses.fields(ConvertOptions)]
@@ -76,7 +77,7 @@ def main(options: Options) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             stop=lambda: stop.asked,
         )
-    hosts.barrier("converted")
+    hosts.barrier("converted", may_wait_for_first=True)
     print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
     return OK
 

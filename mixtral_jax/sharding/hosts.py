@@ -113,18 +113,21 @@ def begin_step() -> None:
         _peers.step()
 
 
-def barrier(name: str, facts: Callable[[], Facts] = dict) -> None:
+def barrier(
+    name: str, facts: Callable[[], Facts] = dict, *, may_wait_for_first: bool = False
+) -> None:
     """Waits for all processes, and compares what they are about to do.
 
     Args:
         name: of the barrier, the same in all.
         facts: called where there are others; what all must agree on (see agreement.py).
+        may_wait_for_first: process 0 is never stuck before it, whatever it does.
 
     Raises:
         MixtralError: exit code 64, in every process, where they differ.
     """
     if _peers is not None:
-        _peers.barrier(name, facts())
+        _peers.barrier(name, facts(), may_wait_for_first=may_wait_for_first)
 
 
 def leave(code: int) -> None:
@@ -136,7 +139,7 @@ def leave(code: int) -> None:
     if code != OK:
         _peers.leave(code)
         os._exit(code)
-    _peers.barrier("end")
+    _peers.barrier("end", may_wait_for_first=True)  # it prints, and its reader may be slow
     if is_first():  # holds jax's coordination service: the last to go
         _peers.wait_for_others()
     if jax.distributed.is_initialized():

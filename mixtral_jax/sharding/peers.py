@@ -6,8 +6,8 @@ all who is lost, who then end with exit code 76. Three ways to be lost:
 
 gone    its connection ended without a goodbye (killed), or its goodbye gave another code than 0;
 silent  no beat for ``timeout`` seconds (stopped, or its host is gone);
-stuck   it beats, but the others wait for it in a step: it is behind for ``timeout`` seconds without
-        using the CPU, or for ``PATIENCE`` times as long while it does (a compilation is no fault).
+stuck   it beats, but the others wait for it in a step or at a barrier, and it does nothing
+        (signs.py).
 
 Before that they agree: at a barrier each says what it is about to do (agreement.py), and where one
 differs from process 0 all are refused, with exit code 64. Messages are those of wire.py.
@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 from mixtral_jax.errors import PEER_LOST, USAGE, MixtralError
 from mixtral_jax.sharding.agreement import FIX, Facts, difference
-from mixtral_jax.sharding.signs import PATIENCE, Peer
+from mixtral_jax.sharding.signs import Peer, Work, find_lost
 from mixtral_jax.sharding.wire import is_hello, read, sender
 
 BEAT_SECONDS = 1.0
@@ -63,13 +63,14 @@ class Peers:
     ):
         self.num_processes, self.process_id, self.timeout = num_processes, process_id, timeout
         self._address, self._lost = (host, port), lost
-        self._steps = 0
+        self._steps, self._place, self._work = 0, "the start", Work()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._passed = threading.Condition()  # guards _opened and _refusal
         self._barriers = self._opened = 0  # come to, and open
         self._refusal: str | None = None
         self._arrived: dict[int, dict[int, Facts]] = {}  # by barrier and process
+        self._first_is_excused = False
         self._peers: dict[int, Peer] = {}
         self._all_joined = threading.Event()
         self._verdict: str | None = None
@@ -108,22 +109,31 @@ class Peers:
         fix = f"start all {self.num_processes} with one --coordinator"
         return MixtralError(f"{what} within {seconds:.0f} s", fix=fix, code=PEER_LOST)
 
-    def step(self) -> None:
-        """Says that this process starts the next step that all must take."""
+    def step(self, place: str | None = None) -> None:
+        """Says that this process comes to the next place that all must come to."""
+        self._place = place or f"step {self._steps + 1}"
         self._steps += 1
 
-    def barrier(self, name: str, facts: Facts | None = None) -> None:
+    def barrier(
+        self, name: str, facts: Facts | None = None, *, may_wait_for_first: bool = False
+    ) -> None:
         """Waits until every process has come to its next barrier.
 
         Args:
             name: of the barrier; process 0 refuses processes that come to another.
             facts: what all must agree on.
+            may_wait_for_first: process 0 may take its time until it comes here, whatever it does.
 
         Raises:
             MixtralError: exit code 64, in every process, where they differ.
         """
         self._barriers += 1
-        message = {"at": self._barriers, "facts": {"the next step": name, **(facts or {})}}
+        self.step(repr(name))
+        message = {
+            "at": self._barriers,
+            "facts": {"the next step": name, **(facts or {})},
+            "may_wait": may_wait_for_first,
+        }
         if self.process_id == 0:
             self._arrive(0, message)
         else:
@@ -154,6 +164,7 @@ class Peers:
 
     def wait_for_others(self) -> None:
         """On process 0: waits until all others have left."""
+        self.step("the end")
         while self._others():
             time.sleep(0.05)
 
@@ -166,7 +177,7 @@ class Peers:
         threading.Thread(target=work, args=args, daemon=True, name="mixtral_jax peers").start()
 
     def _state(self) -> dict:
-        return {"steps": self._steps, "cpu": time.process_time()}
+        return {"steps": self._steps, "place": self._place, **self._work.since()}
 
     # Process 0.
 
@@ -178,10 +189,7 @@ class Peers:
                 f"port {self._address[1]} (the coordinator's + 1) cannot be listened on: {error}",
                 fix="choose another port for --coordinator",
             ) from None
-        now = time.monotonic()
-        self._peers[0] = Peer(
-            socket.gethostname(), lambda message: None, now, changed=now, looked=now
-        )
+        self._peers[0] = Peer(socket.gethostname(), lambda message: None, time.monotonic())
         self._thread(self._accept, server)
 
     def _accept(self, server: socket.socket) -> None:
@@ -226,12 +234,13 @@ class Peers:
 
     def _refuse(self, fault: str) -> None:
         """Ends the command in every process: they do not fit together."""
+        self._has_left = True  # first: nobody is lost by what follows
         for peer in self._others():
             peer.send({"refused": fault})
         self._note_refusal(fault)
 
     def _note_refusal(self, fault: str) -> None:
-        """Each process ends itself now; nobody is lost by that."""
+        """Each process ends itself now."""
         self._has_left = True
         with self._passed:
             self._refusal = fault
@@ -242,7 +251,7 @@ class Peers:
         while (message := read(file)) is not None:
             peer.heard = time.monotonic()
             if "steps" in message:
-                peer.note(message)
+                peer.note(message, peer.heard)
             if "at" in message:
                 self._arrive(rank, message)
             if "bye" in message:
@@ -258,6 +267,7 @@ class Peers:
         with self._lock:
             arrived = self._arrived.setdefault(number, {})
             arrived[rank] = message["facts"]
+            self._first_is_excused = message["may_wait"] and 0 not in arrived
             if len(arrived) < self.num_processes:
                 return
             del self._arrived[number]
@@ -276,20 +286,11 @@ class Peers:
 
     def _check(self) -> None:
         now = time.monotonic()
-        self._peers[0].note(self._state())
-        self._peers[0].heard = now
-        staying = {rank: p for rank, p in self._peers.items() if not p.has_left}
-        furthest = max(peer.steps for peer in staying.values())
-        arrived_there = [p.changed for p in staying.values() if p.steps == furthest]
-        for rank, peer in staying.items():
-            peer.look(now, self.timeout / 4)
-            if now - peer.heard > self.timeout:
-                self._judge(rank, f"is silent for {now - peer.heard:.0f} s")
-            elif peer.steps < furthest:
-                behind = now - max(peer.changed, min(arrived_there))
-                if behind > self.timeout * (PATIENCE if peer.busy else 1):
-                    where = f"step {peer.steps}, where others began step {furthest}"
-                    self._judge(rank, f"is stuck after {where} {behind:.0f} s ago")
+        self._peers[0].note(self._state(), now)
+        excused = (0,) if self._first_is_excused else ()
+        lost = find_lost(dict(self._peers), now, self.timeout, excused)
+        if lost is not None:
+            self._judge(*lost)
 
     def _judge(self, rank: int, fault: str) -> None:
         """Tells everybody who is lost, then ends this process."""

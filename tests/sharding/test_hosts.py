@@ -66,6 +66,22 @@ Generation._limits = slowly
 sys.exit(cli.run(sample.main, sample.Options, "sample"))
 """
 
+# Falls asleep while it loads.
+STUCK = """
+import sys, time
+asleep = sys.argv.pop(1)
+from mixtral_jax import cli, sample
+from mixtral_jax.sharding import hosts
+inner = hosts.barrier
+def barrier(name, *arguments, **options):
+    if name == "loaded":
+        print("sampling", file=sys.stderr, flush=True)
+        time.sleep(1000 if asleep == str(hosts.process_id()) else 0)
+    return inner(name, *arguments, **options)
+hosts.barrier = barrier
+sys.exit(cli.run(sample.main, sample.Options, "sample"))
+"""
+
 
 def alone(arguments: list[str]) -> str:
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -182,8 +198,16 @@ def test_a_fault_of_one_ends_all(converted):
 
 def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
     """Seconds until the survivor ended, its code, and its last line."""
-    asleep = str(rank) if how == "asleep" else "nobody"
-    arguments = ["-c", SLOW, asleep, str(converted), *SAMPLE[2:-2], "--max-new-tokens", "4000"]
+    asleep = str(rank) if how in ("asleep", "loading") else "nobody"
+    arguments = [
+        "-c",
+        STUCK if how == "loading" else SLOW,
+        asleep,
+        str(converted),
+        *SAMPLE[2:-2],
+        "--max-new-tokens",
+        "4000",
+    ]
     arguments += ["--prompt-ids", "1,2,3", "--ignore-eos"]
     processes = start(arguments)
     survivor = processes[1 - rank]
@@ -207,7 +231,12 @@ def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
 
 
 def is_named(how: str, rank: int, stderr: str) -> bool:
-    fault = {"killed": "is gone", "stopped": "is silent", "asleep": "is stuck"}[how]
+    fault = {
+        "killed": "is gone",
+        "stopped": "is silent",
+        "asleep": "is stuck after step",
+        "loading": "is stuck after 'load': others came to 'loaded'",
+    }[how]
     lines = [x for x in stderr.splitlines() if x.startswith(f"error: process {rank} (")]
     return len(lines) == 1 and fault in lines[0]
 
@@ -229,7 +258,7 @@ def test_a_killed_peer_is_named(long_checkpoint, rank):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", ["stopped", "asleep"])
+@pytest.mark.parametrize("how", ["stopped", "asleep", "loading"])
 def test_a_stopped_or_stuck_peer_is_named(long_checkpoint, how, rank):
     seconds, code, stderr = lose(long_checkpoint, how, rank)
     assert (code, is_named(how, rank, stderr)) == (PEER_LOST, True), stderr

@@ -63,11 +63,11 @@ class Fake:
     def say(self, **message) -> None:
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def beat(self, stop: threading.Event, steps, cpu=lambda: 0.0) -> None:
+    def beat(self, stop: threading.Event, steps=0, computes=False, moves=False) -> None:
         def work():
             with contextlib.suppress(OSError):
                 while not stop.wait(0.1):
-                    self.say(steps=steps(), cpu=cpu())
+                    self.say(steps=steps, place=f"step {steps}", computes=computes, moves=moves)
 
         threading.Thread(target=work, daemon=True).start()
 
@@ -169,25 +169,77 @@ def test_silent():
     assert verdicts.soon().startswith("process 1 (host1) is silent for 1 s")
 
 
-@pytest.mark.parametrize("cpu", [lambda: 0.0, time.monotonic], ids=["idle", "working"])
-def test_stuck_is_behind_and_idle(cpu):
+def arrive(peer: Peers, name: str, **options) -> None:
+    """Comes to a barrier, and waits there in a thread."""
+    threading.Thread(target=peer.barrier, args=(name,), kwargs=options, daemon=True).start()
+
+
+@pytest.mark.parametrize("where", ["step 1", "'loaded'"])
+def test_stuck_is_behind_and_does_nothing(where):
     first, verdicts, (fake,) = first_with(1)
     stop = threading.Event()
-    fake.beat(stop, steps=lambda: 0, cpu=cpu)
-    first.step()
-    if cpu() == 0.0:
-        line = verdicts.soon()
-        assert line.startswith("process 1 (host1) is stuck after step 0, where others began step 1")
-    else:  # compiling, perhaps: it may take PATIENCE times as long
+    fake.beat(stop)
+    if where == "step 1":
+        first.step()
+    else:
+        arrive(first, "loaded")
+    line = verdicts.soon()
+    assert line.startswith(f"process 1 (host1) is stuck after the start: others came to {where} ")
+    stop.set()
+
+
+@pytest.mark.parametrize("sign", ["computes", "moves"])
+def test_slow_is_not_stuck(sign):
+    first, verdicts, (fake,) = first_with(1)
+    stop = threading.Event()
+    fake.beat(stop, **{sign: True})
+    arrive(first, "loaded")
+    time.sleep(3 * TIMEOUT)
+    assert not verdicts
+    stop.set()
+
+
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_others_wait_for_process_0_only_where_they_may(may_wait):
+    first, verdicts, fakes = first_with(1, 2)
+    stop = threading.Event()
+    fakes[0].beat(stop, steps=1)
+    fakes[1].beat(stop, steps=1)
+    for fake in fakes:
+        fake.say(at=1, facts={"the next step": "converted"}, may_wait=may_wait)
+    if may_wait:
         time.sleep(3 * TIMEOUT)
         assert not verdicts
+        first.barrier("converted", may_wait_for_first=True)
+    else:
+        assert verdicts.soon(8 * TIMEOUT).startswith("process 0")
+    stop.set()
+
+
+def test_where_process_0_is_excused_the_others_are_not():
+    _, verdicts, fakes = first_with(1, 2)
+    stop = threading.Event()
+    fakes[0].beat(stop, steps=1)
+    fakes[1].beat(stop, steps=0)
+    fakes[0].say(at=1, facts={}, may_wait=True)
+    assert verdicts.soon().startswith("process 2 (host2) is stuck")
+    stop.set()
+
+
+def test_process_0_waits_for_the_goodbyes_with_a_limit():
+    first, verdicts, (fake,) = first_with(1)
+    stop = threading.Event()
+    fake.beat(stop)
+    threading.Thread(target=first.wait_for_others, daemon=True).start()
+    assert "others came to the end" in verdicts.soon()
+    fake.say(bye=0)
     stop.set()
 
 
 def test_process_0_can_be_the_stuck_one():
     _, verdicts, (fake,) = first_with(1)
     stop = threading.Event()
-    fake.beat(stop, steps=lambda: 1)
+    fake.beat(stop, steps=1)
     time.sleep(0.5)
     assert not verdicts
     # The process of these tests works a little; it is idle enough.
@@ -198,7 +250,7 @@ def test_process_0_can_be_the_stuck_one():
 def test_waiting_together_is_no_fault():
     first, verdicts, (fake,) = first_with(1)
     stop = threading.Event()
-    fake.beat(stop, steps=lambda: 1)
+    fake.beat(stop, steps=1)
     first.step()
     time.sleep(3 * TIMEOUT)
     assert not verdicts
