@@ -52,7 +52,12 @@ def run(
         SystemExit: code 0 after ``--help``.
     """
     code = _run(main, options_type, prog, argv)
-    hosts.leave(code)
+    try:
+        hosts.leave(code)
+    except KeyboardInterrupt:  # while it waits for the others
+        hosts.leave(_fail(None, "interrupted", INTERRUPTED))
+    except MixtralError as error:
+        hosts.leave(_fail(None, str(error), error.code))
     return code
 
 

@@ -63,6 +63,7 @@ def join(options: ProcessOptions, command: object = None, *, with_jax: bool = Tr
         # Or the runtime aborts the survivors (134) before we can say who is lost.
         _delay_aborts()
         jax.config.update("jax_enable_recoverability", True)
+        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.num_processes,

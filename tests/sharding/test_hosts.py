@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from mixtral_jax.errors import PEER_LOST, USAGE
+from mixtral_jax.errors import INTERRUPTED, PEER_LOST, USAGE
 from tests.convert import checkpoints
 from tests.sharding.processes import ROOT, finish, run, start
 
@@ -79,6 +79,21 @@ def barrier(name, *arguments, **options):
         time.sleep(1000 if asleep == str(hosts.process_id()) else 0)
     return inner(name, *arguments, **options)
 hosts.barrier = barrier
+sys.exit(cli.run(sample.main, sample.Options, "sample"))
+"""
+
+# Process 0 takes its time to print; the other says that it waits for it.
+SLOW_TO_PRINT = """
+import sys, time
+from mixtral_jax import cli, sample
+from mixtral_jax.sharding import hosts
+inner = hosts.leave
+def leave(code):
+    if hosts.is_first():
+        time.sleep(60)
+    print("leaving", file=sys.stderr, flush=True)
+    inner(code)
+hosts.leave = leave
 sys.exit(cli.run(sample.main, sample.Options, "sample"))
 """
 
@@ -213,9 +228,7 @@ def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
     survivor = processes[1 - rank]
     try:
         for process in processes:
-            for line in process.stderr:
-                if line == "sampling\n":
-                    break
+            lines_until(process, "sampling")
         if how == "killed":
             processes[rank].kill()
         if how == "stopped":
@@ -239,6 +252,43 @@ def is_named(how: str, rank: int, stderr: str) -> bool:
     }[how]
     lines = [x for x in stderr.splitlines() if x.startswith(f"error: process {rank} (")]
     return len(lines) == 1 and fault in lines[0]
+
+
+def lines_until(process: subprocess.Popen, line: str) -> None:
+    """Reads what a process says on stderr up to a line."""
+    assert process.stderr is not None
+    for said in process.stderr:
+        if said == f"{line}\n":
+            return
+    raise AssertionError(f"{line} was not said")
+
+
+def test_sigterm_ends_a_process_at_once(long_checkpoint):
+    """jax's preemption service would swallow it."""
+    arguments = ["-c", SLOW, "nobody", str(long_checkpoint), *SAMPLE[2:-2], "--prompt-ids=1"]
+    processes = start([*arguments, "--max-new-tokens=4000", "--ignore-eos"])
+    try:
+        lines_until(processes[1], "sampling")
+        processes[1].terminate()
+        assert processes[1].wait(10) == -signal.SIGTERM
+    finally:
+        first = finish(processes, seconds=30)[0]
+    assert (first.code, is_named("killed", 1, first.stderr)) == (PEER_LOST, True), first.stderr
+
+
+def test_an_interrupt_while_waiting_for_the_others_is_one_line():
+    processes = start(["-c", SLOW_TO_PRINT, "--mesh=1x2", "--prompt=1+1="])
+    try:
+        lines_until(processes[1], "leaving")
+        time.sleep(0.5)
+        processes[1].send_signal(signal.SIGINT)
+        assert processes[1].wait(10) == INTERRUPTED
+    finally:
+        first, second = finish(processes, seconds=30)
+    assert "Traceback" not in second.stderr
+    assert "error: process 1: interrupted" in second.stderr
+    assert "ended with exit code 75" in first.stderr
+    assert first.code == PEER_LOST
 
 
 @pytest.fixture(scope="module")
