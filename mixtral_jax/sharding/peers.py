@@ -27,7 +27,7 @@ from typing import BinaryIO
 from mixtral_jax.errors import PEER_LOST, USAGE, MixtralError
 from mixtral_jax.sharding.agreement import FIX, Facts, difference
 from mixtral_jax.sharding.signs import Peer, Work, find_lost
-from mixtral_jax.sharding.wire import is_hello, read, sender
+from mixtral_jax.sharding.wire import is_hello, listen, read, sender
 
 BEAT_SECONDS = 1.0
 _OWN_END_SECONDS = 4.0  # a fault that all meet ends each with its own line and code
@@ -183,7 +183,7 @@ class Peers:
 
     def _listen(self) -> None:
         try:
-            server = socket.create_server(("", self._address[1]), backlog=self.num_processes)
+            server = listen(*self._address, backlog=self.num_processes)
         except OSError as error:
             raise MixtralError(
                 f"port {self._address[1]} (the coordinator's + 1) cannot be listened on: {error}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
 import json
 import socket
 import threading
@@ -10,6 +12,32 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 _LONGEST_LINE = 1 << 20  # what processes compare names every file of a checkpoint
+
+
+def listen(host: str, port: int, backlog: int) -> socket.socket:
+    """A server at the address that others call, if that is one of this machine.
+
+    On all addresses where ``host`` is a name: this machine may resolve its own name to another
+    address than others do; or where it is the address of a router in front.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    if host == "localhost" or _is_address(host):
+        try:
+            return socket.create_server((host, port), backlog=backlog)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    return socket.create_server(("", port), backlog=backlog)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def sender(connection: socket.socket, lock: threading.Lock) -> Callable[[dict], None]:
