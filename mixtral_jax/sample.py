@@ -44,7 +44,8 @@ class Options:
     show_experts: bool = False
     """Draw how the tokens of prompts and answers were spread over the experts of each layer."""
     json: bool = False
-    """Print one JSON line per sample on stdout and nothing else there."""
+    """Print one JSON line per sample on stdout and nothing else there; "dropped" and "stats" in
+    each are those of the whole batch."""
     debug: bool = False
     """Show tracebacks."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = dataclasses.field(
