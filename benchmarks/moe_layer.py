@@ -16,22 +16,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _common import report
+from _common import report, run_script
 from rich.console import Console
 from rich.progress import track
 
-from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.experts import ExpertWeights
 from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.router import route
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
+from mixtral_jax.sharding.report import find_config
 from mixtral_jax.sharding.rules import WEIGHT_RULES, partition_spec
 from mixtral_jax.weights import ExpertSlots
 
@@ -48,7 +48,7 @@ class Options:
     """A preset, for its sizes: tiny, mixtral-8x7b, mixtral-8x22b."""
     rows: tuple[int, ...] = (16, 512, 4096)
     """Tokens over all devices."""
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of weights and rows."""
     capacity_factor: float = 2.0
     """Of the methods with a capacity."""
@@ -58,6 +58,8 @@ class Options:
     """One size and one round: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def random_experts(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> ExpertWeights:
@@ -98,7 +100,7 @@ def yardstick(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: An
 
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per number of tokens and method."""
-    config = PRESETS[options.model]
+    config = find_config(options.model)
     spec = MeshSpec.parse(options.mesh).fit(config)
     simulate_on_cpu(spec, lambda line: print(f"note: {line}", file=sys.stderr))
     mesh, dtype = spec.build(), jnp.dtype(options.dtype)
@@ -172,4 +174,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))
