@@ -144,7 +144,7 @@ class Peers:
 
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
-            raise MixtralError(self._refusal, fix=FIX, code=USAGE)
+            raise MixtralError(self._refusal, code=USAGE)
 
     def leave(self, code: int) -> None:
         """Says goodbye with an exit code; anything but 0 ends the others too."""
@@ -223,10 +223,11 @@ class Peers:
         """Takes a process in, or says why not."""
         if of != self.num_processes:
             numbers = f"--num-processes {of}, process 0 with {self.num_processes}"
-            return f"process {rank} was started with {numbers}"
+            return f"process {rank} was started with {numbers}; fix: {FIX}"
         with self._lock:
             if rank in self._peers:
-                return f"more than one process was started with --process-id {rank}"
+                fix = "give each process its own --process-id"
+                return f"more than one process was started with --process-id {rank}; fix: {fix}"
             self._peers[rank] = Peer(host, send, time.monotonic())
             if len(self._peers) == self.num_processes:
                 self._all_joined.set()
@@ -273,7 +274,7 @@ class Peers:
             del self._arrived[number]
         fault = difference(arrived)
         if fault is not None:
-            self._refuse(fault)
+            self._refuse(f"{fault}; fix: {FIX}")
             return
         for peer in self._others():
             peer.send({"open": number})

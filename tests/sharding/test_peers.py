@@ -300,8 +300,8 @@ def test_who_does_not_come_is_named():
 @pytest.mark.parametrize(
     ("rank", "of", "fault"),
     [
-        (1, 3, "process 1 was started with --num-processes 3, process 0 with 2"),
-        (1, 2, "more than one process was started with --process-id 1"),
+        (1, 3, "process 1 was started with --num-processes 3, process 0 with 2; fix: "),
+        (1, 2, "more than one process was started with --process-id 1; fix: give each process"),
     ],
 )
 def test_processes_that_do_not_fit_are_told_and_process_0_too(rank, of, fault):
