@@ -82,7 +82,7 @@ def load(
     is_embedded = str(checkpoint) == EMBEDDED
     folder = EMBEDDED_FOLDER if is_embedded else resolve(checkpoint, note).folder
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
-    hosts.barrier("load", lambda: _load_facts(asked, folder))
+    hosts.agree("load", lambda: _load_facts(asked, folder))
     dtype = asked.dtype or ("float32" if is_embedded else None)
     if spec is not None:
         spec = spec.fit(config)
@@ -202,7 +202,7 @@ class LanguageModel:
         padding = ((0, B - len(rows)), (0, T - len(rows[0])))
         tokens = np.pad(np.asarray(rows, np.int32), padding, mode="edge")
         valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
-        hosts.barrier("logits", lambda: {"the token ids": short(rows)})
+        hosts.agree("logits", lambda: {"the token ids": short(rows)})
         hosts.begin_step()
         scored = score(self.model, tokens, valid, placement=self.placement)
         logits = hosts.fetch(scored)[: len(rows), : len(rows[0])]
@@ -318,7 +318,7 @@ class LanguageModel:
         """Generates a batch, filling it; yields every row's new text after so many tokens."""
         if not batch.requests:
             return
-        hosts.barrier("generate", lambda: {"the batch": short(batch.requests)})
+        hosts.agree("generate", lambda: {"the batch": short(batch.requests)})
         generation = Generation(
             self.model, batch.requests, placement=self.placement, data_shards=self.spec.data
         )

@@ -114,21 +114,32 @@ def begin_step() -> None:
         _peers.step()
 
 
-def barrier(
-    name: str, facts: Callable[[], Facts] = dict, *, may_wait_for_first: bool = False
-) -> None:
-    """Waits for all processes, and compares what they are about to do.
+def barrier(name: str, *, may_wait_for_first: bool = False) -> None:
+    """Waits for all processes.
 
     Args:
         name: of the barrier, the same in all.
-        facts: called where there are others; what all must agree on (see agreement.py).
         may_wait_for_first: process 0 is never stuck before it, whatever it does.
+
+    Raises:
+        MixtralError: exit code 64, in every process, where they came to different barriers.
+    """
+    if _peers is not None:
+        _peers.barrier(name, may_wait_for_first=may_wait_for_first)
+
+
+def agree(name: str, facts: Callable[[], Facts]) -> None:
+    """A barrier before which all must say the same of what they are about to do.
+
+    Args:
+        name: of the barrier, the same in all.
+        facts: called where there are others (see agreement.py).
 
     Raises:
         MixtralError: exit code 64, in every process, where they differ.
     """
     if _peers is not None:
-        _peers.barrier(name, facts(), may_wait_for_first=may_wait_for_first)
+        _peers.barrier(name, facts())
 
 
 def leave(code: int) -> None:
