@@ -1,4 +1,4 @@
-"""What the benchmarks share: calls timed in turn, and one JSON line beside a table."""
+"""What the benchmarks share: calls timed in turn, one JSON line beside a table, and errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ from convert_memory import environment
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from mixtral_jax import cli
+
+
+def run_script(main: Callable[[Any], int], options_type: type) -> int:
+    """Runs a benchmark with the one-line errors and exit codes of the commands.
+
+    A sequence is one option with several values (``--rows 16 512``).
+    """
+    return cli.run(main, options_type, f"python benchmarks/{Path(sys.argv[0]).name}", markers=())
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, what: str) -> list[list[float]]:

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode.generate import Generation, Request, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.model.cache import init_cache
 from mixtral_jax.model.placement import LOCAL, Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.sharding.report import find_config
 from mixtral_jax.weights import slots_of
 
 _BENCH = ModelConfig(
@@ -32,8 +33,7 @@ _BENCH = ModelConfig(
     dtype="float32",
 )
 # `bench` is a quarter of the widths and of the layers of 8x7B: 0.79 G parameters.
-CONFIGS = {
-    **PRESETS,
+OWN = {
     "bench": _BENCH,
     "small": dataclasses.replace(
         _BENCH,
@@ -49,8 +49,8 @@ CONFIGS = {
 
 
 def config_of(model: str, layers: int | None = None) -> ModelConfig:
-    """A configuration by name, with fewer layers if asked."""
-    config = CONFIGS[model]
+    """A configuration of this table, a preset or a folder, with fewer layers if asked."""
+    config = OWN.get(model) or find_config(model)
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 
 

@@ -23,8 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _common import interleaved, spread
+from _common import interleaved, run_script, spread
 from convert_memory import environment
 from rich.console import Console
 from rich.progress import track
@@ -63,6 +62,8 @@ class Options:
     """Two factors and one round: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def batch_of(lm: mj.LanguageModel, rows: int, length: int) -> np.ndarray:
@@ -200,4 +201,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

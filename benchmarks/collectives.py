@@ -17,8 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
-from _common import interleaved, report, spread
+from _common import interleaved, report, run_script, spread
 
 from mixtral_jax.sharding.collectives import Collective
 from mixtral_jax.sharding.mesh import AXES, MeshSpec, simulate_on_cpu
@@ -40,6 +39,8 @@ class Options:
     """One size and one round: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def operations(shards: int) -> dict[str, tuple[Callable, int]]:
@@ -102,4 +103,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

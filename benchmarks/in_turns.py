@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
+from _common import run_script
 from rich.console import Console
 from rich.table import Table
 
@@ -100,4 +100,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

@@ -17,14 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _common import report
-from _ours import CONFIGS
+from _common import report, run_script
+from _ours import config_of
 from rich.console import Console
 from rich.progress import track
 
@@ -51,7 +50,7 @@ class Options:
     """For its sizes: bench, small, or a preset (tiny, mixtral-8x7b, mixtral-8x22b)."""
     rows: tuple[int, ...] = (16, 512, 4096)
     """Tokens over all devices."""
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of weights and rows."""
     capacity_factor: float = 2.0
     """Of the methods with a capacity."""
@@ -61,6 +60,8 @@ class Options:
     """One size and one round: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def random_experts(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> ExpertWeights:
@@ -123,7 +124,7 @@ def ragged(x: jax.Array, routing: Routing, weights: list[jax.Array]) -> jax.Arra
 
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per number of tokens and method."""
-    config = CONFIGS[options.model]
+    config = config_of(options.model)
     spec = MeshSpec.parse(options.mesh).fit(config)
     simulate_on_cpu(spec, lambda line: print(f"note: {line}", file=sys.stderr))
     mesh, dtype = spec.build(), jnp.dtype(options.dtype)
@@ -199,4 +200,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

@@ -17,8 +17,7 @@ from typing import Any
 import _ours
 import _peer
 import torch
-import tyro
-from _common import report
+from _common import report, run_script
 
 EXPERTS = ("eager", "grouped_mm")
 
@@ -95,4 +94,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

@@ -17,8 +17,7 @@ from typing import Any
 
 import _ours
 import jax
-import tyro
-from _common import report, spread
+from _common import report, run_script, spread
 from _limits import matmul_flops
 
 
@@ -88,4 +87,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

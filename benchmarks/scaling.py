@@ -12,20 +12,20 @@ import dataclasses
 import functools
 import statistics
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
-from _common import interleaved, report, spread
+from _common import interleaved, report, run_script, spread
 
-from mixtral_jax.config import PRESETS, ModelConfig
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.sharding.report import find_config
 from mixtral_jax.sharding.traffic import Pass, forward_traffic
 from mixtral_jax.weights import ExpertSlots
 
@@ -44,7 +44,7 @@ class Options:
     """Batch rows per device."""
     length: int = 128
     """Tokens per row."""
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Of weights and activations."""
     dispatch: Method = "auto"
     """How rows travel."""
@@ -54,6 +54,8 @@ class Options:
     """Two meshes and one round: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 def random_model(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> Mixtral:
@@ -86,7 +88,7 @@ def forward(model: Mixtral, tokens: jax.Array, *, placement: MeshPlacement) -> j
 
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per mesh."""
-    config = PRESETS[options.model]
+    config = find_config(options.model)
     if options.layers is not None:
         config = dataclasses.replace(config, num_hidden_layers=options.layers)
     names = options.meshes[:2] if options.quick else options.meshes
@@ -137,4 +139,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

@@ -23,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-import tyro
-from _common import environment, interleaved, report, spread
+from _common import environment, interleaved, report, run_script, spread
 from _limits import matmul_flops, read_bandwidth
 
 from mixtral_jax.config import ModelConfig
@@ -203,4 +202,4 @@ def draw_ratios(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    sys.exit(run_script(main, Options))

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -26,6 +26,8 @@ from mixtral_jax.errors import (
 from mixtral_jax.sharding import hosts
 
 Options = TypeVar("Options")
+# --flag without a --no-flag beside it; a sequence is its option repeated.
+PLAIN = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -34,6 +36,7 @@ def run(
     options_type: type[Options],
     prog: str,
     argv: Sequence[str] | None = None,
+    markers: Sequence[Any] = PLAIN,
 ) -> int:
     """Parses the command line, runs ``main`` and turns what it raises into an exit code.
 
@@ -45,6 +48,7 @@ def run(
         options_type: a frozen dataclass, whose docstrings are the help texts.
         prog: how the command is called, for the help text.
         argv: arguments; those of the process unless given.
+        markers: how tyro spells the options.
 
     Returns:
         The exit code.
@@ -52,8 +56,13 @@ def run(
     Raises:
         SystemExit: code 0 after ``--help``.
     """
-    code = _run(main, options_type, prog, argv)
-    hosts.leave(code)
+    code = _run(main, options_type, prog, argv, markers)
+    try:
+        hosts.leave(code)
+    except KeyboardInterrupt:  # while it waits for the others
+        hosts.leave(_fail(None, "interrupted", INTERRUPTED))
+    except MixtralError as error:
+        hosts.leave(_fail(None, str(error), error.code))
     return code
 
 
@@ -62,13 +71,12 @@ def _run(
     options_type: type[Options],
     prog: str,
     argv: Sequence[str] | None,
+    markers: Sequence[Any],
 ) -> int:
-    # --flag without a --no-flag beside it; a sequence is its option repeated.
-    plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.UseAppendAction)
     refusal = io.StringIO()
     try:
         with contextlib.redirect_stderr(refusal):
-            options = tyro.cli(options_type, prog=prog, args=argv, config=plain)
+            options = tyro.cli(options_type, prog=prog, args=argv, config=markers)
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise

@@ -30,6 +30,7 @@ from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.agreement import Facts, file_facts, option_facts, short
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
@@ -80,6 +81,7 @@ def load(
     is_embedded = str(checkpoint) == EMBEDDED
     folder = resolve(checkpoint, note).folder
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
+    hosts.agree("load", lambda: _load_facts(asked, folder))
     dtype = asked.dtype or ("float32" if is_embedded else None)
     if spec is not None:
         spec = spec.fit(config)
@@ -116,6 +118,13 @@ def load(
         folder=folder,
         note=note,
     )
+
+
+def _load_facts(asked: LoadOptions, folder: Path) -> Facts:
+    """What all processes must load alike."""
+    adapter = {} if asked.adapter is None else file_facts(Path(asked.adapter))
+    adapter = {f"{name} of the adapter": fact for name, fact in adapter.items()}
+    return {**option_facts(asked), **file_facts(folder), **adapter}
 
 
 @functools.partial(jax.jit, static_argnames=("placement",))
@@ -198,6 +207,7 @@ class LanguageModel:
         padding = ((0, B - len(rows)), (0, T - len(rows[0])))
         tokens = np.pad(np.asarray(rows, np.int32), padding, mode="edge")
         valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
+        hosts.agree("logits", lambda: {"the token ids": short(rows)})
         hosts.begin_step()
         scored = score(self.model, tokens, valid, placement=self.placement)
         logits = hosts.fetch(scored)[: len(rows), : len(rows[0])]
@@ -313,6 +323,7 @@ class LanguageModel:
         """Generates a batch, filling it; yields every row's new text after so many tokens."""
         if not batch.requests:
             return
+        hosts.agree("generate", lambda: {"the batch": short(batch.requests)})
         generation = Generation(
             self.model,
             batch.requests,

@@ -24,7 +24,7 @@ class LoadOptions:
         dispatch: ``auto`` chooses by the number of rows (see sharding/dispatch.py).
         capacity_factor: rows offered per expert by all_to_all, as a multiple of a balanced load.
         overflow: beyond the capacity, ``exact`` falls back to a dropless path, ``drop`` drops and
-            reports.
+            reports how many, of the whole batch.
         sliding_window: tokens; asks for a window that the checkpoint's config does not have.
         verify: check the digests of a converted checkpoint while it loads.
         adapter: a folder with a PEFT LoRA adapter, applied on top of the weights.

@@ -44,7 +44,8 @@ class Options:
     show_experts: bool = False
     """Draw how the tokens of prompts and answers were spread over the experts of each layer."""
     json: bool = False
-    """Print one JSON line per sample on stdout and nothing else there."""
+    """Print one JSON line per sample on stdout and nothing else there; "dropped" and "stats" in
+    each are those of the whole batch."""
     debug: bool = False
     """Show tracebacks."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = dataclasses.field(
@@ -61,7 +62,7 @@ class Options:
 def main(options: Options) -> int:
     """Loads, samples and prints."""
     _check(options)
-    if hosts.join(options.processes) and options.interactive:
+    if hosts.join(options.processes, options) and options.interactive:
         raise MixtralError("--interactive is for one process", code=USAGE)
     lm = _load(options)
     if options.interactive:

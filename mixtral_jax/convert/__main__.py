@@ -54,8 +54,9 @@ def main(options: Options) -> int:
         TransferSpeedColumn,
     )
 
-    if hosts.join(options.processes, with_jax=False) and not hosts.is_first():
-        hosts.barrier("converted")  # one process converts; the others must not run ahead of it
+    if hosts.join(options.processes, options, with_jax=False) and not hosts.is_first():
+        # One process converts; the others must not run ahead of it.
+        hosts.barrier("converted", may_wait_for_first=True)
         return OK
     fields = [field.name for field in dataclasses.fields(ConvertOptions)]
     console = Console(stderr=True, soft_wrap=True)
@@ -78,7 +79,7 @@ def main(options: Options) -> int:
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             stop=stop,
         )
-    hosts.barrier("converted")
+    hosts.barrier("converted", may_wait_for_first=True)
     print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
     return OK
 

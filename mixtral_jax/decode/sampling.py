@@ -183,7 +183,8 @@ def sample(
         Sampled. A row with NaN, an infinite logit or none above -inf is bad; its token means
         nothing.
     """
-    is_bad = ~jnp.isfinite(logits.max(axis=-1))  # the maximum of a row with NaN is NaN
+    # Asked by itself: a maximum over NaN is not always NaN on the CPU (docs/log.md).
+    is_bad = jnp.isnan(logits).any(axis=-1) | ~jnp.isfinite(logits.max(axis=-1))
     penalized = penalize(logits, seen, rows.repetition_penalty)
     greedy = jnp.argmax(penalized, axis=-1)
 

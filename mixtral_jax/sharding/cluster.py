@@ -11,6 +11,7 @@ from mixtral_jax.errors import USAGE, MixtralError
 # Ports that SLURM jobs share a host with: one per job, below the range that systems hand out.
 _SLURM_PORTS = (20_000, 10_000)
 _TPU_PORT = 8476
+_SHORTEST_TIMEOUT = 3  # beats are a second apart, and a busy host delays them
 _LARGEST_PORT = 65_534  # the heartbeat takes the port after the coordinator's
 
 
@@ -26,12 +27,13 @@ class ProcessOptions:
     process_id: int | None = None
     """Which of them this is, from 0."""
     peer_timeout: float = 10.0
-    """Seconds without a sign of life after which a process is given up (exit code 76)."""
+    """Seconds without a sign of life after which a process is given up (exit code 76); 3 at
+    least."""
 
     def __post_init__(self):
-        if not 1 <= self.peer_timeout < float("inf"):
-            got = self.peer_timeout
-            raise MixtralError("--peer-timeout", expected="at least 1 s", got=got, code=USAGE)
+        if not _SHORTEST_TIMEOUT <= self.peer_timeout < float("inf"):
+            expected, got = f"at least {_SHORTEST_TIMEOUT} s", self.peer_timeout
+            raise MixtralError("--peer-timeout", expected=expected, got=got, code=USAGE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,9 @@ class Cluster:
         if not 0 < self.port <= _LARGEST_PORT:
             expected = f"HOST:PORT with a port up to {_LARGEST_PORT}"
             raise MixtralError("--coordinator", expected=expected, got=self.port, code=USAGE)
+        if self.num_processes < 1:
+            got = self.num_processes
+            raise MixtralError("--num-processes", expected="at least 1", got=got, code=USAGE)
         if not 0 <= self.process_id < self.num_processes:
             raise MixtralError(
                 "--process-id",
@@ -68,13 +73,19 @@ def find_cluster(options: ProcessOptions, environ: Mapping[str, str]) -> Cluster
     over SLURM (a step of several tasks) and TPU pods (``TPU_WORKER_HOSTNAMES``).
 
     Raises:
-        MixtralError: exit code 64 for a part of the three flags, or values that make no sense.
+        MixtralError: exit code 64 for a part of the three flags or variables, or for values that
+            make no sense.
     """
     asked = (options.coordinator, options.num_processes, options.process_id)
     if asked == (None, None, None):
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        if not all(environ.get(name) for name in names):
+        missing = [name for name in names if not environ.get(name)]
+        if len(missing) == len(names):
             return _slurm(environ) or _tpu_pod(environ)
+        if missing:
+            expected, fix = f"all of {', '.join(names)}", "set all three, or none"
+            got = f"no {' and no '.join(missing)}"
+            raise MixtralError("environment", expected=expected, got=got, fix=fix, code=USAGE)
         coordinator, *counts = (environ[name] for name in names)
         asked = (coordinator, *(_integer(n, c) for n, c in zip(names[1:], counts, strict=True)))
     coordinator, num_processes, process_id = asked

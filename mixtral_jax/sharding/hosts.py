@@ -11,12 +11,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from mixtral_jax.errors import OK, MixtralError
+from mixtral_jax.sharding.agreement import Facts, option_facts, version_facts
 from mixtral_jax.sharding.cluster import ProcessOptions, find_cluster
 from mixtral_jax.sharding.peers import Peers
 
@@ -27,18 +29,20 @@ Tree = TypeVar("Tree")
 _peers: Peers | None = None
 
 
-def join(options: ProcessOptions, *, with_jax: bool = True) -> bool:
+def join(options: ProcessOptions, command: object = None, *, with_jax: bool = True) -> bool:
     """Joins the other processes of this command, if there are any. Call it before JAX is used.
 
     Args:
         options: flags; without them the environment of the cluster is asked.
+        command: a dataclass of what was asked, which all processes must have been asked alike.
         with_jax: start jax.distributed, so that ``jax.devices()`` are those of all processes.
 
     Returns:
         Whether there are others.
 
     Raises:
-        MixtralError: exit code 64 for wrong flags, 76 if the others do not come.
+        MixtralError: exit code 64 for wrong flags, or others than those of process 0; 76 if the
+            others do not come.
     """
     global _peers  # noqa: PLW0603 - a process joins once, as jax.distributed has it too
     cluster = find_cluster(options, os.environ)
@@ -53,11 +57,14 @@ def join(options: ProcessOptions, *, with_jax: bool = True) -> bool:
     )
     peers.join(JOIN_SECONDS)
     _peers = peers
+    asked = {} if command is None else option_facts(command)
+    peers.barrier("start", {**version_facts(), **asked})
     if with_jax:
         _keep_stdout_clean()
         # Or the runtime aborts the survivors (134) before we can say who is lost.
         _delay_aborts()
         jax.config.update("jax_enable_recoverability", True)
+        jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
         jax.distributed.initialize(
             cluster.coordinator,
             cluster.num_processes,
@@ -118,10 +125,32 @@ def of_first(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
-def barrier(name: str) -> None:
-    """Waits for all processes; the name is used once."""
+def barrier(name: str, *, may_wait_for_first: bool = False) -> None:
+    """Waits for all processes.
+
+    Args:
+        name: of the barrier, the same in all.
+        may_wait_for_first: process 0 is never stuck before it, whatever it does.
+
+    Raises:
+        MixtralError: exit code 64, in every process, where they came to different barriers.
+    """
     if _peers is not None:
-        _peers.barrier(name)
+        _peers.barrier(name, may_wait_for_first=may_wait_for_first)
+
+
+def agree(name: str, facts: Callable[[], Facts]) -> None:
+    """A barrier before which all must say the same of what they are about to do.
+
+    Args:
+        name: of the barrier, the same in all.
+        facts: called where there are others (see agreement.py).
+
+    Raises:
+        MixtralError: exit code 64, in every process, where they differ.
+    """
+    if _peers is not None:
+        _peers.barrier(name, facts())
 
 
 def leave(code: int) -> None:
@@ -133,7 +162,7 @@ def leave(code: int) -> None:
     if code != OK:
         _peers.leave(code)
         os._exit(code)
-    _peers.barrier("end")
+    _peers.barrier("end", may_wait_for_first=True)  # it prints, and its reader may be slow
     if is_first():  # holds jax's coordination service: the last to go
         _peers.wait_for_others()
     if jax.distributed.is_initialized():

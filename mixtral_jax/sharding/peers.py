@@ -6,17 +6,16 @@ all who is lost, who then end with exit code 76. Three ways to be lost:
 
 gone    its connection ended without a goodbye (killed), or its goodbye gave another code than 0;
 silent  no beat for ``timeout`` seconds (stopped, or its host is gone);
-stuck   it beats, but the others wait for it in a step: it is behind for ``timeout`` seconds without
-        using the CPU, or for ``PATIENCE`` times as long while it does (a compilation is no fault).
+stuck   it beats, but the others wait for it in a step or at a barrier, and it does nothing
+        (signs.py).
 
-Messages are JSON lines. Nothing in here knows of jax.
+Before that they agree: at a barrier each says what it is about to do (agreement.py), and where one
+differs from process 0 all are refused, with exit code 64. Messages are those of wire.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import socket
 import sys
@@ -25,12 +24,12 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO
 
-from mixtral_jax.errors import PEER_LOST, MixtralError
+from mixtral_jax.errors import PEER_LOST, USAGE, MixtralError
+from mixtral_jax.sharding.agreement import FIX, Facts, difference
+from mixtral_jax.sharding.signs import Peer, Work, find_lost
+from mixtral_jax.sharding.wire import is_hello, listen, read, sender
 
 BEAT_SECONDS = 1.0
-PATIENCE = 60  # a busy process may be behind so many timeouts
-_BUSY = 0.2  # share of one core above which a process counts as working
-_LONGEST_LINE = 4096
 _OWN_END_SECONDS = 4.0  # a fault that all meet ends each with its own line and code
 
 
@@ -38,29 +37,6 @@ def end_process(line: str) -> None:
     """One line and exit code 76, at once: the main thread may be inside a collective."""
     print(f"error: {line}", file=sys.stderr, flush=True)
     os._exit(PEER_LOST)
-
-
-@dataclasses.dataclass
-class _Peer:
-    """What process 0 knows of a process.
-
-    ``changed`` is when its steps last changed; ``busy`` whether it used the CPU (``cpu`` seconds
-    so far) in a window of time that ended at ``looked``.
-    """
-
-    name: str
-    send: Callable[[dict], None]
-    heard: float
-    steps: int = 0
-    cpu: float = 0.0
-    changed: float = 0.0
-    looked: float = 0.0
-    cpu_then: float = 0.0
-    busy: bool = True
-    has_left: bool = False
-
-    def __post_init__(self):
-        self.changed = self.looked = self.heard
 
 
 class Peers:
@@ -87,13 +63,15 @@ class Peers:
     ):
         self.num_processes, self.process_id, self.timeout = num_processes, process_id, timeout
         self._address, self._lost = (host, port), lost
-        self._steps = 0
+        self._steps, self._place, self._work = 0, "the start", Work()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
-        self._passed = threading.Condition()  # guards _open_barriers
-        self._open_barriers: set[str] = set()
-        self._arrived: dict[str, set[int]] = {}
-        self._peers: dict[int, _Peer] = {}
+        self._passed = threading.Condition()  # guards _opened and _refusal
+        self._barriers = self._opened = 0  # come to, and open
+        self._refusal: str | None = None
+        self._arrived: dict[int, dict[int, Facts]] = {}  # by barrier and process
+        self._first_is_excused = False
+        self._peers: dict[int, Peer] = {}
         self._all_joined = threading.Event()
         self._verdict: str | None = None
         self._has_left = self._first_has_left = False
@@ -105,7 +83,8 @@ class Peers:
         """Meets the others.
 
         Raises:
-            MixtralError: exit code 76 if some do not come in time, naming them.
+            MixtralError: exit code 76 if some do not come in time, naming them; 64 if some were
+                started as others of another number.
         """
         until = time.monotonic() + seconds
         if self.process_id == 0:
@@ -113,6 +92,7 @@ class Peers:
         else:
             self._connect(until)
         while not self._all_joined.wait(0.2):
+            self._raise_refusal()
             if time.monotonic() > until:
                 raise self._missing(seconds)
         if self.process_id == 0:
@@ -129,18 +109,42 @@ class Peers:
         fix = f"start all {self.num_processes} with one --coordinator"
         return MixtralError(f"{what} within {seconds:.0f} s", fix=fix, code=PEER_LOST)
 
-    def step(self) -> None:
-        """Says that this process starts the next step that all must take."""
+    def step(self, place: str | None = None) -> None:
+        """Says that this process comes to the next place that all must come to."""
+        self._place = place or f"step {self._steps + 1}"
         self._steps += 1
 
-    def barrier(self, name: str) -> None:
-        """Waits until every process has come to the barrier of this name."""
+    def barrier(
+        self, name: str, facts: Facts | None = None, *, may_wait_for_first: bool = False
+    ) -> None:
+        """Waits until every process has come to its next barrier.
+
+        Args:
+            name: of the barrier; process 0 refuses processes that come to another.
+            facts: what all must agree on.
+            may_wait_for_first: process 0 may take its time until it comes here, whatever it does.
+
+        Raises:
+            MixtralError: exit code 64, in every process, where they differ.
+        """
+        self._barriers += 1
+        self.step(repr(name))
+        message = {
+            "at": self._barriers,
+            "facts": {"the next step": name, **(facts or {})},
+            "may_wait": may_wait_for_first,
+        }
         if self.process_id == 0:
-            self._arrive(name, 0)
+            self._arrive(0, message)
         else:
-            self._tell({"at": name})
+            self._tell(message)
         with self._passed:
-            self._passed.wait_for(lambda: name in self._open_barriers)
+            self._passed.wait_for(lambda: self._refusal or self._opened >= self._barriers)
+        self._raise_refusal()
+
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            raise MixtralError(self._refusal, code=USAGE)
 
     def leave(self, code: int) -> None:
         """Says goodbye with an exit code; anything but 0 ends the others too."""
@@ -160,10 +164,11 @@ class Peers:
 
     def wait_for_others(self) -> None:
         """On process 0: waits until all others have left."""
+        self.step("the end")
         while self._others():
             time.sleep(0.05)
 
-    def _others(self) -> list[_Peer]:
+    def _others(self) -> list[Peer]:
         with self._lock:
             return [peer for rank, peer in self._peers.items() if rank and not peer.has_left]
 
@@ -172,22 +177,19 @@ class Peers:
         threading.Thread(target=work, args=args, daemon=True, name="mixtral_jax peers").start()
 
     def _state(self) -> dict:
-        return {"steps": self._steps, "cpu": time.process_time()}
+        return {"steps": self._steps, "place": self._place, **self._work.since()}
 
     # Process 0.
 
     def _listen(self) -> None:
         try:
-            server = socket.create_server(("", self._address[1]), backlog=self.num_processes)
+            server = listen(*self._address, backlog=self.num_processes)
         except OSError as error:
             raise MixtralError(
                 f"port {self._address[1]} (the coordinator's + 1) cannot be listened on: {error}",
                 fix="choose another port for --coordinator",
             ) from None
-        now = time.monotonic()
-        self._peers[0] = _Peer(
-            socket.gethostname(), lambda message: None, now, changed=now, looked=now
-        )
+        self._peers[0] = Peer(socket.gethostname(), lambda message: None, time.monotonic())
         self._thread(self._accept, server)
 
     def _accept(self, server: socket.socket) -> None:
@@ -204,86 +206,92 @@ class Peers:
         """Reads what one process says until it leaves."""
         with connection, connection.makefile("rb") as file:
             self._sockets.append(connection)
-            hello = _read(file)
-            rank = None if hello is None else hello.get("process")
-            known = isinstance(rank, int) and 0 < rank < self.num_processes
-            if hello is None or not known or hello.get("of") != self.num_processes:
-                rank = None
-            if rank is None or not self._admit(rank, connection, str(hello and hello.get("host"))):
-                _sender(connection, self._sending)({"refused": True})
+            hello, send = read(file), sender(connection, self._sending)
+            if hello is None or not is_hello(hello):
+                send({"refused": "this is no process of the command that runs here"})
                 return
-            self._follow_peer(rank, file)
+            rank = hello["process"]
+            fault = self._admit(rank, hello["of"], str(hello.get("host")), send)
+            if fault is None:
+                self._follow_peer(rank, file)
+                return
+            send({"refused": fault})
+            if not self._all_joined.is_set():  # else: another command, with the address of this
+                self._refuse(fault)
 
-    def _admit(self, rank: int, connection: socket.socket, host: str) -> bool:
-        now = time.monotonic()
+    def _admit(self, rank: int, of: int, host: str, send: Callable) -> str | None:
+        """Takes a process in, or says why not."""
+        if of != self.num_processes:
+            numbers = f"--num-processes {of}, process 0 with {self.num_processes}"
+            return f"process {rank} was started with {numbers}; fix: {FIX}"
         with self._lock:
             if rank in self._peers:
-                return False
-            send = _sender(connection, self._sending)
-            self._peers[rank] = _Peer(host, send, now)
+                fix = "give each process its own --process-id"
+                return f"more than one process was started with --process-id {rank}; fix: {fix}"
+            self._peers[rank] = Peer(host, send, time.monotonic())
             if len(self._peers) == self.num_processes:
                 self._all_joined.set()
-        return True
+        return None
+
+    def _refuse(self, fault: str) -> None:
+        """Ends the command in every process: they do not fit together."""
+        self._has_left = True  # first: nobody is lost by what follows
+        for peer in self._others():
+            peer.send({"refused": fault})
+        self._note_refusal(fault)
+
+    def _note_refusal(self, fault: str) -> None:
+        """Each process ends itself now."""
+        self._has_left = True
+        with self._passed:
+            self._refusal = fault
+            self._passed.notify_all()
 
     def _follow_peer(self, rank: int, file: BinaryIO) -> None:
         peer = self._peers[rank]
-        while (message := _read(file)) is not None:
+        while (message := read(file)) is not None:
             peer.heard = time.monotonic()
             if "steps" in message:
-                self._note(peer, message)
+                peer.note(message, peer.heard)
             if "at" in message:
-                self._arrive(str(message["at"]), rank)
+                self._arrive(rank, message)
             if "bye" in message:
                 peer.has_left = True
-                if message["bye"] != 0:
+                if message["bye"] != 0 and not self._has_left:
                     time.sleep(_OWN_END_SECONDS)
                     self._judge(rank, f"ended with exit code {message['bye']}")
         if not (peer.has_left or self._has_left):
             self._judge(rank, "is gone (its connection ended)")
 
-    @staticmethod
-    def _note(peer: _Peer, state: dict) -> None:
-        peer.cpu = state["cpu"]
-        if state["steps"] != peer.steps:
-            peer.steps, peer.changed = state["steps"], time.monotonic()
-
-    def _look(self, peer: _Peer, now: float) -> None:
-        """Every quarter of the timeout: has it used the CPU since the last look?"""
-        if now - peer.looked >= self.timeout / 4:
-            peer.busy = peer.cpu - peer.cpu_then > _BUSY * (now - peer.looked)
-            peer.looked, peer.cpu_then = now, peer.cpu
-
-    def _arrive(self, name: str, rank: int) -> None:
+    def _arrive(self, rank: int, message: dict) -> None:
+        number = message["at"]
         with self._lock:
-            arrived = self._arrived.setdefault(name, set())
-            arrived.add(rank)
+            arrived = self._arrived.setdefault(number, {})
+            arrived[rank] = message["facts"]
+            self._first_is_excused = message["may_wait"] and 0 not in arrived
             if len(arrived) < self.num_processes:
                 return
+            del self._arrived[number]
+        fault = difference(arrived)
+        if fault is not None:
+            self._refuse(f"{fault}; fix: {FIX}")
+            return
         for peer in self._others():
-            peer.send({"open": name})
-        self._open(name)
+            peer.send({"open": number})
+        self._open(number)
 
-    def _open(self, name: str) -> None:
+    def _open(self, number: int) -> None:
         with self._passed:
-            self._open_barriers.add(name)
+            self._opened = number
             self._passed.notify_all()
 
     def _check(self) -> None:
         now = time.monotonic()
-        self._note(self._peers[0], self._state())
-        self._peers[0].heard = now
-        staying = {rank: p for rank, p in self._peers.items() if not p.has_left}
-        furthest = max(peer.steps for peer in staying.values())
-        arrived_there = [p.changed for p in staying.values() if p.steps == furthest]
-        for rank, peer in staying.items():
-            self._look(peer, now)
-            if now - peer.heard > self.timeout:
-                self._judge(rank, f"is silent for {now - peer.heard:.0f} s")
-            elif peer.steps < furthest:
-                behind = now - max(peer.changed, min(arrived_there))
-                if behind > self.timeout * (PATIENCE if peer.busy else 1):
-                    where = f"step {peer.steps}, where others began step {furthest}"
-                    self._judge(rank, f"is stuck after {where} {behind:.0f} s ago")
+        self._peers[0].note(self._state(), now)
+        excused = (0,) if self._first_is_excused else ()
+        lost = find_lost(dict(self._peers), now, self.timeout, excused)
+        if lost is not None:
+            self._judge(*lost)
 
     def _judge(self, rank: int, fault: str) -> None:
         """Tells everybody who is lost, then ends this process."""
@@ -326,17 +334,17 @@ class Peers:
             self._read_first(file)
 
     def _read_first(self, file: BinaryIO) -> None:
-        while (message := _read(file)) is not None:
+        while (message := read(file)) is not None:
             self._heard_first = time.monotonic()
             if "all" in message:
                 self._all_joined.set()
             if "open" in message:
-                self._open(str(message["open"]))
+                self._open(message["open"])
             if "lost" in message:
                 self._end(str(message["lost"]))
             if "refused" in message:
-                what = f"process 0 refused process {self.process_id} of {self.num_processes}"
-                self._lost(f"{what}; fix: give each process its own --process-id")
+                self._note_refusal(str(message["refused"]))
+                return
             if "bye" in message:
                 self._first_has_left = True
                 if message["bye"] != 0:
@@ -347,7 +355,7 @@ class Peers:
 
     def _tell(self, message: dict) -> None:
         assert self._to_first is not None
-        _sender(self._to_first, self._sending)(message)
+        sender(self._to_first, self._sending)(message)
 
     def _beat(self) -> None:
         while not self._has_left:
@@ -361,23 +369,3 @@ class Peers:
                 if silent > self.timeout and not self._first_has_left:
                     self._end(f"process 0 ({self._address[0]}) is silent for {silent:.0f} s")
             time.sleep(BEAT_SECONDS)
-
-
-def _sender(connection: socket.socket, lock: threading.Lock) -> Callable[[dict], None]:
-    """Sends whole lines; that a peer is gone is found by reading, not here."""
-
-    def send(message: dict) -> None:
-        with lock, contextlib.suppress(OSError):
-            connection.sendall(json.dumps(message).encode() + b"\n")
-
-    return send
-
-
-def _read(file: BinaryIO) -> dict | None:
-    """The next JSON object, one a line; None at the end, or at anything else."""
-    try:
-        line = file.readline(_LONGEST_LINE)
-        message = json.loads(line) if line.endswith(b"\n") else None
-    except (OSError, ValueError):
-        return None
-    return message if isinstance(message, dict) else None

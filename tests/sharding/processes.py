@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +34,15 @@ def free_port() -> int:
             return port
 
 
-def start(arguments: Sequence[str], *, count: int = 2, timeout: float = 10.0) -> list:
-    """Starts ``python ARGUMENTS`` ``count`` times with the three flags; nobody gets the devices
-    that the tests simulate for themselves."""
+def start(
+    arguments: Sequence[str],
+    *,
+    count: int = 2,
+    timeout: float = 10.0,
+    own: Mapping[int, Sequence[str]] | None = None,
+) -> list:
+    """Starts ``python ARGUMENTS`` ``count`` times with the three flags, and what one has of its
+    ``own`` after them; nobody gets the devices that the tests simulate for themselves."""
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     port = free_port()
     return [
@@ -48,6 +54,7 @@ def start(arguments: Sequence[str], *, count: int = 2, timeout: float = 10.0) ->
                 f"--num-processes={count}",
                 f"--process-id={rank}",
                 f"--peer-timeout={timeout}",
+                *(own or {}).get(rank, ()),
             ],
             cwd=ROOT,
             env=environ,

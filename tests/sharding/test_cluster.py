@@ -69,7 +69,7 @@ def test_first_host_of_slurm(nodes, host):
         {"coordinator": "a:1", "num_processes": 2, "process_id": 2},
         {"coordinator": "a:1", "num_processes": 0, "process_id": 0},
         {"coordinator": "a:1", "num_processes": 2, "process_id": -1},
-        {"peer_timeout": 0.5},
+        {"peer_timeout": 2.9},
         {"peer_timeout": float("nan")},
     ],
 )
@@ -77,6 +77,28 @@ def test_refuses(fields):
     with pytest.raises(MixtralError) as caught:
         find_cluster(ProcessOptions(**fields), {})
     assert caught.value.code == USAGE
+
+
+@pytest.mark.parametrize(("num", "rank"), [(0, 0), (-1, 0), (-1, -2), (0, 1)])
+def test_a_wrong_number_of_processes_is_named_first(num, rank):
+    asked = ProcessOptions(coordinator="a:1", num_processes=num, process_id=rank)
+    with pytest.raises(MixtralError, match=f"--num-processes: expected at least 1, got {num}"):
+        find_cluster(asked, {})
+
+
+@pytest.mark.parametrize("missing", JAX)
+def test_a_variable_that_is_missing_is_named(missing):
+    some = {name: value for name, value in JAX.items() if name != missing}
+    for environ in (some, {**some, missing: ""}, {**some, **SLURM}):
+        with pytest.raises(MixtralError, match=f"got no {missing};") as caught:
+            find_cluster(ProcessOptions(), environ)
+        assert caught.value.code == USAGE
+    assert find_cluster(FLAGS, some) is not None, "flags win"
+
+
+def test_several_missing_variables_are_named():
+    with pytest.raises(MixtralError, match="got no JAX_COORDINATOR_ADDRESS and no JAX_PROCESS_ID"):
+        find_cluster(ProcessOptions(), {"JAX_NUM_PROCESSES": "2"})
 
 
 def test_refuses_a_broken_environment():

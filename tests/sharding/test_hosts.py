@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from mixtral_jax.errors import PEER_LOST
+from mixtral_jax.errors import INTERRUPTED, PEER_LOST, USAGE
 from tests.convert import checkpoints
 from tests.sharding.processes import ROOT, finish, run, start
 
@@ -66,6 +66,37 @@ Generation._limits = slowly
 sys.exit(cli.run(sample.main, sample.Options, "sample"))
 """
 
+# Falls asleep while it loads.
+STUCK = """
+import sys, time
+asleep = sys.argv.pop(1)
+from mixtral_jax import cli, sample
+from mixtral_jax.sharding import hosts
+inner = hosts.barrier
+def barrier(name, *arguments, **options):
+    if name == "loaded":
+        print("sampling", file=sys.stderr, flush=True)
+        time.sleep(1000 if asleep == str(hosts.process_id()) else 0)
+    return inner(name, *arguments, **options)
+hosts.barrier = barrier
+sys.exit(cli.run(sample.main, sample.Options, "sample"))
+"""
+
+# Process 0 takes its time to print; the other says that it waits for it.
+SLOW_TO_PRINT = """
+import sys, time
+from mixtral_jax import cli, sample
+from mixtral_jax.sharding import hosts
+inner = hosts.leave
+def leave(code):
+    if hosts.is_first():
+        time.sleep(60)
+    print("leaving", file=sys.stderr, flush=True)
+    inner(code)
+hosts.leave = leave
+sys.exit(cli.run(sample.main, sample.Options, "sample"))
+"""
+
 
 def alone(arguments: list[str]) -> str:
     environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -115,6 +146,58 @@ def test_two_processes_take_the_same_gradient_step(converted):
     assert want[2] < want[0]
 
 
+def refused(processes: list) -> list[str]:
+    """The one line of each of them, ended with 64."""
+    ended = finish(processes, seconds=60)
+    for process in ended:
+        assert process.code == USAGE, process.stderr
+        assert process.stdout == ""
+    return [x for p in ended for x in p.stderr.splitlines() if x.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("own", "named"),
+    [
+        (["--prompt=b"], "prompt is ('b',), in process 0 ('a',)"),
+        (["--prompt=a", "--max-new-tokens=8"], "max-new-tokens is 8, in process 0 24"),
+    ],
+)
+def test_other_arguments_are_refused_and_named(own, named):
+    processes = start([*SAMPLE, "--mesh=1x2"], own={0: ["--prompt=a"], 1: own})
+    lines = refused(processes)
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        assert line.startswith(f"error: process {rank}: process 1 does not do what process 0 does:")
+        assert named in line
+
+
+def test_another_checkpoint_is_refused_and_named(small_config, tmp_path_factory):
+    """Its sizes are the same, and so is its path on each host."""
+    folders, config = [tmp_path_factory.mktemp(f"host{i}") for i in range(2)], small_config()
+    for seed, folder in enumerate(folders):
+        tensors = checkpoints.random_tensors(config, seed=seed)
+        checkpoints.write(folder / "hf", config, tensors)
+    script = "import os, sys; from mixtral_jax import cli, sample\n"
+    script += "os.chdir(sys.argv.pop()); sys.exit(cli.run(sample.main, sample.Options, 'sample'))"
+    ask = ["-c", script, "hf", "--mesh=1x2", "--prompt-ids=1"]
+    lines = refused(start(ask, own={rank: [str(f)] for rank, f in enumerate(folders)}))
+    assert len(lines) == 2
+    for line in lines:
+        assert "process 1 does not do what process 0 does: the file model" in line
+
+
+@pytest.mark.parametrize("call", ["generate(prompt_token_ids=ids)", "logits(ids)"])
+def test_python_programs_are_compared_where_they_compute(call):
+    flag = GRADIENT[: GRADIENT.index("lm = ")]
+    program = f"{flag}ids = [[1, int(sys.argv[-1])]]\nlm = mj.load(mesh='1x2')\n"
+    program += f"try:\n  lm.{call}\nexcept mj.MixtralError as error:\n"
+    program += "  print('error:', error, file=sys.stderr)\n  hosts.leave(error.code)\n"
+    lines = refused(start(["-c", program], own={0: ["5"], 1: ["6"]}))
+    assert len(lines) == 2
+    for line in lines:
+        assert "process 1 does not do what process 0 does: the " in line
+
+
 def test_a_fault_of_one_ends_all(converted):
     ask = ["--prompt-ids", "1,2", "--mesh", "1x1"]
     processes = start([*SAMPLE[:2], str(converted), *ask])
@@ -131,16 +214,22 @@ def test_a_fault_of_one_ends_all(converted):
 
 def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
     """Seconds until the survivor ended, its code, and its last line."""
-    asleep = str(rank) if how == "asleep" else "nobody"
-    arguments = ["-c", SLOW, asleep, str(converted), *SAMPLE[2:-2], "--max-new-tokens", "4000"]
+    asleep = str(rank) if how in ("asleep", "loading") else "nobody"
+    arguments = [
+        "-c",
+        STUCK if how == "loading" else SLOW,
+        asleep,
+        str(converted),
+        *SAMPLE[2:-2],
+        "--max-new-tokens",
+        "4000",
+    ]
     arguments += ["--prompt-ids", "1,2,3", "--ignore-eos"]
     processes = start(arguments)
     survivor = processes[1 - rank]
     try:
         for process in processes:
-            for line in process.stderr:
-                if line == "sampling\n":
-                    break
+            lines_until(process, "sampling")
         if how == "killed":
             processes[rank].kill()
         if how == "stopped":
@@ -156,9 +245,51 @@ def lose(converted, how: str, rank: int) -> tuple[float, int, str]:
 
 
 def is_named(how: str, rank: int, stderr: str) -> bool:
-    fault = {"killed": "is gone", "stopped": "is silent", "asleep": "is stuck"}[how]
+    fault = {
+        "killed": "is gone",
+        "stopped": "is silent",
+        "asleep": "is stuck after step",
+        "loading": "is stuck after 'load': others came to 'loaded'",
+    }[how]
     lines = [x for x in stderr.splitlines() if x.startswith(f"error: process {rank} (")]
     return len(lines) == 1 and fault in lines[0]
+
+
+def lines_until(process: subprocess.Popen, line: str) -> None:
+    """Reads what a process says on stderr up to a line."""
+    assert process.stderr is not None
+    for said in process.stderr:
+        if said == f"{line}\n":
+            return
+    raise AssertionError(f"{line} was not said")
+
+
+def test_sigterm_ends_a_process_at_once(long_checkpoint):
+    """jax's preemption service would swallow it."""
+    arguments = ["-c", SLOW, "nobody", str(long_checkpoint), *SAMPLE[2:-2], "--prompt-ids=1"]
+    processes = start([*arguments, "--max-new-tokens=4000", "--ignore-eos"])
+    try:
+        lines_until(processes[1], "sampling")
+        processes[1].terminate()
+        assert processes[1].wait(10) == -signal.SIGTERM
+    finally:
+        first = finish(processes, seconds=30)[0]
+    assert (first.code, is_named("killed", 1, first.stderr)) == (PEER_LOST, True), first.stderr
+
+
+def test_an_interrupt_while_waiting_for_the_others_is_one_line():
+    processes = start(["-c", SLOW_TO_PRINT, "--mesh=1x2", "--prompt=1+1="])
+    try:
+        lines_until(processes[1], "leaving")
+        time.sleep(0.5)
+        processes[1].send_signal(signal.SIGINT)
+        assert processes[1].wait(10) == INTERRUPTED
+    finally:
+        first, second = finish(processes, seconds=30)
+    assert "Traceback" not in second.stderr
+    assert "error: process 1: interrupted" in second.stderr
+    assert "ended with exit code 75" in first.stderr
+    assert first.code == PEER_LOST
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +309,7 @@ def test_a_killed_peer_is_named(long_checkpoint, rank):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", ["stopped", "asleep"])
+@pytest.mark.parametrize("how", ["stopped", "asleep", "loading"])
 def test_a_stopped_or_stuck_peer_is_named(long_checkpoint, how, rank):
     seconds, code, stderr = lose(long_checkpoint, how, rank)
     assert (code, is_named(how, rank, stderr)) == (PEER_LOST, True), stderr

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from mixtral_jax.errors import PEER_LOST, MixtralError
+from mixtral_jax.errors import PEER_LOST, USAGE, MixtralError
 from mixtral_jax.sharding import peers as module
 from mixtral_jax.sharding.peers import Peers
 from tests.sharding.processes import free_port
@@ -63,11 +63,11 @@ class Fake:
     def say(self, **message) -> None:
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def beat(self, stop: threading.Event, steps, cpu=lambda: 0.0) -> None:
+    def beat(self, stop: threading.Event, steps=0, computes=False, moves=False) -> None:
         def work():
             with contextlib.suppress(OSError):
                 while not stop.wait(0.1):
-                    self.say(steps=steps(), cpu=cpu())
+                    self.say(steps=steps, place=f"step {steps}", computes=computes, moves=moves)
 
         threading.Thread(target=work, daemon=True).start()
 
@@ -114,6 +114,46 @@ def test_barriers_hold_until_the_last_comes():
     assert passed
 
 
+def passing(both: list[Peers], *calls: tuple) -> list:
+    """What each process met at its barrier: None, or the fault."""
+    met: list = [TimeoutError()] * len(both)
+
+    def work(rank: int) -> None:
+        try:
+            met[rank] = both[rank].barrier(*calls[rank])
+        except MixtralError as error:
+            met[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(both))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    return met
+
+
+def test_all_are_refused_where_one_is_about_to_do_something_else():
+    both, verdicts = two()
+    same = {"prompt": "'a'", "json": "False"}
+    assert passing(both, ("start", same), ("start", dict(same))) == [None, None]
+    met = passing(both, ("load", same), ("load", {**same, "prompt": "'b'"}))
+    for error in met:
+        assert isinstance(error, MixtralError)
+        assert error.code == USAGE
+        assert str(error).startswith(
+            "process 1 does not do what process 0 does: prompt is 'b', in process 0 'a'; fix: "
+        )
+    time.sleep(2 * TIMEOUT)
+    assert verdicts == [[], []], "each ends by its own fault"
+
+
+def test_another_barrier_is_something_else():
+    both, _ = two()
+    met = passing(both, ("end",), ("generate", {"the batch": "x"}))
+    for error in met:
+        assert "the next step is generate, in process 0 end; the batch is x" in str(error)
+
+
 def test_gone_is_noticed_by_all_and_named():
     _, verdicts, (one, other) = first_with(1, 2)
     one.socket.shutdown(socket.SHUT_RDWR)
@@ -129,25 +169,77 @@ def test_silent():
     assert verdicts.soon().startswith("process 1 (host1) is silent for 1 s")
 
 
-@pytest.mark.parametrize("cpu", [lambda: 0.0, time.monotonic], ids=["idle", "working"])
-def test_stuck_is_behind_and_idle(cpu):
+def arrive(peer: Peers, name: str, **options) -> None:
+    """Comes to a barrier, and waits there in a thread."""
+    threading.Thread(target=peer.barrier, args=(name,), kwargs=options, daemon=True).start()
+
+
+@pytest.mark.parametrize("where", ["step 1", "'loaded'"])
+def test_stuck_is_behind_and_does_nothing(where):
     first, verdicts, (fake,) = first_with(1)
     stop = threading.Event()
-    fake.beat(stop, steps=lambda: 0, cpu=cpu)
-    first.step()
-    if cpu() == 0.0:
-        line = verdicts.soon()
-        assert line.startswith("process 1 (host1) is stuck after step 0, where others began step 1")
-    else:  # compiling, perhaps: it may take PATIENCE times as long
+    fake.beat(stop)
+    if where == "step 1":
+        first.step()
+    else:
+        arrive(first, "loaded")
+    line = verdicts.soon()
+    assert line.startswith(f"process 1 (host1) is stuck after the start: others came to {where} ")
+    stop.set()
+
+
+@pytest.mark.parametrize("sign", ["computes", "moves"])
+def test_slow_is_not_stuck(sign):
+    first, verdicts, (fake,) = first_with(1)
+    stop = threading.Event()
+    fake.beat(stop, **{sign: True})
+    arrive(first, "loaded")
+    time.sleep(3 * TIMEOUT)
+    assert not verdicts
+    stop.set()
+
+
+@pytest.mark.parametrize("may_wait", [False, True])
+def test_others_wait_for_process_0_only_where_they_may(may_wait):
+    first, verdicts, fakes = first_with(1, 2)
+    stop = threading.Event()
+    fakes[0].beat(stop, steps=1)
+    fakes[1].beat(stop, steps=1)
+    for fake in fakes:
+        fake.say(at=1, facts={"the next step": "converted"}, may_wait=may_wait)
+    if may_wait:
         time.sleep(3 * TIMEOUT)
         assert not verdicts
+        first.barrier("converted", may_wait_for_first=True)
+    else:
+        assert verdicts.soon(8 * TIMEOUT).startswith("process 0")
+    stop.set()
+
+
+def test_where_process_0_is_excused_the_others_are_not():
+    _, verdicts, fakes = first_with(1, 2)
+    stop = threading.Event()
+    fakes[0].beat(stop, steps=1)
+    fakes[1].beat(stop, steps=0)
+    fakes[0].say(at=1, facts={}, may_wait=True)
+    assert verdicts.soon().startswith("process 2 (host2) is stuck")
+    stop.set()
+
+
+def test_process_0_waits_for_the_goodbyes_with_a_limit():
+    first, verdicts, (fake,) = first_with(1)
+    stop = threading.Event()
+    fake.beat(stop)
+    threading.Thread(target=first.wait_for_others, daemon=True).start()
+    assert "others came to the end" in verdicts.soon()
+    fake.say(bye=0)
     stop.set()
 
 
 def test_process_0_can_be_the_stuck_one():
     _, verdicts, (fake,) = first_with(1)
     stop = threading.Event()
-    fake.beat(stop, steps=lambda: 1)
+    fake.beat(stop, steps=1)
     time.sleep(0.5)
     assert not verdicts
     # The process of these tests works a little; it is idle enough.
@@ -158,7 +250,7 @@ def test_process_0_can_be_the_stuck_one():
 def test_waiting_together_is_no_fault():
     first, verdicts, (fake,) = first_with(1)
     stop = threading.Event()
-    fake.beat(stop, steps=lambda: 1)
+    fake.beat(stop, steps=1)
     first.step()
     time.sleep(3 * TIMEOUT)
     assert not verdicts
@@ -203,6 +295,41 @@ def test_who_does_not_come_is_named():
     with pytest.raises(MixtralError, match="process 0 does not answer at") as caught:
         other.join(0.3)
     assert caught.value.code == PEER_LOST
+
+
+@pytest.mark.parametrize(
+    ("rank", "of", "fault"),
+    [
+        (1, 3, "process 1 was started with --num-processes 3, process 0 with 2; fix: "),
+        (1, 2, "more than one process was started with --process-id 1; fix: give each process"),
+    ],
+)
+def test_processes_that_do_not_fit_are_told_and_process_0_too(rank, of, fault):
+    port, met = free_port(), []
+    first = make("127.0.0.1", port, 2 if of == 3 else 3, 0)
+    other = make("127.0.0.1", port, of if of == 3 else 3, rank)
+    peers = [first, other] + ([] if of == 3 else [make("127.0.0.1", port, 3, rank)])
+
+    def join(peer: Peers) -> None:
+        with pytest.raises(MixtralError) as caught:
+            peer.join(10)
+        met.append((caught.value.code, str(caught.value).startswith(fault)))
+
+    threads = [threading.Thread(target=join, args=(peer,)) for peer in peers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert met == [(USAGE, True)] * len(peers)
+
+
+def test_a_latecomer_of_another_command_ends_only_itself():
+    both, verdicts = two()
+    late = make("127.0.0.1", both[1]._address[1], 2, 1)
+    with pytest.raises(MixtralError, match="more than one process"):
+        late.join(10)
+    assert passing(both, ("end",), ("end",)) == [None, None]
+    assert verdicts == [[], []]
 
 
 HELLOS = [b"GET / HTTP/1.1\r\n\r\n", b'{"process": 0, "of": 2}\n', b"[]\n"]
