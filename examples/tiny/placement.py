@@ -52,9 +52,8 @@ class PackedPlacement:
         assert not isinstance(k, ScaledKV), "training has no cache"
         assert not isinstance(v, ScaledKV), "training has no cache"
         B, T, H, C = q.shape
-        G = H // k.shape[2]
-        heads = tuple(jnp.repeat(x, n, axis=2) for x, n in ((q, 1), (k, G), (v, G)))
-        q, k, v = (x.transpose(0, 2, 1, 3).reshape(B * H, T, C) for x in heads)
+        q = q.transpose(0, 2, 1, 3).reshape(B * H, T, C)
+        k, v = (jnp.repeat(x, H // x.shape[1], axis=1).reshape(B * H, T, C) for x in (k, v))
         mask = attends(queries, keys, window) & (
             self.segments[:, :, None] == self.segments[:, None, :]
         )

@@ -33,7 +33,7 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
 
 
 def _scores(
-    q: Float[Array, "B T K G C"], k: KV, mask: Bool[Array, "B T S"]
+    q: Float[Array, "B K G T C"], k: KV, mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B K G T S"]:
     """Scaled scores in f32, the least number where the mask is false."""
     scale: jax.Array | float = q.shape[-1] ** -0.5
@@ -41,24 +41,34 @@ def _scores(
         scale *= _by_head(k.scales)
         k = k.widened(q.dtype)
     scores = jnp.einsum(
-        "BTKGC,BSKC->BKGTS", q, k, precision=_precision(q), preferred_element_type=jnp.float32
+        "BKGTC,BKSC->BKGTS", q, k, precision=_precision(q), preferred_element_type=jnp.float32
     )
     scores = scores * scale
     return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
 
 
-def _by_head(scales: Float[Array, "B S K"]) -> Float[Array, "B K 1 1 S"]:
-    return scales.transpose(0, 2, 1)[:, :, None, None]
+def _by_head(scales: Float[Array, "B K S"]) -> Float[Array, "B K 1 1 S"]:
+    return scales[:, :, None, None]
 
 
-def _mix(shares: Float[Array, "B K G T S"], v: KV, dtype: jnp.dtype) -> Float[Array, "B T K G C"]:
+def _grouped(q: Float[Array, "B T H C"], num_kv_heads: int) -> Float[Array, "B K G T C"]:
+    B, T, _, C = q.shape
+    return q.reshape(B, T, num_kv_heads, -1, C).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(out: Float[Array, "B K G T C"], dtype: jnp.dtype) -> Float[Array, "B T H C"]:
+    B, _, _, T, C = out.shape
+    return out.astype(dtype).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, C)
+
+
+def _mix(shares: Float[Array, "B K G T S"], v: KV, dtype: jnp.dtype) -> Float[Array, "B K G T C"]:
     """Values weighted by shares, f32; ``dtype`` is that of the activations."""
     if isinstance(v, ScaledKV):
         shares = shares * _by_head(v.scales)
         # A share of a scale is too small a number for float16.
         v = v.widened(jnp.float32 if dtype == jnp.float16 else dtype)
     return jnp.einsum(
-        "BKGTS,BSKC->BTKGC",
+        "BKGTS,BKSC->BKGTC",
         shares.astype(v.dtype),
         v,
         precision=_precision(v),
@@ -82,17 +92,14 @@ def attention(
 
     Args:
         q: queries, rotated.
-        k: keys, rotated.
+        k: keys, rotated, ``[B, K, S, C]``: every head's keys lie together, as products want them.
         v: values; like keys, an array or a ScaledKV.
         queries: absolute position of each query.
         keys: absolute position of each key; EMPTY is seen by nobody.
         window: the sliding window in tokens, or None.
     """
-    B, T, H, C = q.shape
-    grouped = q.reshape(B, T, k.shape[2], -1, C)
-    scores = _scores(grouped, k, attends(queries, keys, window))
-    out = _mix(jax.nn.softmax(scores, axis=-1), v, q.dtype)
-    return out.astype(q.dtype).reshape(B, T, H, C)
+    scores = _scores(_grouped(q, k.shape[1]), k, attends(queries, keys, window))
+    return _ungrouped(_mix(jax.nn.softmax(scores, axis=-1), v, q.dtype), q.dtype)
 
 
 class _Running(NamedTuple):
@@ -100,7 +107,7 @@ class _Running(NamedTuple):
 
     most: Float[Array, "B K G T"]
     total: Float[Array, "B K G T"]
-    mixed: Float[Array, "B T K G C"]
+    mixed: Float[Array, "B K G T C"]
 
 
 def blocked_attention(
@@ -119,19 +126,20 @@ def blocked_attention(
     take the plain path.
     """
     B, T, H, C = q.shape
-    S, K = k.shape[1:3]
+    K, S = k.shape[1:3]
     size = SCORE_BYTES // (4 * B * H * T)
     if isinstance(k, ScaledKV):
         size = min(size, WIDENED_BYTES // (4 * B * K * C))
     size = max(128, size // 128 * 128)
     if size >= S:
         return attention(q, k, v, queries, keys, window=window)
-    grouped = q.reshape(B, T, K, H // K, C)
+    grouped = _grouped(q, K)
 
     def see(start: jax.Array | int, size: int, so_far: _Running | None) -> _Running:
-        block_k, block_v, block_keys = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), (k, v, keys)
+        block_k, block_v = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), (k, v)
         )
+        block_keys = jax.lax.dynamic_slice_in_dim(keys, start, size, axis=1)
         mask = attends(queries, block_keys, window)
 
         def add(so_far: _Running | None) -> _Running:
@@ -143,7 +151,7 @@ def blocked_attention(
             if so_far is not None:
                 keep = jnp.exp(so_far.most - most)
                 total += so_far.total * keep
-                mixed += so_far.mixed * keep.transpose(0, 3, 1, 2)[..., None]
+                mixed += so_far.mixed * keep[..., None]
             return _Running(most, total, mixed)
 
         if so_far is None:
@@ -156,5 +164,5 @@ def blocked_attention(
     )
     if S % size:
         so_far = see(S - S % size, S % size, so_far)
-    total = jnp.maximum(so_far.total, jnp.finfo(jnp.float32).tiny).transpose(0, 3, 1, 2)
-    return (so_far.mixed / total[..., None]).astype(q.dtype).reshape(B, T, H, C)
+    total = jnp.maximum(so_far.total, jnp.finfo(jnp.float32).tiny)
+    return _ungrouped(so_far.mixed / total[..., None], q.dtype)

@@ -40,13 +40,13 @@ class _Tiles(NamedTuple):
 def _kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, at_ref: Any, keys_ref: Any, *outs: Any, tiles: _Tiles
 ) -> None:
-    """q ``[B, K, R, C]``, k and v ``[B, S, K, C]``, positions ``[B, R]`` and ``[B, S]``.
+    """q ``[B, K, R, C]``, k and v ``[B, K, S, C]``, positions ``[B, R]`` and ``[B, S]``.
 
     Gives of each split the values weighted by shares, the maximum and the sum of its softmax.
     """
     mixed_ref, most_ref, total_ref = outs
     num_heads, num_rows, num_channels = q_ref.shape[1:]
-    num_keys = k_ref.shape[1]
+    num_keys = k_ref.shape[2]
     b, head = pl.program_id(1) // num_heads, pl.program_id(1) % num_heads
     split, first_row = pl.program_id(2), pl.program_id(0) * tiles.rows
     rows, channels = pl.ds(first_row, tiles.rows), pl.ds(0, tiles.channels)
@@ -70,8 +70,8 @@ def _kernel(
         def add(so_far: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             mixed, most, total = so_far
             mask = is_key[:, None] & is_channel
-            k = plgpu.load(k_ref.at[b, block, head, channels], mask=mask, other=0)
-            v = plgpu.load(v_ref.at[b, block, head, channels], mask=mask, other=0)
+            k = plgpu.load(k_ref.at[b, head, block, channels], mask=mask, other=0)
+            v = plgpu.load(v_ref.at[b, head, block, channels], mask=mask, other=0)
             scores = plgpu.dot(q, k, trans_b=True, precision=precision) * num_channels**-0.5
             scores = jnp.where(sees, scores, jnp.finfo(jnp.float32).min)
             new = jnp.maximum(most, scores.max(axis=1))
@@ -115,7 +115,7 @@ def _attend(
     interpret: bool,
 ) -> jax.Array:
     B, T, H, C = q.shape
-    S, K = k.shape[1:3]
+    K, S = k.shape[1:3]
     G = H // K
     R = T * G
     tiles = _tiles(R, S, B * K, q, window)
@@ -163,8 +163,8 @@ _differentiable.defvjp(_forward, _backward)
 
 def flash_attention(
     q: Float[Array, "B T H C"],
-    k: Float[Array, "B S K C"],
-    v: Float[Array, "B S K C"],
+    k: Float[Array, "B K S C"],
+    v: Float[Array, "B K S C"],
     queries: Int[Array, "B T"],
     keys: Int[Array, "B S"],
     *,

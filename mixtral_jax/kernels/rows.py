@@ -1,12 +1,10 @@
 """Rows of tables by index: reads from an embedding, writes into a cache.
 
-XLA's CPU compiler has no gather or scatter of 16-bit floats: it widens the whole table to f32 and,
-for a scatter, narrows it again, each time. The same bits as integers it moves as they are.
+XLA's CPU compiler has no gather or scatter of 16-bit floats: it widens the operand to f32 and, for
+a scatter, narrows it again.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,41 +24,30 @@ def _like(bits: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def lookup(table: Float[Array, "V D"], ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-    """Rows of an embedding; the reference of ``lookup_bits``."""
+    """Rows of an embedding; the reference of ``lookup_in_place``."""
     return table[ids]
 
 
-@jax.custom_vjp
-def lookup_bits(table: Float[Array, "V D"], ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
-    """``lookup`` that moves bits: no copy of the table. Not for a table split over GPUs (NCCL does
-    not add 16-bit integers).
-    """
-    return _like(_bits(table)[ids], table.dtype)
-
-
-def _forward(table: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return lookup_bits(table, ids), (table, ids)
-
-
-def _backward(saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, None]:
-    table, ids = saved
-    (gradient,) = jax.vjp(functools.partial(lookup, ids=ids), table)[1](g)
-    return gradient, None
-
-
-lookup_bits.defvjp(_forward, _backward)
+def lookup_in_place(
+    table: Float[Array, "V D"], ids: Int[Array, "*rows"]
+) -> Float[Array, "*rows D"]:
+    """``lookup`` that no loop is freed of: outside, the whole table would be widened."""
+    table, ids = jax.lax.optimization_barrier((table, ids))
+    return table[ids]
 
 
 def write_rows(
-    target: Num[Array, "B S *dims"], new: Num[Array, "B T *dims"], slots: Int[Array, "B T"]
-) -> Num[Array, "B S *dims"]:
+    target: Num[Array, "B ..."], new: Num[Array, "B ..."], slots: Int[Array, "B T"], axis: int = 1
+) -> Num[Array, "B ..."]:
     """Writes ``new[b, t]`` to ``target[b, slots[b, t]]``; slots past the end are left out.
 
-    Not differentiable where the dtype is narrow: caches are not trained through.
+    ``axis`` is where the slots of ``target``, and the tokens of ``new``, are counted: 1, or 2 where
+    a dim of heads stands before them. 16-bit floats move as integers, which costs the CPU two
+    passes over the target and not three; not differentiable: caches are not trained through.
     """
 
     def write_row(target: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
-        return target.at[slots].set(new, mode="drop")
+        return target.at[(slice(None),) * (axis - 1) + (slots,)].set(new, mode="drop")
 
     written = jax.vmap(write_row)(_bits(target), _bits(new.astype(target.dtype)), slots)
     return _like(written, target.dtype)

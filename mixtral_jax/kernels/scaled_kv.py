@@ -21,27 +21,27 @@ _LARGEST = {KV_DTYPES["int8"]: 127.0, KV_DTYPES["fp8"]: 448.0}  # codes are symm
 
 
 class ScaledKV(NamedTuple):
-    """Keys or values as codes times scales, in place of an array ``[B, S, K, C]``.
+    """Keys or values as codes times scales, in place of an array ``[B, K, S, C]``.
 
     Codes are int8, or uint8: the bytes of e4m3fn numbers.
     """
 
-    codes: Int8[Array, "B S K C"] | UInt8[Array, "B S K C"]
-    scales: Float[Array, "B S K"]
+    codes: Int8[Array, "B K S C"] | UInt8[Array, "B K S C"]
+    scales: Float[Array, "B K S"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the array that this stands for."""
         return self.codes.shape
 
-    def widened(self, dtype: Any) -> Float[Array, "B S K C"]:
+    def widened(self, dtype: Any) -> Float[Array, "B K S C"]:
         """The codes as numbers of ``dtype``, exact in bf16, f16 and f32; scales are left out."""
         if self.codes.dtype == jnp.int8:
             return self.codes.astype(dtype)
         return jax.lax.bitcast_convert_type(self.codes, jnp.float8_e4m3fn).astype(dtype)
 
 
-KV: TypeAlias = Float[Array, "B S K C"] | ScaledKV
+KV: TypeAlias = Float[Array, "B K S C"] | ScaledKV
 
 
 def storage_dtype(kv_dtype: KVDtype | None, activations: Any) -> Any:
@@ -50,14 +50,14 @@ def storage_dtype(kv_dtype: KVDtype | None, activations: Any) -> Any:
 
 
 def empty_kv(shape: tuple[int, int, int, int], dtype: Any) -> KV:
-    """Zeros ``[B, S, K, C]``: a ScaledKV where ``dtype`` is one of codes, else an array."""
+    """Zeros ``[B, K, S, C]``: a ScaledKV where ``dtype`` is one of codes, else an array."""
     zeros = jnp.zeros(shape, dtype)
     if jnp.dtype(dtype) not in _LARGEST:
         return zeros
     return ScaledKV(zeros, jnp.zeros(shape[:-1], jnp.float32))
 
 
-def quantize_kv(x: Float[Array, "B S K C"], dtype: Any) -> ScaledKV:
+def quantize_kv(x: Float[Array, "B K S C"], dtype: Any) -> ScaledKV:
     """Symmetric codes whose largest magnitude in each vector is the format's own (127 or 448).
 
     int8 codes round to nearest: no element is off by more than half its scale. A vector of zeros

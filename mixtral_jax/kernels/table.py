@@ -16,7 +16,7 @@ from mixtral_jax.kernels.accelerator import (
 from mixtral_jax.kernels.attention import attention, blocked_attention
 from mixtral_jax.kernels.contract import contract
 from mixtral_jax.kernels.experts import dense_experts, expert_blocks, visit_experts
-from mixtral_jax.kernels.rows import lookup, lookup_bits
+from mixtral_jax.kernels.rows import lookup, lookup_in_place
 from mixtral_jax.weights import Layout
 
 
@@ -38,7 +38,7 @@ class Kernels:
 KERNELS: dict[str, Kernels] = {
     "reference": Kernels(contract, lookup, attention, dense_experts, expert_blocks, "slots"),
     "visit": Kernels(
-        contract, lookup_bits, blocked_attention, visit_experts, expert_blocks, "slots"
+        contract, lookup_in_place, blocked_attention, visit_experts, expert_blocks, "slots"
     ),
     "gpu": Kernels(contract, lookup, gpu_attention, gpu_routed_experts, stacked_blocks, "stacked"),
     "tpu": Kernels(

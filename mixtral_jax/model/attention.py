@@ -65,8 +65,8 @@ class Attention(nnx.Module):
             return placement.constrain(split, ("batch", "length", name, "channels"))
 
         q = rotate(heads(self.q_proj, "heads"), by)
-        k = rotate(heads(self.k_proj, "kv_heads"), by)
-        v = heads(self.v_proj, "kv_heads")
+        k = rotate(heads(self.k_proj, "kv_heads"), by).swapaxes(1, 2)
+        v = heads(self.v_proj, "kv_heads").swapaxes(1, 2)
         if cache is not None:
             k = constrain_kv(write_kv(cache.keys, k, window.slots), placement)
             v = constrain_kv(write_kv(cache.values, v, window.slots), placement)

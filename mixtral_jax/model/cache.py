@@ -12,18 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import EMPTY
 from mixtral_jax.kernels.rows import write_rows
 from mixtral_jax.kernels.scaled_kv import KV, ScaledKV, empty_kv, quantize_kv
 
-KV_AXES = ("batch", "slots", "kv_heads", "channels")  # the scales of a ScaledKV lack the last
+# Heads before slots: products read them as they lie.
+KV_AXES = ("batch", "kv_heads", "slots", "channels")  # the scales of a ScaledKV lack the last
+SLOT_AXIS = KV_AXES.index("slots")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, ``[B, S, K, C]`` each, plain arrays or ScaledKV.
+    """Keys and values of every layer, ``[B, K, S, C]`` each, plain arrays or ScaledKV.
 
     ``positions`` is the absolute position in each slot (EMPTY if none), ``lengths`` the number of
     tokens each row has seen.
@@ -55,7 +57,7 @@ def num_slots(config: ModelConfig, *, total: int, chunk: int) -> int:
 
 def init_cache(config: ModelConfig, *, rows: int, slots: int, dtype: Any) -> KVCache:
     """An empty cache; of ScaledKV where ``dtype`` is one of ``KV_DTYPES``."""
-    shape = (rows, slots, config.num_key_value_heads, config.head_dim)
+    shape = (rows, config.num_key_value_heads, slots, config.head_dim)
     layers = range(config.num_hidden_layers)
     return KVCache(
         keys=tuple(empty_kv(shape, dtype) for _ in layers),
@@ -101,16 +103,18 @@ def rewind(cache: KVCache, lengths: Int[Array, " B"], most: int) -> KVCache:
     positions = lengths[:, None] + jnp.arange(most, dtype=jnp.int32)
     slots = jnp.where(positions < cache.lengths[:, None], positions % size, size)
 
-    def fill(target: jax.Array, value: int) -> jax.Array:
-        return write_rows(target, jnp.full((*slots.shape, *target.shape[2:]), value), slots)
+    def fill(target: jax.Array, value: int, axis: int) -> jax.Array:
+        shape = (*target.shape[:axis], most, *target.shape[axis + 1 :])
+        return write_rows(target, jnp.full(shape, value), slots, axis)
 
-    keys, values = jax.tree.map(lambda x: fill(x, 0), (cache.keys, cache.values))
-    return KVCache(keys, values, fill(cache.positions, EMPTY), lengths)
+    keys, values = jax.tree.map(lambda x: fill(x, 0, SLOT_AXIS), (cache.keys, cache.values))
+    return KVCache(keys, values, fill(cache.positions, EMPTY, 1), lengths)
 
 
-def write_kv(target: KV, new: Float[Array, "B T K C"], slots: Int[Array, "B T"]) -> KV:
+def write_kv(target: KV, new: Float[Array, "B K T C"], slots: Int[Array, "B T"]) -> KV:
     """Writes keys or values; into a ScaledKV their codes and scales, alike in any chunk."""
     if not isinstance(target, ScaledKV):
-        return write_rows(target, new, slots)
+        return write_rows(target, new, slots, SLOT_AXIS)
     made = quantize_kv(new, target.codes.dtype)
-    return ScaledKV(*(write_rows(old, new, slots) for old, new in zip(target, made, strict=True)))
+    pairs = zip(target, made, strict=True)
+    return ScaledKV(*(write_rows(old, new, slots, SLOT_AXIS) for old, new in pairs))

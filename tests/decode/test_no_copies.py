@@ -30,10 +30,11 @@ CONFIG = ModelConfig(
     max_position_embeddings=4096,
     rope_theta=1e6,
 )
-SLOTS = 1024
+SLOTS = 512
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
-MOVES = ("copy", "convert", "transpose", "slice", "dynamic-slice", "gather", "concatenate", "pad")
-INSTRUCTION = re.compile(r"%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
+# What may be as large as a weight: it is no copy, or it is in place.
+IN_PLACE = ("parameter", "get-tuple-element", "tuple", "while", "conditional", "call", "bitcast")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
 
 
 def decode_program(dtype: str, rows: int) -> jax.stages.Compiled:
@@ -57,15 +58,21 @@ def decode_program(dtype: str, rows: int) -> jax.stages.Compiled:
     return lowered.compile()
 
 
-def moved(hlo: str, least: int) -> list[str]:
-    """Instructions that move or convert at least so many bytes."""
-    found = []
+def made(hlo: str, least: int) -> list[str]:
+    """Shapes of the arrays of at least so many bytes that the program makes, one per instruction.
+
+    What happens inside a fusion is no array; a fusion is one instruction where it is called.
+    """
+    found, is_fused = [], False
     for line in hlo.splitlines():
-        match = INSTRUCTION.search(line)
-        if match and match[3] in MOVES and match[1] in SIZES:
-            dims = [int(dim) for dim in match[2].split(",") if dim]
-            if SIZES[match[1]] * math.prod(dims) >= least:
-                found.append(match[0])
+        if not line.startswith(" "):
+            is_fused = line.startswith(("%fused_", "%wrapped_"))
+        match = INSTRUCTION.match(line)
+        if not match or is_fused or match[4] in IN_PLACE or "scatter" in match[1]:
+            continue
+        dims = [int(dim) for dim in match[3].split(",") if dim]
+        if SIZES.get(match[2], 8) * math.prod(dims) >= least:
+            found.append(f"{match[2]}[{match[3]}]")
     return found
 
 
@@ -76,8 +83,17 @@ def test_no_copy_of_weights_or_cache(dtype, rows):
     # The least thing that must stay: keys of one layer, or the smallest projection.
     cache = rows * SLOTS * CONFIG.num_key_value_heads * CONFIG.head_dim
     kv_proj = CONFIG.num_key_value_heads * CONFIG.head_dim * CONFIG.hidden_size
-    least = min(cache, kv_proj) * np.dtype(jax.numpy.dtype(dtype)).itemsize
-    assert moved(program.as_text(), least) == []
+    least = min(cache, kv_proj) * jax.numpy.dtype(dtype).itemsize
+    scores = rows * CONFIG.num_attention_heads * SLOTS * 4
+    assert least > scores, "no activation is as large"
+    large = made(program.as_text(), least)
+    if dtype == "bfloat16" and jax.default_backend() == "cpu":
+        # Known (docs/log.md): a scatter of 16-bit floats is one of integers, and two passes.
+        shape = f"[{rows},{CONFIG.num_key_value_heads},{SLOTS},{CONFIG.head_dim}]"
+        passes = 4 * CONFIG.num_hidden_layers
+        assert sorted(large) == [f"bf16{shape}"] * (passes // 2) + [f"u16{shape}"] * (passes // 2)
+    else:
+        assert large == []
     # Sampling holds a few [rows, vocabulary] arrays; the rest is smaller.
     logits = rows * CONFIG.vocab_size * 4
     assert program.memory_analysis().temp_size_in_bytes < 16 * logits + 2**20
@@ -92,4 +108,4 @@ def test_a_planted_copy_is_seen():
         jax.ShapeDtypeStruct((256, 512), "float32"),
     )
     hlo = jax.jit(transposes).lower(*shapes).compile().as_text()
-    assert moved(hlo, 256 * 512 * 4)
+    assert made(hlo, 256 * 512 * 4)

@@ -48,7 +48,7 @@ def test_keys_that_nobody_sees_are_not_read(T, S):
     queries = (100 - T + jnp.arange(T))[None].astype(jnp.int32)
     run = jax.jit(functools.partial(INTERPRETED, window=None))
     want = run(q, k, v, queries, keys)
-    beyond = (jnp.arange(S) >= 128)[None, :, None, None]
+    beyond = (jnp.arange(S) >= 128)[None, None, :, None]
     k, v = (jnp.where(beyond, jnp.nan, x) for x in (k, v))
     np.testing.assert_array_equal(run(q, k, v, queries, keys), want)
     keys = keys.at[0, 200].set(50)  # and the test can fail
@@ -84,7 +84,7 @@ def test_lowers_for_cuda_at_full_size(B, T, S, grid):
     def of(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    cache = of(B, S, 8, 128)
+    cache = of(B, 8, S, 128)
     places = of(B, T, dtype=jnp.int32), of(B, S, dtype=jnp.int32)
     run = jax.jit(functools.partial(flash_attention, window=None))
     lowered = run.trace(of(B, T, 32, 128), cache, cache, *places)

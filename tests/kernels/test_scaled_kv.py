@@ -137,7 +137,7 @@ def test_a_bad_vector_reaches_its_row_alone(monkeypatch, kv_dtype, side, bad):
     monkeypatch.setattr(kernels, "WIDENED_BYTES", 1)
     q, k, v, queries, keys = operands(2, 1, 300, 4, 2, 16, "float32")
     seen = int(np.argmax(np.asarray(keys[1]) == int(queries[1, 0]) - 3))
-    damaged = (k if side == "keys" else v).at[1, seen, :, 2].set(bad)
+    damaged = (k if side == "keys" else v).at[1, :, seen, 2].set(bad)
     k, v = (damaged, v) if side == "keys" else (k, damaged)
     for kernel in (attention, blocked_attention):
         out = np.asarray(kernel(q, *both(kv_dtype, k, v), queries, keys, window=None))
@@ -149,7 +149,7 @@ def wide_arrays(
     kernel, kv_shape: tuple[int, int, int, int], kv_dtype: KVDtype, T: int
 ) -> list[str]:
     """Float arrays of the compiled program with as many elements as the keys."""
-    B, S, K, channels = kv_shape
+    B, K, S, channels = kv_shape
     kv = jax.eval_shape(lambda: empty_kv(kv_shape, KV_DTYPES[kv_dtype]))
     q = jax.ShapeDtypeStruct((B, T, 2 * K, channels), jnp.float32)
     places = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((B, T), (B, S))]
@@ -165,7 +165,7 @@ def wide_arrays(
 @pytest.mark.parametrize("T", [1, 16])
 def test_codes_are_never_widened_whole(kv_dtype, T):
     """The reference path, the control, does it."""
-    shape = (2, 8192, 2, 64)
+    shape = (2, 2, 8192, 64)
     assert math.prod(shape) > kernels.WIDENED_BYTES, "four blocks of f32 or more"
     assert wide_arrays(blocked_attention, shape, kv_dtype, T) == []
     assert wide_arrays(attention, shape, kv_dtype, T)
