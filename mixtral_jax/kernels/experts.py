@@ -52,10 +52,10 @@ def dense_experts(
     valid: Bool[Array, " N"],
     experts: ExpertWeights,
     *,
-    num_experts: int,
+    expected: float,
 ) -> Float[Array, "N D"]:
     """The reference of ``visit_experts``: every expert on every row, weighted by the routing."""
-    del num_experts
+    del expected
     for e, expert in enumerate(_matrices(experts)):
         chosen = (expert_ids == e) & valid[:, None]
         share = jnp.where(chosen, expert_weights, 0.0).sum(axis=-1)
@@ -63,9 +63,9 @@ def dense_experts(
     return out
 
 
-def some_rows(num_rows: int, top_k: int, num_experts: int) -> int:
-    """Rows of the middle branch of ``visit_experts``."""
-    return min(num_rows, 8 * math.ceil(ROOM * num_rows * top_k / num_experts / 8))
+def ladder(num_rows: int, expected: float) -> tuple[int, ...]:
+    """Rows that the branches of ``visit_experts`` hold, ascending; the last holds all."""
+    return tuple(sorted({min(num_rows, 8 * math.ceil(ROOM * expected / 8)), num_rows}))
 
 
 def visit_experts(
@@ -76,7 +76,7 @@ def visit_experts(
     valid: Bool[Array, " N"],
     experts: ExpertWeights,
     *,
-    num_experts: int,
+    expected: float,
 ) -> Float[Array, "N D"]:
     """Adds each expert's share to the rows that chose it; experts that no row chose are not read.
 
@@ -90,14 +90,14 @@ def visit_experts(
         expert_weights: f32 routing weights.
         valid: false for padding, which visits no expert.
         experts: the experts held here.
-        num_experts: experts of the layer, here and elsewhere (sizes the middle branch).
+        expected: rows of an expert if all are chosen equally often.
 
     Returns:
         The accumulator, f32.
     """
-    num_rows, top_k = expert_ids.shape
+    num_rows = x.shape[0]
     matrices = _matrices(experts)
-    some = some_rows(num_rows, top_k, num_experts)
+    some = ladder(num_rows, expected)[0]
 
     for e, expert in enumerate(matrices):
         chosen = (expert_ids == e) & valid[:, None]

@@ -106,8 +106,8 @@ class LocalPlacement:
         """See Placement."""
         refuse_adapter_ids(adapter_id)
         out = jnp.zeros(x.shape, jnp.float32)
-        num_experts = weights.gate.shape[0]
-        y = KERNELS[self.kernels].routed_experts(out, x, *routing, weights, num_experts=num_experts)
+        expected = routing.expert_ids.size / weights.gate.shape[0]
+        y = KERNELS[self.kernels].routed_experts(out, x, *routing, weights, expected=expected)
         return Routed(y.astype(x.dtype), jnp.int32(0), jnp.int32(0))
 
     def constrain(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:

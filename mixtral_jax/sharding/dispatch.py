@@ -111,6 +111,11 @@ def choose_for(options: DispatchOptions, data: int, expert: int, num_rows: int) 
     return "replicated" if expert == 1 or few else "all_to_all"
 
 
+def _expected(routing: Routing, weights: ExpertWeights) -> float:
+    """Inside shard_map: rows of an expert, of those routed to all experts of the layer."""
+    return routing.expert_ids.size / (weights.gate.shape[0] * jax.lax.axis_size("expert"))
+
+
 def _gathered(x: jax.Array, routing: Routing, weights: ExpertWeights, kernels: Kernels):
     """Inside shard_map: gathers the rows of the expert axis, visits own experts, scatters the sums.
 
@@ -119,7 +124,14 @@ def _gathered(x: jax.Array, routing: Routing, weights: ExpertWeights, kernels: K
     """
     gather = functools.partial(jax.lax.all_gather, axis_name="expert", tiled=True)
     everyone = Routing(*(gather(part) for part in routing))
-    partial = visit_local(gather(x), everyone, weights, kernels, same_over=("tensor",))
+    partial = visit_local(
+        gather(x),
+        everyone,
+        weights,
+        kernels,
+        expected=_expected(everyone, weights),
+        same_over=("tensor",),
+    )
     return jax.lax.psum_scatter(partial, "expert", tiled=True)
 
 
@@ -179,7 +191,14 @@ def _gathered_shard(x, routing: Routing, weights: ExpertWeights, *, kernels: Ker
 
 def _replicated_shard(x, routing: Routing, weights: ExpertWeights, *, kernels: Kernels) -> Routed:
     """What one device does under ``replicated``: it holds all rows of its data shard."""
-    partial = visit_local(x, routing, weights, kernels, same_over=("expert", "tensor"))
+    partial = visit_local(
+        x,
+        routing,
+        weights,
+        kernels,
+        expected=_expected(routing, weights),
+        same_over=("expert", "tensor"),
+    )
     y = jax.lax.psum(partial, ("expert", "tensor"))
     return Routed(y.astype(x.dtype), jnp.int32(0), jnp.int32(0))
 

@@ -42,12 +42,21 @@ def device_capacity(
     return min(num_rows, math.ceil(share))
 
 
+def shared_buffer(
+    num_rows: int, top_k: int, *, num_experts: int, shards: int, factor: float
+) -> int:
+    """Rows of the buffer of a device that ``shards`` shards of ``num_rows`` share (``ragged``)."""
+    rows = num_rows * shards
+    return device_capacity(rows, top_k, num_experts=num_experts, shards=shards, factor=factor)
+
+
 def visit_local(
     x: jax.Array,
     routing: Routing,
     weights: ExpertWeights,
     kernels: Kernels,
     *,
+    expected: float,
     same_over: tuple[str, ...],
 ) -> jax.Array:
     """Inside shard_map: this device's experts on all rows given; f32 partial sums.
@@ -55,12 +64,12 @@ def visit_local(
     Devices take different branches in there, so nothing in there may be a collective. The transpose
     of using a replicated value on a varying path is one (a psum): everything is marked as varying
     before. ``same_over`` names the axes that the rows are replicated over; experts are over data.
+    ``expected``: rows of an expert if all are chosen equally often.
     """
     x, routing = jax.lax.pcast((x, routing), same_over, to="varying")
     weights = jax.lax.pcast(weights, "data", to="varying")
     out = jax.lax.pcast(jnp.zeros(x.shape, jnp.float32), AXES, to="varying")
     first = jax.lax.axis_index("expert") * weights.gate.shape[0]
-    num_experts = weights.gate.shape[0] * jax.lax.axis_size("expert")
     return kernels.routed_experts(
         out,
         x,
@@ -68,7 +77,7 @@ def visit_local(
         routing.expert_weights,
         routing.valid,
         weights,
-        num_experts=num_experts,
+        expected=expected,
     )
 
 
@@ -149,12 +158,13 @@ def _visit(
     is_row: Bool[Array, " N"],
     weights: ExpertWeights,
     kernels: Kernels,
+    expected: float,
 ) -> jax.Array:
     """What a device does with the rows that arrived; their sums, in the dtype of the rows."""
     ids, shares = jnp.split(beside, 2, axis=1)
     ids = ids.astype(jnp.int32)
     routing = Routing(ids, shares, is_row & (ids[:, 0] >= 0))
-    done = visit_local(rows, routing, weights, kernels, same_over=("tensor",))
+    done = visit_local(rows, routing, weights, kernels, expected=expected, same_over=("tensor",))
     return done.astype(rows.dtype)
 
 
@@ -178,25 +188,26 @@ def plan_once(routing: Routing, *, num_experts: int, factor: float, kernels: Ker
         starts=jnp.arange(shards) * room,
         num_slots=shards * room,
     )
+    expected = n * shards * top_k / num_experts
     exchange = functools.partial(
         jax.lax.all_to_all, axis_name="expert", split_axis=0, concat_axis=0, tiled=True
     )
 
     def run(x: jax.Array, routing: Routing, weights: ExpertWeights) -> jax.Array:
         rows, beside = map(exchange, _take_rows(x, routing, slots))
-        done = _visit(rows, beside, jnp.ones(rows.shape[:1], bool), weights, kernels)
+        done = _visit(rows, beside, jnp.ones(rows.shape[:1], bool), weights, kernels, expected)
         return _sum_choices(exchange(done), slots)
 
     return Plan(slots.dropped, run)
 
 
-class Traffic(NamedTuple):
+class Exchange(NamedTuple):
     """Rows from every source to every device, ``[S, S]``, cut to what fits each device's buffer."""
 
     rows: Int[Array, "S S"]
 
     @classmethod
-    def cut(cls, wanted: Int[Array, "S S"], buffer: int) -> Traffic:
+    def cut(cls, wanted: Int[Array, "S S"], buffer: int) -> Exchange:
         """Sources are served in order until the buffer of ``buffer`` rows is full."""
         before = jnp.cumsum(wanted, axis=0) - wanted
         return cls(jnp.clip(buffer - before, 0, wanted))
@@ -218,10 +229,10 @@ def plan_ragged(routing: Routing, *, num_experts: int, factor: float, kernels: K
     shards, me = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
     ids, valid = routing.expert_ids, routing.valid
     visits = find_visits(ids, valid, num_experts=num_experts, shards=shards)
-    share = round(factor * n * shards * visit_share(num_experts, shards, top_k), 9)
-    buffer = min(n * shards, math.ceil(share))
+    buffer = shared_buffer(n, top_k, num_experts=num_experts, shards=shards, factor=factor)
+    expected = n * shards * top_k / num_experts
     wanted = jax.lax.all_gather((visits.choice < top_k).sum(axis=0, dtype=jnp.int32), "expert")
-    traffic = Traffic.cut(wanted, buffer)
+    traffic = Exchange.cut(wanted, buffer)
     slots = assign_device_slots(
         visits,
         ids,
@@ -255,7 +266,7 @@ def plan_ragged(routing: Routing, *, num_experts: int, factor: float, kernels: K
     def run(x: jax.Array, routing: Routing, weights: ExpertWeights) -> jax.Array:
         rows, beside = map(there, _take_rows(x, routing, slots))
         is_row = jnp.arange(buffer) < traffic.rows[:, me].sum()
-        done = _visit(rows, beside, is_row, weights, kernels)
+        done = _visit(rows, beside, is_row, weights, kernels, expected)
         return _sum_choices(back(done), slots)
 
     return Plan(slots.dropped, run)

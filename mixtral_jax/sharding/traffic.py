@@ -14,7 +14,7 @@ from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.sharding.collectives import Collective
 from mixtral_jax.sharding.dispatch import PLANS, DispatchOptions, choose_for
 from mixtral_jax.sharding.mesh import MeshSpec
-from mixtral_jax.sharding.per_device import device_capacity, visit_share
+from mixtral_jax.sharding.per_device import device_capacity, shared_buffer
 from mixtral_jax.sharding.per_expert import capacity
 from mixtral_jax.sharding.report import shard_shape
 from mixtral_jax.sharding.rules import MIN_ROWS_PER_DEVICE, partition_spec
@@ -148,7 +148,7 @@ def _exchanges(work: Pass, n: int) -> list[Collective]:
         slots = S * device_capacity(n, A, num_experts=E, shards=S, factor=factor)
         ids_and_weights = Collective("all-to-all", slots * 2 * A * _F32, S)
         return [*[Collective("all-to-all", slots * row, S)] * 2, ids_and_weights]
-    slots = min(n * S, math.ceil(round(factor * n * S * visit_share(E, S, A), 9)))
+    slots = shared_buffer(n, A, num_experts=E, shards=S, factor=factor)
     return [
         Collective("ragged-all-to-all", slots * row, S),
         Collective("ragged-all-to-all", slots * 2 * A * _F32, S),

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.config import PRESETS
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.model.transformer import assemble
 from mixtral_jax.plan.devices import DEVICES, send_bandwidth
 from mixtral_jax.plan.programs import Workload, _leaves, _placement, state_shapes
-from mixtral_jax.plan.roofline import experts_visited, step_work
+from mixtral_jax.plan.roofline import expert_rows, experts_visited, step_work
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 
@@ -85,8 +86,6 @@ def test_flops_are_those_of_the_program(small_config, mesh, method, name):
 
 def test_experts_visited():
     def visited(mesh: str, tokens: int) -> float:
-        from mixtral_jax.config import PRESETS
-
         work = Workload(config=PRESETS["mixtral-8x7b"], mesh=MeshSpec.parse(mesh))
         return experts_visited(work, tokens)
 
@@ -97,6 +96,32 @@ def test_experts_visited():
     # Two devices of four experts: both of a token's two on one of them in 3 of 7 routings.
     assert visited("1x2", 1) == pytest.approx(1 + 3 / 7, abs=0.05)
     assert visited("1x2", 500) == 4
+
+
+@pytest.mark.parametrize("method", ["all_to_all", "all_to_all_once", "ragged", "gathered"])
+@pytest.mark.parametrize("mesh", ["1x8", "1x4", "2x4x2"])
+@pytest.mark.parametrize("factor", [0.25, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_no_more_is_useful_than_is_done(method, mesh, factor, chunks):
+    options = DispatchOptions(method=method, capacity_factor=factor, chunks=chunks)
+    config, spec = PRESETS["mixtral-8x7b"], MeshSpec.parse(mesh)
+    work = Workload(config=config, mesh=spec, batch=16, dispatch=options)
+    sizes = {"weight_bytes": 0, "expert_bytes": 0, "cache_bytes": 0}
+    found = step_work(work, length=512, heads=False, **sizes)
+    assert 0 < found.useful_flops <= found.flops
+    assert found.useful_flops > 0.15 * found.flops
+
+
+@pytest.mark.parametrize("method", ["all_to_all_once", "ragged"])
+def test_the_rows_that_arrive_take_the_branch_with_room_for_them(method):
+    """At 1x8 a device sees a quarter of the rows, all of them for its expert."""
+    options = DispatchOptions(method=method, capacity_factor=2.0)
+    work = Workload(
+        config=PRESETS["mixtral-8x7b"], mesh=MeshSpec(expert=8), batch=8, dispatch=options
+    )
+    rows = 8 * 4096
+    computed, _ = expert_rows(work, rows, rows)
+    assert rows / 4 < computed < 1.55 * rows / 4  # of rows / 2 that have room
 
 
 def test_groups_that_leave_the_host_are_sent_over_the_network():
