@@ -218,12 +218,13 @@ def _more(
 ) -> list[Collective]:
     """Collectives further along the line, all of one size: the compiler may merge layers'."""
     found: list[Collective] = []
-    for kind, ways in sorted({(each.kind, each.group_size) for each in more}):
+    for kind, *over in sorted({(each.kind, each.group_size, each.span) for each in more}):
         small, big = (
-            [c.bytes for c in one if (c.kind, c.group_size) == (kind, ways)] for one in (few, more)
+            [c.bytes for c in one if [c.kind, c.group_size, c.span] == [kind, *over]]
+            for one in (few, more)
         )
         count = line(len(small), len(big))
-        found += [Collective(kind, line(sum(small), sum(big)) // count, ways)] * count
+        found += [Collective(kind, line(sum(small), sum(big)) // count, *over)] * count
     return found
 
 

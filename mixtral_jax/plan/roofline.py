@@ -18,10 +18,9 @@ from mixtral_jax.plan.devices import Device, send_bandwidth
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.sharding.collectives import Collective
 from mixtral_jax.sharding.dispatch import PLANS, choose_for
-from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.per_device import device_capacity, shared_buffer
 from mixtral_jax.sharding.per_expert import capacity
-from mixtral_jax.sharding.traffic import heads_ways, rows_spread
+from mixtral_jax.sharding.traffic import heads_axes, rows_spread
 
 _DRAWS = 512
 
@@ -50,19 +49,18 @@ class Sent:
     count: int
     bytes: int
     group_size: int
+    span: int
     wire_bytes: float
     seconds: float
 
 
-def sent(
-    collectives: Iterable[Collective], mesh: MeshSpec, device: Device, *, over_data: bool = False
-) -> list[Sent]:
+def sent(collectives: Iterable[Collective], device: Device) -> list[Sent]:
     """Collectives with the time that they take the links, most expensive first."""
     found = []
     for each, count in Counter(collectives).items():
-        bandwidth = send_bandwidth(device, mesh, each.group_size, over_data=over_data)
         wire = each.wire_bytes * count
-        found.append(Sent(count=count, wire_bytes=wire, seconds=wire / bandwidth, **each._asdict()))
+        seconds = wire / send_bandwidth(device, each.span)
+        found.append(Sent(count=count, wire_bytes=wire, seconds=seconds, **each._asdict()))
     return sorted(found, key=lambda one: -one.seconds)
 
 
@@ -150,7 +148,7 @@ def step_work(
     keys = config.num_key_value_heads * config.head_dim
     rows = work.rows * length
     shards = mesh.data * (mesh.expert if rows_spread(mesh, work.strategy, work.rows) else 1)
-    local, ways = rows / shards, heads_ways(mesh, work.strategy)
+    local, (ways, _) = rows / shards, mesh.group(*heads_axes(work.strategy))
     slots = length if work.train else work.slots
     per_token = 2 * D * (2 * queries + 2 * keys) + 4 * slots * queries
     logits = 2 * D * config.vocab_size * (local if work.train else work.rows / shards) * heads

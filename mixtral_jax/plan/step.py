@@ -38,10 +38,9 @@ class Step:
     overflow: list[Sent]
 
 
-def _step(work: Workload, device: Device, tokens: int, done: Work, traffic: Traffic) -> Step:
+def _step(device: Device, tokens: int, done: Work, traffic: Traffic) -> Step:
     compute, memory = done.flops / device.flops, done.bytes_read / device.memory_bandwidth
-    over_data = work.train is not None
-    always = sent(traffic.common, work.mesh, device, over_data=over_data)
+    always = sent(traffic.common, device)
     links = sum(each.seconds for each in always)
     seconds = max(compute, memory) + links
     return Step(
@@ -55,7 +54,7 @@ def _step(work: Workload, device: Device, tokens: int, done: Work, traffic: Traf
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
         collectives=always,
-        overflow=sent(traffic.overflow, work.mesh, device, over_data=over_data),
+        overflow=sent(traffic.overflow, device),
     )
 
 
@@ -95,7 +94,7 @@ def generation_steps(
             heads=decodes,
         )
         tokens = work.batch * (1 if decodes else work.chunk)
-        steps[name] = _step(work, device, tokens, done, traffic)
+        steps[name] = _step(device, tokens, done, traffic)
     return steps
 
 
@@ -107,7 +106,7 @@ def differences(work: Workload, programs: dict[str, Program]) -> list[str]:
         want = Counter(each for part in traffic for each in part)
         found += [
             f"{name}: the compiled program has {got[each]} x {each.kind} of {each.bytes} bytes "
-            f"over {each.group_size} devices, the formula {want[each]}"
+            f"over {each.group_size} devices (of {each.span}), the formula {want[each]}"
             for each in sorted(got.keys() | want.keys())
             if got[each] != want[each]
         ]
@@ -143,4 +142,4 @@ def train_step(
         bytes_read=2 * (weights.total + state_bytes),  # weights: forward and backward
     )
     between = [each for each in program.collectives if each.group_size > 1]
-    return _step(work, device, work.batch * work.context, done, Traffic(between, [], []))
+    return _step(device, work.batch * work.context, done, Traffic(between, [], []))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mixtral_jax.sharding.collectives import Collective
 from mixtral_jax.sharding.dispatch import PLANS, DispatchOptions
-from mixtral_jax.sharding.traffic import Pass, attention_traffic, expert_traffic, heads_ways
+from mixtral_jax.sharding.traffic import Pass, attention_traffic, expert_traffic, heads_axes
 
 
 class Traffic(NamedTuple):
@@ -39,9 +39,9 @@ def prefill_traffic(work: Pass) -> Traffic:
     if work.method in ("gathered", *PLANS) and not work.is_spread:
         # Expert counts per row, of layers whose routers see a part of each row.
         rows, steps = work.batch // work.mesh.data, work.back
-        always.append(Collective("all-gather", rows * L * E * 4, steps[-1][1]))
+        always.append(Collective("all-gather", rows * L * E * 4, *steps[-1][1:]))
         if len(steps) > 1:
-            always.append(Collective("all-reduce", (L - 1) * E * 4, steps[0][1]))
+            always.append(Collective("all-reduce", (L - 1) * E * 4, *steps[0][1:]))
     return _between_devices(attention_traffic(work) + always, overflow, [])
 
 
@@ -49,10 +49,10 @@ def decode_traffic(work: Pass) -> Traffic:
     """Of one step of decode_step, in which ``batch`` rows write a token each (``length`` is 1)."""
     assert work.length == 1, work.length
     always, overflow = _layers(work, work.config.num_hidden_layers)
-    shards = work.mesh.data * (work.mesh.expert if work.is_spread else 1)
-    size = work.batch // shards * work.config.vocab_size * 4
-    logits = Collective("all-gather", size, heads_ways(work.mesh, work.strategy))
-    done = Collective("all-reduce", 1, shards)  # is every row done?
+    rows_over = work.mesh.group(*work.rows_axes)
+    size = work.batch // rows_over[0] * work.config.vocab_size * 4
+    logits = Collective("all-gather", size, *work.mesh.group(*heads_axes(work.strategy)))
+    done = Collective("all-reduce", 1, *rows_over)  # is every row done?
     common = [*attention_traffic(work), *always, logits, done]
     return _between_devices(common, overflow, [done])
 
@@ -60,7 +60,9 @@ def decode_traffic(work: Pass) -> Traffic:
 def _layers(work: Pass, layers: int) -> tuple[list[Collective], list[Collective]]:
     """The experts of so many layers: what always travels, and what an overflow adds."""
     mesh = work.mesh
-    validity = Collective("all-gather", work.rows // mesh.data, mesh.expert)  # one byte each
+    one_byte_each = work.rows // mesh.data
+    validity = Collective("all-gather", one_byte_each, *mesh.group("expert"))
+    everyone = mesh.group("data", "expert")
     layer = expert_traffic(work)
     if work.method == "replicated":
         return layer * layers + [validity] * (work.is_spread and layers > 0), []
@@ -68,9 +70,9 @@ def _layers(work: Pass, layers: int) -> tuple[list[Collective], list[Collective]
         return layer * layers + [validity] * (layers > 0), []
     if work.options.overflow == "drop":  # the counts of all layers, the last too, in one
         size = 4 * work.config.num_hidden_layers
-        counts = Collective("all-reduce", size, mesh.data * mesh.expert)
+        counts = Collective("all-reduce", size, *everyone)
         return [*layer * layers, counts], []
-    layer.append(Collective("all-reduce", 4, mesh.data * mesh.expert))  # how many overflow
+    layer.append(Collective("all-reduce", 4, *everyone))  # how many overflow
     rare = expert_traffic(dataclasses.replace(work, options=DispatchOptions(method="gathered")))
     # The sum over tensor and the way back to the residual stream are common.
     rare = [each for each in rare if each.kind != "all-reduce"]

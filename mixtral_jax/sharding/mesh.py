@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable
@@ -50,6 +51,16 @@ class MeshSpec:
     def num_devices(self) -> int:
         """Devices that the mesh needs."""
         return self.data * self.expert * self.tensor
+
+    def group(self, *axes: str) -> tuple[int, int]:
+        """Devices along these axes together, and devices from their first to their last.
+
+        Numbered along tensor first, then expert, then data, as ``build`` lays them out.
+        """
+        steps = {"data": self.expert * self.tensor, "expert": self.tensor, "tensor": 1}
+        sizes = {axis: getattr(self, axis) for axis in axes}
+        span = 1 + sum((size - 1) * steps[axis] for axis, size in sizes.items())
+        return math.prod(sizes.values()), span
 
     @classmethod
     def parse(cls, text: str) -> MeshSpec:

@@ -18,6 +18,7 @@ from mixtral_jax.model.transformer import assemble
 from mixtral_jax.plan.devices import DEVICES, send_bandwidth
 from mixtral_jax.plan.programs import Workload, _leaves, _placement, state_shapes
 from mixtral_jax.plan.roofline import expert_rows, experts_visited, step_work
+from mixtral_jax.plan.step import traffic_of
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 
@@ -127,9 +128,27 @@ def test_the_rows_that_arrive_take_the_branch_with_room_for_them(method):
 def test_groups_that_leave_the_host_are_sent_over_the_network():
     gpu, tpu = DEVICES["h100"], DEVICES["v5e"]
     inside, outside = MeshSpec(data=8, expert=8), MeshSpec(data=8, expert=8, tensor=4)
-    assert send_bandwidth(gpu, inside, 8) == gpu.link_bandwidth
-    assert send_bandwidth(gpu, inside, 8, over_data=True) == gpu.network_bandwidth
-    assert send_bandwidth(gpu, inside, 64) == gpu.network_bandwidth
-    assert send_bandwidth(gpu, outside, 8) == gpu.network_bandwidth
-    assert send_bandwidth(gpu, outside, 4) == gpu.link_bandwidth
-    assert send_bandwidth(tpu, outside, 8) == tpu.link_bandwidth
+
+    def bandwidth(device, mesh, *axes):
+        return send_bandwidth(device, mesh.group(*axes)[1])
+
+    assert bandwidth(gpu, inside, "expert") == gpu.link_bandwidth
+    assert bandwidth(gpu, inside, "data") == gpu.network_bandwidth
+    assert bandwidth(gpu, inside, "data", "expert") == gpu.network_bandwidth
+    assert bandwidth(gpu, outside, "expert") == gpu.network_bandwidth
+    assert bandwidth(gpu, outside, "tensor") == gpu.link_bandwidth
+    assert bandwidth(tpu, outside, "expert") == tpu.link_bandwidth
+
+
+def test_rows_that_go_back_in_two_steps_stay_in_the_host():
+    """Groups of two and of four that the mesh has no axis for: they are parts of expert's eight."""
+    work = Workload(
+        config=PRESETS["mixtral-8x7b"],
+        mesh=MeshSpec(data=4, expert=8),
+        batch=8,
+        dispatch=DispatchOptions(method="all_to_all"),
+    )
+    gathers = [c for c in traffic_of(work, 2)["prefill"].common if c.kind == "all-gather"]
+    assert {each.group_size for each in gathers} >= {2, 4}
+    assert all(each.span <= 8 for each in gathers)
+    assert {send_bandwidth(DEVICES["h100"], each.span) for each in gathers} == {450e9}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 
 from mixtral_jax.sharding.collectives import Collective, read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
-from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.mesh import AXES, MeshSpec
 from mixtral_jax.sharding.place import gather_weights, place
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.report import weight_report
@@ -104,24 +105,34 @@ def test_parses_what_xla_prints():
       %b = bf16[8,4]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}
       %c = f32[2,4]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}
       %d = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), replica_groups=[4,2]<=[2,4]T(1,0)
+      %g = f32[8]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}, dimensions={0}
       %e = pred[7]{0} all-reduce(%x), replica_groups={{0},{1}}
       %h = f32[3]{0} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_0'}, use_global_device_ids=true
-      %i = f32[4]{0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
+      %i = f32[4]{0} collective-permute(%x), channel_id=4, source_target_pairs={{0,3},{3,0}}
       %f = f32[7]{0} add(%x, %all-reduce.1)
     """  # noqa: E501
     assert read_collectives(hlo) == [
-        Collective("all-to-all", 3 * 16 * 32 * 4, 3),
-        Collective("all-gather", 64, 8),
-        Collective("reduce-scatter", 4 * 32, 4),
-        Collective("all-gather", 32, 2),
-        Collective("all-reduce", 7, 1),
-        Collective("all-reduce", 12, 2),
-        Collective("collective-permute", 16, 2),
+        Collective("all-to-all", 3 * 16 * 32 * 4, 3, 3),
+        Collective("all-gather", 64, 8, 8),
+        Collective("reduce-scatter", 4 * 32, 4, 4),
+        Collective("all-gather", 32, 2, 5),
+        Collective("all-gather", 32, 2, 5),
+        Collective("all-reduce", 7, 1, 1),
+        Collective("all-reduce", 12, 2, 2),
+        Collective("collective-permute", 16, 2, 4),
     ]
-    assert Collective("collective-permute", 16, 2).wire_bytes == 16
+    assert Collective("collective-permute", 16, 2, 2).wire_bytes == 16
     with pytest.raises(ValueError, match="replica_groups"):
         read_collectives("%a = f32[4]{0} all-reduce(%x), replica_groups=<unheard of>")
-    assert Collective("all-reduce", 80, 4).wire_bytes == 120
+    assert Collective("all-reduce", 80, 4, 4).wire_bytes == 120
+
+
+def test_groups_reach_as_far_as_the_mesh_lays_them_out():
+    mesh = MeshSpec.parse("2x4x2")
+    numbers = np.arange(16).reshape(mesh.shape)
+    for axes in (("tensor",), ("expert",), ("data",), ("expert", "tensor"), ("data", "expert")):
+        group = numbers[tuple(slice(None) if axis in axes else 0 for axis in AXES)]
+        assert mesh.group(*axes) == (group.size, group.max() - group.min() + 1)
 
 
 def test_exact_adds_the_gathered_path_and_a_count(model):
@@ -132,7 +143,7 @@ def test_exact_adds_the_gathered_path_and_a_count(model):
         for method in ("all_to_all", "gathered")
     )
     # The count, and (no constant any more, inside the branch) which rows are valid.
-    more = [Collective("all-reduce", 4, 8), Collective("all-gather", 128, 4)]
+    more = [Collective("all-reduce", 4, 8, 8), Collective("all-gather", 128, 4, 4)]
     counts = more * model.config.num_hidden_layers
     got = Counter(each for each in found if each.group_size > 1)
     assert got == Counter(common) + Counter(gathered) + Counter(counts)
