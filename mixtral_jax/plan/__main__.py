@@ -272,6 +272,12 @@ def _step_lines(name: str, step: Any) -> Iterator[str]:
                 f"    {when}{each.count} x {each.kind} of {each.bytes:,} bytes over "
                 f"{each.group_size}: {each.seconds * 1e3:,.3f} ms"
             )
+    if step.branch == "overflow":
+        yield "  the capacity cannot hold the rows: every layer takes the gathered path, as billed"
+    elif step.branch == "capacity":
+        seconds = step.overflow_step_seconds
+        beside = "" if seconds is None else f"; where every layer does: {seconds * 1e3:,.3f} ms"
+        yield f"  billed as no layer overflows its capacity{beside}"
 
 
 def _print_sweep(options: Options, bills: list[Bill]) -> int:

@@ -20,7 +20,7 @@ from mixtral_jax.plan.programs import (
     state_shapes,
 )
 from mixtral_jax.plan.schemes import Weights, weight_bytes
-from mixtral_jax.plan.step import Step, differences, generation_steps, train_step
+from mixtral_jax.plan.step import Step, differences, generation_steps, one_branch, train_step
 from mixtral_jax.sharding.collectives import Collective
 
 _LAYERS = (2, 3)  # compiled in place of all where many meshes are compared
@@ -87,7 +87,7 @@ class Bill:
         collectives, steps = [], {}
         for name, step in self.steps.items():
             fields = dataclasses.asdict(step)
-            for key, when in (("collectives", "always"), ("overflow", "overflow")):
+            for key, when in (("collectives", "billed"), ("overflow", "overflow")):
                 collectives += [{"step": name, "when": when, **each} for each in fields.pop(key)]
             steps[name] = fields
         work = self.work
@@ -164,9 +164,8 @@ def make_bill(
     memory = memory_of(work, weights, most)
     unlike: list[str] = []
     if work.train:
-        # "exact" has both branches of every layer in its text; "drop" has the common one.
-        dropping = dataclasses.replace(work.dispatch, overflow="drop")
-        common = compiled(dataclasses.replace(in_f32, dispatch=dropping))["train"]
+        # "exact" has both branches of every layer in its text.
+        common = compiled(one_branch(in_f32))["train"]
         state = memory.gradient_bytes + memory.optimizer_bytes
         steps = {"train": train_step(work, found, weights, state, common)}
     else:

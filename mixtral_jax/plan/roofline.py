@@ -118,6 +118,34 @@ def expert_rows(work: Workload, rows: int, valid: int) -> tuple[float, str]:
     return float(computed.max(-1).mean()) * chunks, method
 
 
+def may_overflow(work: Workload, rows: int) -> bool:
+    """Whether a layer can overflow its capacity and then take the gathered path."""
+    dispatch = work.dispatch
+    method = choose_for(dispatch, work.mesh.data, work.mesh.expert, rows)
+    return method in PLANS and dispatch.overflow == "exact"
+
+
+def must_overflow(work: Workload, length: int) -> bool:
+    """Whether every layer overflows however rows are routed: there is less room than rows.
+
+    Of the parts (of a device, of a chunk) that rows travel in, one has at least the mean of them.
+    """
+    config, mesh, options = work.config, work.mesh, work.dispatch
+    E, A, S = config.num_local_experts, config.num_experts_per_tok, mesh.expert
+    method = choose_for(options, mesh.data, S, work.rows * length)
+    n = -(-work.rows * length // (mesh.data * S))
+    part, factor = -(-n // options.chunks), options.capacity_factor
+    sizes = {"num_experts": E, "shards": S, "factor": factor}
+    parts = mesh.data * options.chunks * (1 if method == "ragged" else S)
+    valid = -(-work.batch * length // parts)
+    if method == "all_to_all":
+        return valid * A > E * capacity(part, A, E, factor)
+    visits = -(-A // (E // S))  # devices that a row goes to, at least
+    if method == "ragged":
+        return valid * visits > S * shared_buffer(part, A, **sizes)
+    return valid * visits > S * device_capacity(part, A, **sizes)
+
+
 def step_work(
     work: Workload,
     *,

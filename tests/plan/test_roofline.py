@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -18,7 +19,8 @@ from mixtral_jax.model.transformer import assemble
 from mixtral_jax.plan.devices import DEVICES, send_bandwidth
 from mixtral_jax.plan.programs import Workload, _leaves, _placement, state_shapes
 from mixtral_jax.plan.roofline import expert_rows, experts_visited, step_work
-from mixtral_jax.plan.step import traffic_of
+from mixtral_jax.plan.schemes import weight_bytes
+from mixtral_jax.plan.step import generation_steps, traffic_of
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 
@@ -152,3 +154,37 @@ def test_rows_that_go_back_in_two_steps_stay_in_the_host():
     assert {each.group_size for each in gathers} >= {2, 4}
     assert all(each.span <= 8 for each in gathers)
     assert {send_bandwidth(DEVICES["h100"], each.span) for each in gathers} == {450e9}
+
+
+@pytest.mark.parametrize("method", ["all_to_all", "all_to_all_once", "ragged"])
+@pytest.mark.parametrize("mesh", ["1x8", "2x4"])
+def test_a_capacity_that_cannot_hold_the_rows_is_no_speed_up(method, mesh):
+    """Under "exact" such a layer takes the gathered path whatever the routing."""
+    work = Workload(config=PRESETS["mixtral-8x7b"], mesh=MeshSpec.parse(mesh), batch=64)
+    steps = {}
+    for factor in (0.25, 1.0, 2.0):
+        dispatch = DispatchOptions(method=method, capacity_factor=factor)
+        here = dataclasses.replace(work, dispatch=dispatch)
+        weights = weight_bytes(work.config, work.mesh, work.strategy)
+        steps[factor] = generation_steps(here, DEVICES["h100"], weights, 0)["prefill"]
+    small, fair, default = steps.values()
+    assert [step.branch for step in steps.values()] == ["overflow", "capacity", "capacity"]
+    assert small.step_seconds == default.overflow_step_seconds == fair.overflow_step_seconds
+    assert small.step_seconds > fair.step_seconds
+    assert small.useful_flops <= small.flops
+    kinds = {each.kind for each in small.collectives}
+    assert "reduce-scatter" in kinds
+    assert not any(kind.endswith("all-to-all") for kind in kinds)
+    assert small.overflow == []
+    assert any(each.kind == "reduce-scatter" for each in default.overflow)
+
+
+@pytest.mark.parametrize(("method", "share"), [("all_to_all", 0.95), ("all_to_all_once", 0.4)])
+def test_dropping_is_allowed_to_be_fast(method, share):
+    dispatch = DispatchOptions(method=method, capacity_factor=0.25, overflow="drop")
+    config = PRESETS["mixtral-8x7b"]
+    work = Workload(config=config, mesh=MeshSpec(expert=8), batch=64, dispatch=dispatch)
+    weights = weight_bytes(config, work.mesh, work.strategy)
+    step = generation_steps(work, DEVICES["h100"], weights, 0)["prefill"]
+    assert step.branch == "only"
+    assert share * step.flops < step.useful_flops <= step.flops
