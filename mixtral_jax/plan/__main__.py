@@ -135,7 +135,7 @@ def main(options: Options) -> int:
                 work = best.work
             # The backward pass of all layers takes minutes to compile.
             bills = [make_bill(work, options.device, whole=work.train is None, **shared)]
-    for line in bills[0].differences if bills else ():
+    for line in notes(bills[0]) if bills else ():
         print(f"note: {line}", file=sys.stderr)
     if options.sweep:
         return _print_sweep(options, bills)
@@ -144,6 +144,15 @@ def main(options: Options) -> int:
     else:
         print("\n".join(lines(options, bills[0], best)))
     return OK
+
+
+def notes(bill: Bill) -> Iterator[str]:
+    """Where the formulas of traffic were not confirmed."""
+    yield from bill.differences
+    for name in sorted({line.split(":")[0] for line in bill.differences}):
+        yield f"{name}: billed as compiled, in float32"
+    if bill.work.dispatch.method == "ragged" and bill.not_compared is not None:
+        yield bill.not_compared
 
 
 def workload(options: Options) -> Workload:

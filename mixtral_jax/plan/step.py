@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -93,9 +94,16 @@ def traffic_of(work: Workload, itemsize: int) -> dict[str, Traffic]:
 
 
 def generation_steps(
-    work: Workload, device: Device, weights: Weights, cache_bytes: int
+    work: Workload,
+    device: Device,
+    weights: Weights,
+    cache_bytes: int,
+    compiled: Mapping[str, list[Collective]] | None = None,
 ) -> dict[str, Step]:
-    """A call of prefill and a step of decode_step; traffic by formula, in the workload's dtype."""
+    """A call of prefill and a step of decode_step; traffic by formula, in the workload's dtype.
+
+    Of the programs in ``compiled`` it is what stands there instead, and overflow is not told.
+    """
     steps = {}
     # Of the input embedding a few rows are read, and prefill makes no logits.
     table = 0 if work.config.tie_word_embeddings else weights.embedding
@@ -115,7 +123,11 @@ def generation_steps(
         tokens = work.batch * length
         step = _step(device, tokens, work_of(work), traffic.common + traffic.payload)
         branch = branch_of(work, length)
-        if branch == "capacity":
+        if compiled and name in compiled:
+            here = gathered if branch == "overflow" else work
+            step = _step(device, tokens, work_of(here), compiled[name])
+            step = dataclasses.replace(step, branch=branch)
+        elif branch == "capacity":
             other = _step(device, tokens, work_of(gathered), traffic.common + traffic.overflow)
             step = dataclasses.replace(
                 step,
@@ -130,29 +142,41 @@ def generation_steps(
     return steps
 
 
-def differences(work: Workload, programs: dict[str, Program]) -> list[str]:
-    """Where the compiled programs, in float32, do not send what the formulas say; in words."""
-    found = []
+def differences(work: Workload, programs: Mapping[str, Program]) -> dict[str, list[str]]:
+    """Programs that, in float32, do not send what the formulas say, by name; in words.
+
+    Those of ``ragged`` are left out: what the CPU sends in its place says nothing.
+    """
+    found: dict[str, list[str]] = {}
+    if work.dispatch.method == "ragged":
+        return found
     for name, traffic in traffic_of(work, 4).items():
-        got = Counter(each for each in programs[name].collectives if each.group_size > 1)
+        got = Counter(between_devices(programs[name]))
         want = Counter(each for part in traffic for each in part)
-        found += [
-            f"{name}: the compiled program has {got[each]} x {each.kind} of {each.bytes} bytes "
-            f"over {each.group_size} devices (of {each.span}), the formula {want[each]}"
-            for each in sorted(got.keys() | want.keys())
-            if got[each] != want[each]
-        ]
+        unlike = [each for each in sorted(got.keys() | want.keys()) if got[each] != want[each]]
+        if unlike:
+            found[name] = [
+                f"{name}: the compiled program has {got[each]} x {each.kind} of {each.bytes} bytes "
+                f"over {each.group_size} devices (of {each.span}), the formula {want[each]}"
+                for each in unlike
+            ]
     return found
 
 
-def one_branch(work: Workload) -> Workload:
-    """A training workload whose program has only the branch of ``overflow="exact"`` that runs."""
-    dispatch = {
-        "only": work.dispatch,
-        "capacity": dataclasses.replace(work.dispatch, overflow="drop"),
-        "overflow": DispatchOptions(method="gathered"),
-    }
-    return dataclasses.replace(work, dispatch=dispatch[branch_of(work, work.context)])
+def between_devices(program: Program) -> list[Collective]:
+    """What a program sends from device to device."""
+    return [each for each in program.collectives if each.group_size > 1]
+
+
+def one_branch(work: Workload, length: int) -> Workload:
+    """A workload whose program has only the branch of ``overflow="exact"`` that runs."""
+    branch = branch_of(work, length)
+    if branch == "only":
+        return work
+    dispatch = DispatchOptions(method="gathered")
+    if branch == "capacity":
+        dispatch = dataclasses.replace(work.dispatch, overflow="drop")
+    return dataclasses.replace(work, dispatch=dispatch)
 
 
 def train_step(
@@ -170,7 +194,7 @@ def train_step(
         program: compiled without one of the branches of ``overflow="exact"``: see ``one_branch``.
     """
     one_pass = step_work(
-        one_branch(work),
+        one_branch(work, work.context),
         length=work.context,
         weight_bytes=weights.total - weights.experts,
         expert_bytes=weights.experts,
@@ -183,6 +207,5 @@ def train_step(
         useful_flops=passes * one_pass.useful_flops,
         bytes_read=2 * (weights.total + state_bytes),  # weights: forward and backward
     )
-    between = [each for each in program.collectives if each.group_size > 1]
-    step = _step(device, work.batch * work.context, done, between)
+    step = _step(device, work.batch * work.context, done, between_devices(program))
     return dataclasses.replace(step, branch=branch_of(work, work.context))
