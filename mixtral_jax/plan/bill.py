@@ -179,7 +179,8 @@ def make_bill(
         # "exact" has both branches of every layer in its text.
         common = compiled(one_branch(in_f32, work.context))["train"]
         state = memory.gradient_bytes + memory.optimizer_bytes
-        steps = {"train": train_step(work, found, weights, state, common)}
+        traffic = between_devices(common)
+        steps = {"train": train_step(work, found, weights, state, traffic)}
     else:
         unlike = differences(work, programs) if whole else {}
         lengths = {"prefill": work.chunk, "decode": 1}

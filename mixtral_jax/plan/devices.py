@@ -51,7 +51,8 @@ def find_device(name: str) -> Device:
         MixtralError: exit code 64 for another name.
     """
     if name not in DEVICES:
-        raise MixtralError("--device", expected=", ".join(DEVICES), got=repr(name), code=USAGE)
+        known, fix = ", ".join(DEVICES), "name the one that is most like yours"
+        raise MixtralError("--device", expected=known, got=repr(name), fix=fix, code=USAGE)
     return DEVICES[name]
 
 

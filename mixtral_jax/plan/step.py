@@ -180,7 +180,11 @@ def one_branch(work: Workload, length: int) -> Workload:
 
 
 def train_step(
-    work: Workload, device: Device, weights: Weights, state_bytes: int, program: Program
+    work: Workload,
+    device: Device,
+    weights: Weights,
+    state_bytes: int,
+    collectives: list[Collective],
 ) -> Step:
     """Forward and backward; the weight gradients of frozen weights are not computed.
 
@@ -191,7 +195,7 @@ def train_step(
         device: to run on.
         weights: on it.
         state_bytes: of gradients and optimizer on it, read and written once.
-        program: compiled without one of the branches of ``overflow="exact"``: see ``one_branch``.
+        collectives: of the compiled program of ``one_branch``.
     """
     one_pass = step_work(
         one_branch(work, work.context),
@@ -207,5 +211,5 @@ def train_step(
         useful_flops=passes * one_pass.useful_flops,
         bytes_read=2 * (weights.total + state_bytes),  # weights: forward and backward
     )
-    step = _step(device, work.batch * work.context, done, between_devices(program))
+    step = _step(device, work.batch * work.context, done, collectives)
     return dataclasses.replace(step, branch=branch_of(work, work.context))

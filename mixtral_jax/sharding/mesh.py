@@ -35,7 +35,11 @@ class MeshSpec:
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise MixtralError(
-                    f"mesh axis {axis}", expected="at least 1", got=getattr(self, axis), code=USAGE
+                    f"mesh axis {axis}",
+                    expected="at least 1",
+                    got=getattr(self, axis),
+                    fix=f"{axis}=1 leaves it unused",
+                    code=USAGE,
                 )
 
     def __str__(self):
@@ -76,7 +80,8 @@ class MeshSpec:
         pairs = [part.split("=") for part in text.split(",")] if named else []
         names = [name for name, _ in pairs]
         if not pairs or set(names) - set(AXES) or len(set(names)) < len(names):
-            raise MixtralError("--mesh", expected=_FORMS, got=repr(text), code=USAGE)
+            fix = f"--mesh 1x{text}" if re.fullmatch(r"[1-9][0-9]{0,5}", text) else "--mesh 1x8"
+            raise MixtralError("--mesh", expected=_FORMS, got=repr(text), fix=fix, code=USAGE)
         return cls(**{name: int(size) for name, size in pairs})
 
     def fit(self, config: ModelConfig) -> MeshSpec:
@@ -108,11 +113,13 @@ class MeshSpec:
             ("vocab_size", config.vocab_size),
         ):
             if size % spec.tensor:
+                inside = "" if spec == self else f", which splits {E} experts inside as {spec}"
+                axis = "tensor" if self.tensor > 1 else "expert"
                 raise MixtralError(
-                    f"mesh {spec}",
+                    f"mesh {self}{inside}",
                     expected=f"a tensor axis that divides {name} {size}",
                     got=spec.tensor,
-                    fix="make the tensor axis smaller",
+                    fix=f"make the {axis} axis smaller",
                     code=BAD_CONFIG,
                 )
         return spec
