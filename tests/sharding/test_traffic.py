@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+from jax import export
 
 from mixtral_jax.sharding.collectives import Collective, read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
@@ -49,7 +51,8 @@ def model(small_config):
     return random_model(small_config(intermediate_size=80, **fields))
 
 
-def compiled(model, text: str, strategy: Strategy, options: DispatchOptions):
+def forward(model, text: str, strategy: Strategy, options: DispatchOptions):
+    """The program of a forward pass on a mesh, and its arguments."""
     mesh = MeshSpec.parse(text).build()
     placement = MeshPlacement(mesh, options, strategy=strategy)
 
@@ -59,7 +62,12 @@ def compiled(model, text: str, strategy: Strategy, options: DispatchOptions):
     placed = place(model, mesh, strategy=strategy)
     everywhere = jax.NamedSharding(mesh, jax.P())  # else the compiler splits the tokens too
     tokens = jax.device_put(random_tokens(model.config, (16, 16)), everywhere)
-    return jax.jit(program).lower(placed, tokens).compile()
+    return jax.jit(program), (placed, tokens)
+
+
+def compiled(model, text: str, strategy: Strategy, options: DispatchOptions):
+    program, arguments = forward(model, text, strategy, options)
+    return program.lower(*arguments).compile()
 
 
 def formula(model, text: str, strategy: Strategy, options: DispatchOptions):
@@ -84,6 +92,43 @@ def test_compiled_collectives_are_those_of_the_formula(model, text, strategy, me
     want = formula(model, text, strategy, options)
     got = Counter(each for each in found if each.group_size > 1)
     assert (got - Counter(want), Counter(want) - got) == (Counter(), Counter())
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [("1x8", "all_to_all"), pytest.param("2x4", "all_to_all_once", marks=pytest.mark.slow)],
+)
+def test_rows_in_two_chunks_send_what_the_formula_says(model, text, method):
+    options = DispatchOptions(method=method, overflow="drop", chunks=2)
+    found = read_collectives(compiled(model, text, DATA, options).as_text() or "")
+    got, want = (
+        Counter(each for each in part if each.kind == "all-to-all")
+        for part in (found, formula(model, text, DATA, options))
+    )
+    layers, each = model.config.num_hidden_layers, 2 if method == "all_to_all" else 3
+    assert got == want
+    assert got.total() == layers * each * 2
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize(("platform", "text"), [("cuda", "1x8"), ("tpu", "2x4"), ("cuda", "1x4x2")])
+def test_ragged_sends_what_the_formula_says(model, platform, text, chunks):
+    """Read from the program for the accelerator: the CPU has no such operation."""
+    options = DispatchOptions(method="ragged", overflow="drop", chunks=chunks)
+    program, arguments = forward(model, text, DATA, options)
+    unchecked = [export.DisabledSafetyCheck.custom_call("ragged_all_to_all")]
+    lower = export.export(program, platforms=[platform], disabled_checks=unchecked)
+    hlo = lower(*arguments).mlir_module()
+    calls = re.findall(r"@ragged_all_to_all\(.* -> tensor<(\d+)x(\d+)xf32>", hlo)
+    counts = re.findall(r'"?stablehlo\.all_gather"?\(.* -> tensor<(\d+)x(\d+)xi32>', hlo)
+    want = formula(model, text, DATA, options)
+    assert Counter(int(rows) * int(width) * 4 for rows, width in calls) == Counter(
+        each.bytes for each in want if each.kind == "ragged-all-to-all"
+    )
+    shards = MeshSpec.parse(text).expert
+    told = [each for each in want if each[:2] == ("all-gather", shards * shards * 4)]
+    assert len(told) == len(counts) == model.config.num_hidden_layers * chunks
+    assert {(int(rows), int(width)) for rows, width in counts} == {(shards, shards)}
 
 
 @pytest.mark.parametrize("strategy", [DATA, TENSOR, FSDP, BOTH], ids=str)
