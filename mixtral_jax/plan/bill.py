@@ -145,6 +145,24 @@ def scheme_of(work: Workload, quantize: str | None) -> str | None:
     return quantize or ("nf4" if work.train == "qlora" else None)
 
 
+def holds(
+    work: Workload,
+    device: str,
+    *,
+    quantize: str | None = None,
+    memory_fraction: float = 0.9,
+) -> bool:
+    """Whether a device holds the workload, by programs of a few layers; ``make_bill`` reuses them.
+
+    Half of what a bill of training compiles.
+    """
+    scheme = scheme_of(work, quantize)
+    weights = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype, scheme=scheme)
+    programs = _extrapolated(dataclasses.replace(work, dtype="float32")).values()
+    memory = memory_of(work, weights, max(program.temporary_bytes for program in programs))
+    return memory.total_bytes <= int(find_device(device).memory_bytes * memory_fraction)
+
+
 def make_bill(
     work: Workload,
     device: str,

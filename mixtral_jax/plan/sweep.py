@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 from mixtral_jax.errors import INPUT_NOT_FOUND, USAGE, MixtralError
-from mixtral_jax.plan.bill import Bill, make_bill, memory_of, scheme_of
+from mixtral_jax.plan.bill import Bill, holds, make_bill, memory_of, scheme_of
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.plan.schemes import weight_bytes
@@ -128,8 +128,11 @@ def cheapest(
                 break
             if compiled == MOST_COMPILED:
                 return Cheapest(best, is_complete=False)
-            bill = _bill(here, device, note, quantize, memory_fraction)
             compiled += 1
+            note(f"compiling for {here.mesh}")
+            if not holds(here, device, quantize=quantize, memory_fraction=memory_fraction):
+                continue
+            bill = _bill(here, device, note, quantize, memory_fraction)
             if bill.fits and (best is None or bill.tokens_per_second > best.tokens_per_second):
                 best = bill
         if best is not None:
