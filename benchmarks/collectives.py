@@ -76,7 +76,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
                 )
             )
             calls[name] = functools.partial(run, x)
-            sizes[name] = Collective(name, factor * n * WIDTH * 2, spec.expert).wire_bytes
+            sizes[name] = Collective(name, factor * n * WIDTH * 2, *spec.group("expert")).wire_bytes
             jax.block_until_ready(calls[name]())
         rounds = 1 if options.quick else options.rounds
         times = dict(

@@ -9,10 +9,9 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal, NoReturn
 
 import jax
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -23,12 +22,23 @@ from mixtral_jax.language_model import EMBEDDED
 from mixtral_jax.plan.bill import Bill, make_bill
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Train, Workload
-from mixtral_jax.plan.sweep import MAX_DEVICES, cheapest, draw, sweep
+from mixtral_jax.plan.schemes import check_scheme
+from mixtral_jax.plan.sweep import (
+    MAX_DEVICES,
+    MOST_COMPILED,
+    Cheapest,
+    cheapest,
+    check_plot,
+    draw,
+    powers_of_two,
+    sweep,
+)
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.report import find_config
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
+MOST_DEVICES = 1024  # 47 s on two shared cores for `tiny`; 2048 work too, 8192 did not
 NOT_SPLIT = "sequence and pipeline parallelism are not built: neither splits memory or time here"
 
 
@@ -49,7 +59,7 @@ class Options:
     """Rows over all devices: conversations at once, or examples per training step."""
     context: int | None = None
     """Tokens per row, prompt and answer together; 4096, or what the model can hold."""
-    dtype: Annotated[str | None, tyro.conf.arg(metavar="{float32,bfloat16,float16}")] = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of weights, activations and cache; the model's unless given."""
     kv_dtype: KVDtype | None = None
     """Of the cache instead: int8 or fp8 codes, and a scale for each head of each position."""
@@ -74,7 +84,7 @@ class Options:
     sweep: bool = False
     """All meshes of 1, 2, 4, ... devices that hold the weights and the cache."""
     max_devices: int = MAX_DEVICES
-    """Where the sweep ends."""
+    """Where the sweep, and the search for the cheapest mesh, end."""
     plot: Path | None = None
     """With --sweep: draw it as FILE.svg or FILE.png (needs matplotlib)."""
     json: bool = False
@@ -87,68 +97,103 @@ class Options:
             given = getattr(self, name)
             if given is not None and given < least:
                 flag = f"--{name.replace('_', '-')}"
-                raise MixtralError(flag, expected=f"at least {least}", got=given, code=USAGE)
+                _refuse(flag, expected=f"at least {least}", got=given, fix=f"{flag} {least}")
         if self.max_devices > MAX_DEVICES:
-            most = f"at most {MAX_DEVICES}"
-            raise MixtralError("--max-devices", expected=most, got=self.max_devices, code=USAGE)
+            most, fix = f"at most {MAX_DEVICES}", f"--max-devices {MAX_DEVICES}"
+            _refuse("--max-devices", expected=most, got=self.max_devices, fix=fix)
         if not 0 < self.memory_fraction <= 1:
-            got = self.memory_fraction
-            raise MixtralError(
-                "--memory-fraction", expected="above 0, at most 1", got=got, code=USAGE
-            )
+            expected, got = "above 0, at most 1", self.memory_fraction
+            _refuse("--memory-fraction", expected=expected, got=got, fix="--memory-fraction 0.9")
         if self.price is not None and not 0 < self.price < float("inf"):
-            raise MixtralError("--price", expected="a positive number", got=self.price, code=USAGE)
+            _refuse("--price", expected="a positive number", got=self.price, fix="--price 3")
         if self.plot is not None and not self.sweep:
-            raise MixtralError("--plot", fix="give --sweep too", code=USAGE)
+            _refuse("--plot", fix="give --sweep too")
         if self.sweep and self.mesh is not None:
-            raise MixtralError("--sweep compares all meshes", fix="leave out --mesh", code=USAGE)
+            _refuse("--sweep compares all meshes", fix="leave out --mesh")
         if self.train is not None and self.kv_dtype is not None:
-            raise MixtralError("--kv-dtype: training has no cache", fix="leave it out", code=USAGE)
+            _refuse("--kv-dtype: training has no cache", fix="leave it out")
         if self.fsdp and self.train != "full":
-            raise MixtralError("--fsdp", fix="give --train full too", code=USAGE)
+            _refuse("--fsdp", fix="give --train full too")
+        check_scheme(self.quantize)
+        if self.quantize is not None and self.train == "full":
+            what = "--quantize with --train full: quantized weights cannot be trained"
+            _refuse(what, fix="--train qlora, or leave out --quantize")
+
+
+def _refuse(what: str, *, expected: object = None, got: object = None, fix: str) -> NoReturn:
+    raise MixtralError(what, expected=expected, got=got, fix=fix, code=USAGE)
 
 
 def main(options: Options) -> int:
     """Prints the bill, or the sweep."""
+    if options.plot is not None:
+        check_plot(options.plot)
     work = workload(options)
-    simulate(max(work.mesh.num_devices, MAX_DEVICES))
-    note = Console(stderr=True)
-    with note.status("compiling") as status:
-        shared: dict[str, Any] = {
-            "quantize": options.quantize,
-            "memory_fraction": options.memory_fraction,
-        }
+    simulate(max(work.mesh.num_devices, options.max_devices))
+    shared: dict[str, Any] = {
+        "quantize": options.quantize,
+        "memory_fraction": options.memory_fraction,
+    }
+    with Console(stderr=True).status("compiling") as status:
 
         def tell(line: str) -> None:
             status.update(line)
 
         if options.sweep:
-            counts = tuple(
-                1 << k for k in range(MAX_DEVICES.bit_length()) if 1 << k <= options.max_devices
-            )
+            counts = powers_of_two(options.max_devices)
             bills = list(sweep(work, options.device, counts=counts, note=tell, **shared))
         else:
             tell("looking for the cheapest mesh that fits")
-            best = cheapest(work, options.device, note=tell, **shared)
-            if options.mesh is None and best is None:
-                raise MixtralError(
-                    f"no mesh of {MAX_DEVICES} or fewer {options.device} holds this",
-                    fix="choose a larger device, a smaller batch or --quantize",
-                    code=BAD_CONFIG,
-                )
-            if options.mesh is None and best is not None:
-                work = best.work
+            most = options.max_devices
+            best = cheapest(work, options.device, most=most, note=tell, **shared)
+            if options.mesh is None:
+                if best.bill is None:
+                    fix = what_would_fit(options)
+                    raise MixtralError(no_mesh(options, best), fix=fix, code=BAD_CONFIG)
+                work = best.bill.work
             # The backward pass of all layers takes minutes to compile.
             bills = [make_bill(work, options.device, whole=work.train is None, **shared)]
-    for line in bills[0].differences if bills else ():
+    for line in notes(bills[0]) if bills else ():
         print(f"note: {line}", file=sys.stderr)
     if options.sweep:
         return _print_sweep(options, bills)
     if options.json:
-        print(json.dumps(as_json(options, bills[0], best)))
+        print(json.dumps(as_json(options, bills[0], best.bill)))
     else:
         print("\n".join(lines(options, bills[0], best)))
     return OK
+
+
+def no_mesh(options: Options, found: Cheapest) -> str:
+    """That none was found, in words."""
+    where = f"{options.max_devices} or fewer {options.device}"
+    if found.is_complete:
+        return f"no mesh of {where} holds this"
+    return f"none of the {MOST_COMPILED} meshes of {where} that were compiled holds this"
+
+
+def what_would_fit(options: Options) -> str:
+    """What to change where no mesh holds the workload."""
+    if options.train is None:
+        quantize = "" if options.quantize else " or --quantize int4"
+        return f"choose a larger device, a smaller batch or context{quantize}"
+    ways = ["choose a larger device"]
+    if options.batch % 64:  # fewer devices may share it than there could be
+        ways.append("a batch that is a multiple of more devices (--batch 64)")
+    if options.train == "full" and not options.fsdp:
+        ways.append("--fsdp")
+    if options.train != "qlora":
+        ways.append("--train qlora")
+    return ", ".join([*ways, "a smaller context"])
+
+
+def notes(bill: Bill) -> Iterator[str]:
+    """Where the formulas of traffic were not confirmed."""
+    yield from bill.differences
+    for name in sorted({line.split(":")[0] for line in bill.differences}):
+        yield f"{name}: billed as compiled, in float32"
+    if bill.work.dispatch.method == "ragged" and bill.not_compared is not None:
+        yield bill.not_compared
 
 
 def workload(options: Options) -> Workload:
@@ -162,9 +207,13 @@ def workload(options: Options) -> Workload:
             "--context",
             expected=f"at most {longest} (max_position_embeddings)",
             got=context,
+            fix=f"--context {longest}",
             code=USAGE,
         )
     spec = MeshSpec() if options.mesh is None else MeshSpec.parse(options.mesh).fit(config)
+    if spec.num_devices > MOST_DEVICES:
+        expected, got = f"at most {MOST_DEVICES} devices", f"{spec.num_devices} ({options.mesh})"
+        _refuse("--mesh", expected=expected, got=got, fix="choose a smaller mesh")
     strategy = Strategy(attention=options.attention, fsdp=options.fsdp)
     strategy.check(config, spec)
     if options.train and options.batch % (spec.data * spec.expert):
@@ -172,12 +221,11 @@ def workload(options: Options) -> Workload:
             "--batch",
             expected=f"a multiple of data x expert ({spec.data * spec.expert}) in training",
             got=options.batch,
+            fix=f"--batch {spec.data * spec.expert}",
             code=BAD_CONFIG,
         )
     # As mj.load does: the embedded model runs in the dtype that it was trained in.
     dtype = options.dtype or ("float32" if options.model == EMBEDDED else config.dtype)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise MixtralError("--dtype", expected="float32, bfloat16, float16", got=dtype, code=USAGE)
     return Workload(
         config=config,
         mesh=spec,
@@ -229,7 +277,7 @@ def _bytes(size: float) -> str:
     return f"{size / 1e9:,.3f} GB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
-def lines(options: Options, bill: Bill, best: Bill | None) -> Iterator[str]:
+def lines(options: Options, bill: Bill, best: Cheapest) -> Iterator[str]:
     """The bill as text."""
     work, memory = bill.work, bill.memory
     what = f"{work.train} training" if work.train else "generation"
@@ -256,10 +304,11 @@ def lines(options: Options, bill: Bill, best: Bill | None) -> Iterator[str]:
     yield ""
     if price is not None:
         yield f"a million tokens: {price:,.3f} at {options.price} per device and hour"
-    if best is None:
-        yield f"no mesh of {MAX_DEVICES} or fewer {options.device} holds this"
+    if best.bill is None:
+        yield no_mesh(options, best)
     else:
-        yield f"cheapest mesh that fits: {best.work.mesh} ({best.tokens_per_second:,.0f} tokens/s)"
+        speed = f"{best.bill.tokens_per_second:,.0f} tokens/s"
+        yield f"cheapest mesh that fits: {best.bill.work.mesh} ({speed})"
     yield "temporaries: of the program in float32, on the high side; times: the data sheet's limits"
     yield NOT_SPLIT
 
@@ -280,6 +329,12 @@ def _step_lines(name: str, step: Any) -> Iterator[str]:
                 f"    {when}{each.count} x {each.kind} of {each.bytes:,} bytes over "
                 f"{each.group_size}: {each.seconds * 1e3:,.3f} ms"
             )
+    if step.branch == "overflow":
+        yield "  the capacity cannot hold the rows: every layer takes the gathered path, as billed"
+    elif step.branch == "capacity":
+        seconds = step.overflow_step_seconds
+        beside = "" if seconds is None else f"; where every layer does: {seconds * 1e3:,.3f} ms"
+        yield f"  billed as no layer overflows its capacity{beside}"
 
 
 def _print_sweep(options: Options, bills: list[Bill]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.errors import INTERNAL, MixtralError
 from mixtral_jax.model.transformer import leaf_specs, num_parameters
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import (
@@ -20,7 +21,14 @@ from mixtral_jax.plan.programs import (
     state_shapes,
 )
 from mixtral_jax.plan.schemes import Weights, weight_bytes
-from mixtral_jax.plan.step import Step, differences, generation_steps, train_step
+from mixtral_jax.plan.step import (
+    Step,
+    between_devices,
+    differences,
+    generation_steps,
+    one_branch,
+    train_step,
+)
 from mixtral_jax.sharding.collectives import Collective
 
 _LAYERS = (2, 3)  # compiled in place of all where many meshes are compared
@@ -59,8 +67,9 @@ class Memory:
 class Bill:
     """What ``make_bill`` found.
 
-    ``usable_bytes`` is what may be filled of a device's memory; ``differences`` says where a
-    compiled program does not send what the formula has.
+    ``usable_bytes`` is what may be filled of a device's memory. ``differences`` says where a
+    compiled program does not send what the formula has: its steps are billed as compiled, in f32.
+    ``not_compared`` says why there was nothing to compare.
     """
 
     work: Workload
@@ -71,6 +80,7 @@ class Bill:
     usable_bytes: int
     steps: dict[str, Step]
     differences: list[str]
+    not_compared: str | None
 
     @property
     def fits(self) -> bool:
@@ -87,7 +97,7 @@ class Bill:
         collectives, steps = [], {}
         for name, step in self.steps.items():
             fields = dataclasses.asdict(step)
-            for key, when in (("collectives", "always"), ("overflow", "overflow")):
+            for key, when in (("collectives", "billed"), ("overflow", "overflow")):
                 collectives += [{"step": name, "when": when, **each} for each in fields.pop(key)]
             steps[name] = fields
         work = self.work
@@ -112,6 +122,8 @@ class Bill:
             "fits": self.fits,
             "steps": steps,
             "collectives": collectives,
+            "differences": self.differences,
+            "not_compared": self.not_compared,
             "tokens_per_second": self.tokens_per_second,
         }
 
@@ -132,6 +144,24 @@ def active_parameters(config: ModelConfig) -> int:
 def scheme_of(work: Workload, quantize: str | None) -> str | None:
     """The scheme asked for; qlora means nf4 where none is."""
     return quantize or ("nf4" if work.train == "qlora" else None)
+
+
+def holds(
+    work: Workload,
+    device: str,
+    *,
+    quantize: str | None = None,
+    memory_fraction: float = 0.9,
+) -> bool:
+    """Whether a device holds the workload, by programs of a few layers; ``make_bill`` reuses them.
+
+    Half of what a bill of training compiles.
+    """
+    scheme = scheme_of(work, quantize)
+    weights = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype, scheme=scheme)
+    programs = _extrapolated(dataclasses.replace(work, dtype="float32")).values()
+    memory = memory_of(work, weights, max(program.temporary_bytes for program in programs))
+    return memory.total_bytes <= int(find_device(device).memory_bytes * memory_fraction)
 
 
 def make_bill(
@@ -163,16 +193,21 @@ def make_bill(
     programs = compiled(in_f32)
     most = max(program.temporary_bytes for program in programs.values())
     memory = memory_of(work, weights, most)
-    unlike: list[str] = []
+    unlike: dict[str, list[str]] = {}
     if work.train:
-        # "exact" has both branches of every layer in its text; "drop" has the common one.
-        dropping = dataclasses.replace(work.dispatch, overflow="drop")
-        common = compiled(dataclasses.replace(in_f32, dispatch=dropping))["train"]
+        # "exact" has both branches of every layer in its text.
+        common = compiled(one_branch(in_f32, work.context))["train"]
         state = memory.gradient_bytes + memory.optimizer_bytes
-        steps = {"train": train_step(work, found, weights, state, common)}
+        traffic = between_devices(common)
+        steps = {"train": train_step(work, found, weights, state, traffic)}
     else:
-        steps = generation_steps(work, found, weights, memory.cache_bytes)
-        unlike = differences(work, programs) if whole else []
+        unlike = differences(work, programs) if whole else {}
+        lengths = {"prefill": work.chunk, "decode": 1}
+        as_compiled = {
+            name: between_devices(compiled(one_branch(in_f32, lengths[name]))[name])
+            for name in unlike
+        }
+        steps = generation_steps(work, found, weights, memory.cache_bytes, as_compiled)
     return Bill(
         work=work,
         quantize=scheme,
@@ -181,8 +216,17 @@ def make_bill(
         memory=memory,
         usable_bytes=int(found.memory_bytes * memory_fraction),
         steps=steps,
-        differences=unlike,
+        differences=[line for lines in unlike.values() for line in lines],
+        not_compared=_not_compared(work, whole=whole),
     )
+
+
+def _not_compared(work: Workload, *, whole: bool) -> str | None:
+    if work.train:
+        return "traffic of training is the compiled program's: there is no formula beside it"
+    if work.dispatch.method == "ragged":
+        return "ragged: the CPU has no such operation, so the formulas are compared with no program"
+    return None if whole else "of a few layers: the formulas are compared with no program"
 
 
 _whole = functools.lru_cache(maxsize=None)(compile_programs)
@@ -219,12 +263,20 @@ def _more(
 ) -> list[Collective]:
     """Collectives further along the line, all of one size: the compiler may merge layers'."""
     found: list[Collective] = []
-    for kind, ways in sorted({(each.kind, each.group_size) for each in more}):
+    for kind, *over in sorted({(each.kind, each.group_size, each.span) for each in more}):
         small, big = (
-            [c.bytes for c in one if (c.kind, c.group_size) == (kind, ways)] for one in (few, more)
+            [c.bytes for c in one if [c.kind, c.group_size, c.span] == [kind, *over]]
+            for one in (few, more)
         )
         count = line(len(small), len(big))
-        found += [Collective(kind, line(sum(small), sum(big)) // count, ways)] * count
+        if count <= 0:
+            raise MixtralError(
+                f"{kind} over {over[0]} devices: {len(small)} with {_LAYERS[0]} layers, "
+                f"{len(big)} with {_LAYERS[1]}: no number of them follows for all layers",
+                fix="report it with the command line",
+                code=INTERNAL,
+            )
+        found += [Collective(kind, line(sum(small), sum(big)) // count, *over)] * count
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.sharding.mesh import MeshSpec
 
 
 class Device(NamedTuple):
@@ -52,22 +51,11 @@ def find_device(name: str) -> Device:
         MixtralError: exit code 64 for another name.
     """
     if name not in DEVICES:
-        raise MixtralError("--device", expected=", ".join(DEVICES), got=repr(name), code=USAGE)
+        known, fix = ", ".join(DEVICES), "name the one that is most like yours"
+        raise MixtralError("--device", expected=known, got=repr(name), fix=fix, code=USAGE)
     return DEVICES[name]
 
 
-def send_bandwidth(
-    device: Device, mesh: MeshSpec, group_size: int, *, over_data: bool = False
-) -> float:
-    """Bytes per second that a device sends in a collective of so many devices.
-
-    Devices are numbered along tensor first, then expert, then data, so a group over expert reaches
-    expert x tensor devices far. Of two axes of this size the one that reaches further counts; data
-    alone is one of them only where ``over_data`` (nothing but training sends over it alone).
-    """
-    inner = mesh.expert * mesh.tensor
-    reach = {mesh.tensor: mesh.tensor, mesh.expert: inner, inner: inner}
-    if over_data:
-        reach[mesh.data] = mesh.num_devices
-    far = reach.get(group_size, mesh.num_devices)
-    return device.link_bandwidth if far <= device.domain else device.network_bandwidth
+def send_bandwidth(device: Device, span: int) -> float:
+    """Bytes per second that a device sends in a collective whose groups reach so many devices."""
+    return device.link_bandwidth if span <= device.domain else device.network_bandwidth

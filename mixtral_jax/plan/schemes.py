@@ -67,6 +67,14 @@ class Weights(NamedTuple):
     embedding: int
 
 
+def check_scheme(scheme: str | None) -> None:
+    """Refuses an unknown scheme (exit code 64)."""
+    if scheme is not None and scheme not in SCHEMES:
+        known = ", ".join(SCHEMES)
+        fix = "name one of them, or leave it out"
+        raise MixtralError("--quantize", expected=known, got=repr(scheme), fix=fix, code=USAGE)
+
+
 def weight_bytes(
     config: ModelConfig,
     mesh: MeshSpec,
@@ -80,8 +88,7 @@ def weight_bytes(
     Raises:
         MixtralError: exit code 64 for an unknown scheme.
     """
-    if scheme is not None and scheme not in SCHEMES:
-        raise MixtralError("--quantize", expected=", ".join(SCHEMES), got=repr(scheme), code=USAGE)
+    check_scheme(scheme)
     total = experts = embedding = 0
     itemsize = np.dtype(dtype or config.dtype).itemsize
     for row in weight_report(config, mesh, strategy, dtype):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 
 from mixtral_jax.plan.devices import Device
 from mixtral_jax.plan.programs import Program, Workload
-from mixtral_jax.plan.roofline import Sent, Work, sent, step_work
+from mixtral_jax.plan.roofline import Sent, Work, may_overflow, must_overflow, sent, step_work
 from mixtral_jax.plan.schemes import Weights
 from mixtral_jax.plan.traffic import Traffic, decode_traffic, prefill_traffic
+from mixtral_jax.sharding.collectives import Collective
+from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.traffic import Pass
+
+Branch = Literal["only", "capacity", "overflow"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,10 @@ class Step:
     Attributes:
         tokens: that all devices read or write in it.
         collectives: what a device sends.
-        overflow: what it sends besides where every layer overflows its capacity.
+        branch: that the layers take: the ``only`` one; ``capacity``, as no layer overflows; or
+            ``overflow``, as the capacity cannot hold the rows, however they are routed.
+        overflow: what a device sends in place of all-to-alls where every layer overflows, and ...
+        overflow_step_seconds: ... the time of that step; not of training.
     """
 
     tokens: int
@@ -35,13 +45,14 @@ class Step:
     step_seconds: float
     tokens_per_second: float
     collectives: list[Sent]
-    overflow: list[Sent]
+    branch: Branch = "only"
+    overflow: list[Sent] = dataclasses.field(default_factory=list)
+    overflow_step_seconds: float | None = None
 
 
-def _step(work: Workload, device: Device, tokens: int, done: Work, traffic: Traffic) -> Step:
+def _step(device: Device, tokens: int, done: Work, collectives: list[Collective]) -> Step:
     compute, memory = done.flops / device.flops, done.bytes_read / device.memory_bandwidth
-    over_data = work.train is not None
-    always = sent(traffic.common, work.mesh, device, over_data=over_data)
+    always = sent(collectives, device)
     links = sum(each.seconds for each in always)
     seconds = max(compute, memory) + links
     return Step(
@@ -55,8 +66,14 @@ def _step(work: Workload, device: Device, tokens: int, done: Work, traffic: Traf
         step_seconds=seconds,
         tokens_per_second=tokens / seconds,
         collectives=always,
-        overflow=sent(traffic.overflow, work.mesh, device, over_data=over_data),
     )
+
+
+def branch_of(work: Workload, length: int) -> Branch:
+    """Which branch the layers take in a pass over ``length`` tokens of every row."""
+    if not may_overflow(work, work.rows * length):
+        return "only"
+    return "overflow" if must_overflow(work, length) else "capacity"
 
 
 def traffic_of(work: Workload, itemsize: int) -> dict[str, Traffic]:
@@ -77,45 +94,97 @@ def traffic_of(work: Workload, itemsize: int) -> dict[str, Traffic]:
 
 
 def generation_steps(
-    work: Workload, device: Device, weights: Weights, cache_bytes: int
+    work: Workload,
+    device: Device,
+    weights: Weights,
+    cache_bytes: int,
+    compiled: Mapping[str, list[Collective]] | None = None,
 ) -> dict[str, Step]:
-    """A call of prefill and a step of decode_step; traffic by formula, in the workload's dtype."""
+    """A call of prefill and a step of decode_step; traffic by formula, in the workload's dtype.
+
+    Of the programs in ``compiled`` it is what stands there instead, and overflow is not told.
+    """
     steps = {}
     # Of the input embedding a few rows are read, and prefill makes no logits.
     table = 0 if work.config.tie_word_embeddings else weights.embedding
+    gathered = dataclasses.replace(work, dispatch=DispatchOptions(method="gathered"))
     for name, traffic in traffic_of(work, np.dtype(work.dtype).itemsize).items():
         decodes = name == "decode"
+        length = 1 if decodes else work.chunk
         head = 0 if decodes else weights.embedding
-        done = step_work(
-            work,
-            length=1 if decodes else work.chunk,
+        work_of = functools.partial(
+            step_work,
+            length=length,
             weight_bytes=weights.total - weights.experts - table - head,
             expert_bytes=weights.experts,
             cache_bytes=cache_bytes,
             heads=decodes,
         )
-        tokens = work.batch * (1 if decodes else work.chunk)
-        steps[name] = _step(work, device, tokens, done, traffic)
+        tokens = work.batch * length
+        step = _step(device, tokens, work_of(work), traffic.common + traffic.payload)
+        branch = branch_of(work, length)
+        if compiled and name in compiled:
+            here = gathered if branch == "overflow" else work
+            step = _step(device, tokens, work_of(here), compiled[name])
+            step = dataclasses.replace(step, branch=branch)
+        elif branch == "capacity":
+            other = _step(device, tokens, work_of(gathered), traffic.common + traffic.overflow)
+            step = dataclasses.replace(
+                step,
+                branch=branch,
+                overflow=sent(traffic.overflow, device),
+                overflow_step_seconds=other.step_seconds,
+            )
+        elif branch == "overflow":
+            step = _step(device, tokens, work_of(gathered), traffic.common + traffic.overflow)
+            step = dataclasses.replace(step, branch=branch)
+        steps[name] = step
     return steps
 
 
-def differences(work: Workload, programs: dict[str, Program]) -> list[str]:
-    """Where the compiled programs, in float32, do not send what the formulas say; in words."""
-    found = []
+def differences(work: Workload, programs: Mapping[str, Program]) -> dict[str, list[str]]:
+    """Programs that, in float32, do not send what the formulas say, by name; in words.
+
+    Those of ``ragged`` are left out: what the CPU sends in its place says nothing.
+    """
+    found: dict[str, list[str]] = {}
+    if work.dispatch.method == "ragged":
+        return found
     for name, traffic in traffic_of(work, 4).items():
-        got = Counter(each for each in programs[name].collectives if each.group_size > 1)
+        got = Counter(between_devices(programs[name]))
         want = Counter(each for part in traffic for each in part)
-        found += [
-            f"{name}: the compiled program has {got[each]} x {each.kind} of {each.bytes} bytes "
-            f"over {each.group_size} devices, the formula {want[each]}"
-            for each in sorted(got.keys() | want.keys())
-            if got[each] != want[each]
-        ]
+        unlike = [each for each in sorted(got.keys() | want.keys()) if got[each] != want[each]]
+        if unlike:
+            found[name] = [
+                f"{name}: the compiled program has {got[each]} x {each.kind} of {each.bytes} bytes "
+                f"over {each.group_size} devices (of {each.span}), the formula {want[each]}"
+                for each in unlike
+            ]
     return found
 
 
+def between_devices(program: Program) -> list[Collective]:
+    """What a program sends from device to device."""
+    return [each for each in program.collectives if each.group_size > 1]
+
+
+def one_branch(work: Workload, length: int) -> Workload:
+    """A workload whose program has only the branch of ``overflow="exact"`` that runs."""
+    branch = branch_of(work, length)
+    if branch == "only":
+        return work
+    dispatch = DispatchOptions(method="gathered")
+    if branch == "capacity":
+        dispatch = dataclasses.replace(work.dispatch, overflow="drop")
+    return dataclasses.replace(work, dispatch=dispatch)
+
+
 def train_step(
-    work: Workload, device: Device, weights: Weights, state_bytes: int, program: Program
+    work: Workload,
+    device: Device,
+    weights: Weights,
+    state_bytes: int,
+    collectives: list[Collective],
 ) -> Step:
     """Forward and backward; the weight gradients of frozen weights are not computed.
 
@@ -126,10 +195,10 @@ def train_step(
         device: to run on.
         weights: on it.
         state_bytes: of gradients and optimizer on it, read and written once.
-        program: compiled with ``overflow="drop"``, so without the branch for an overflow.
+        collectives: of the compiled program of ``one_branch``.
     """
     one_pass = step_work(
-        work,
+        one_branch(work, work.context),
         length=work.context,
         weight_bytes=weights.total - weights.experts,
         expert_bytes=weights.experts,
@@ -142,5 +211,5 @@ def train_step(
         useful_flops=passes * one_pass.useful_flops,
         bytes_read=2 * (weights.total + state_bytes),  # weights: forward and backward
     )
-    between = [each for each in program.collectives if each.group_size > 1]
-    return _step(work, device, work.batch * work.context, done, Traffic(between, [], []))
+    step = _step(device, work.batch * work.context, done, collectives)
+    return dataclasses.replace(step, branch=branch_of(work, work.context))

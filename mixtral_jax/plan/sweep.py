@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
-from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.plan.bill import Bill, make_bill, memory_of, scheme_of
+from mixtral_jax.errors import INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.plan.bill import Bill, holds, make_bill, memory_of, scheme_of
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.plan.schemes import weight_bytes
+from mixtral_jax.plan.step import generation_steps, train_step
 from mixtral_jax.sharding.mesh import MeshSpec
 
 MAX_DEVICES = 256
+MOST_COMPILED = 8  # meshes in the search for the cheapest: it ends in minutes
 
 
 def meshes(work: Workload, devices: int) -> Iterator[MeshSpec]:
@@ -35,6 +39,11 @@ def meshes(work: Workload, devices: int) -> Iterator[MeshSpec]:
                 yield spec
 
 
+def powers_of_two(most: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to ``most``."""
+    return tuple(1 << k for k in range(most.bit_length()))
+
+
 def sweep(
     work: Workload,
     device: str,
@@ -49,56 +58,114 @@ def sweep(
     Meshes that do not hold weights, cache and training state, temporaries apart, are left out.
     Programs are compiled with a few layers.
     """
-    usable = find_device(device).memory_bytes * memory_fraction
-    scheme = scheme_of(work, quantize)
     for count in counts:
-        for spec in meshes(work, count):
-            weights = weight_bytes(
-                work.config, spec, work.strategy, dtype=work.dtype, scheme=scheme
-            )
-            here = dataclasses.replace(work, mesh=spec)
-            if weights.total > usable or memory_of(here, weights, 0).total_bytes > usable:
-                continue
-            note(f"compiling for {spec}")
-            yield make_bill(
-                here, device, quantize=quantize, memory_fraction=memory_fraction, whole=False
-            )
-            jax.clear_caches()  # a thousand programs in memory exceed a process's mappings
+        for here, _ in _candidates(work, device, count, quantize, memory_fraction):
+            yield _bill(here, device, note, quantize, memory_fraction)
+
+
+def _bill(
+    work: Workload, device: str, note: Callable[[str], None], quantize: str | None, fraction: float
+) -> Bill:
+    note(f"compiling for {work.mesh}")
+    found = make_bill(work, device, quantize=quantize, memory_fraction=fraction, whole=False)
+    jax.clear_caches()  # a thousand programs in memory exceed a process's mappings
+    return found
+
+
+def _candidates(
+    work: Workload, device: str, count: int, quantize: str | None, fraction: float
+) -> Iterator[tuple[Workload, float]]:
+    """On meshes that hold weights, cache and training state, and tokens per second at most.
+
+    Arithmetic, no program is compiled: of training, links are left out of the time.
+    """
+    found = find_device(device)
+    usable, scheme = found.memory_bytes * fraction, scheme_of(work, quantize)
+    for spec in meshes(work, count):
+        weights = weight_bytes(work.config, spec, work.strategy, dtype=work.dtype, scheme=scheme)
+        here = dataclasses.replace(work, mesh=spec)
+        if weights.total > usable:
+            continue
+        memory = memory_of(here, weights, 0)
+        if memory.total_bytes > usable:
+            continue
+        if work.train:
+            state = memory.gradient_bytes + memory.optimizer_bytes
+            step = train_step(here, found, weights, state, [])
+        else:
+            step = generation_steps(here, found, weights, memory.cache_bytes)["decode"]
+        yield here, step.tokens_per_second
+
+
+class Cheapest(NamedTuple):
+    """The mesh found; not ``is_complete`` where the search ended before all were looked at."""
+
+    bill: Bill | None
+    is_complete: bool
 
 
 def cheapest(
-    work: Workload, device: str, *, note: Callable[[str], None], **options: object
-) -> Bill | None:
-    """The fastest of the meshes with the fewest devices that hold the workload; None if none does.
+    work: Workload,
+    device: str,
+    *,
+    note: Callable[[str], None],
+    most: int = MAX_DEVICES,
+    quantize: str | None = None,
+    memory_fraction: float = 0.9,
+) -> Cheapest:
+    """The fastest of the meshes with the fewest devices that hold the workload.
 
-    Devices are counted in powers of two up to ``MAX_DEVICES``; keyword options are ``sweep``'s.
+    Devices are counted in powers of two up to ``most``. Weights, cache and the limit of speed are
+    arithmetic; the meshes that these leave are compiled, the fastest first, until one fits that no
+    other can beat, and at most ``MOST_COMPILED`` of them.
     """
-    count = 1
-    while count <= MAX_DEVICES:
-        bills = sweep(work, device, counts=(count,), note=note, **options)  # type: ignore[arg-type]
-        fitting = [bill for bill in bills if bill.fits]
-        if fitting:
-            return max(fitting, key=lambda bill: bill.tokens_per_second)
-        count *= 2
-    return None
+    compiled = 0
+    for count in powers_of_two(most):
+        best: Bill | None = None
+        candidates = list(_candidates(work, device, count, quantize, memory_fraction))
+        for here, at_most in sorted(candidates, key=lambda one: -one[1]):
+            if best is not None and best.tokens_per_second >= at_most:
+                break
+            if compiled == MOST_COMPILED:
+                return Cheapest(best, is_complete=False)
+            compiled += 1
+            note(f"compiling for {here.mesh}")
+            if not holds(here, device, quantize=quantize, memory_fraction=memory_fraction):
+                continue
+            bill = _bill(here, device, note, quantize, memory_fraction)
+            if bill.fits and (best is None or bill.tokens_per_second > best.tokens_per_second):
+                best = bill
+        if best is not None:
+            return Cheapest(best, is_complete=True)
+    return Cheapest(None, is_complete=True)
+
+
+def check_plot(path: Path) -> None:
+    """Refuses a picture that could not be drawn, before anything is compiled.
+
+    Raises:
+        MixtralError: exit code 64 without matplotlib or for another kind of file, 66 for a folder
+            that is not there.
+    """
+    if path.suffix not in (".svg", ".png"):
+        expected, fix = "a name that ends in .svg or .png", "--plot sweep.svg"
+        raise MixtralError("--plot", expected=expected, got=str(path), fix=fix, code=USAGE)
+    if not path.parent.is_dir():
+        what = f"--plot {path}: no folder {path.parent}"
+        raise MixtralError(what, fix="make it first", code=INPUT_NOT_FOUND)
+    if importlib.util.find_spec("matplotlib") is None:
+        fix = "pip install 'mixtral-jax[plots]'"
+        raise MixtralError("--plot needs matplotlib", fix=fix, code=USAGE)
 
 
 def draw(bills: list[Bill], title: str, path: Path) -> None:
     """Tokens per second, and bytes per device, over the number of devices, as SVG or PNG.
 
     Raises:
-        MixtralError: exit code 64 without matplotlib or for another kind of file.
+        MixtralError: as ``check_plot``.
     """
-    if path.suffix not in (".svg", ".png"):
-        raise MixtralError(
-            "--plot", expected="a name that ends in .svg or .png", got=str(path), code=USAGE
-        )
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise MixtralError(
-            "--plot needs matplotlib", fix="pip install 'mixtral-jax[plots]'", code=USAGE
-        ) from None
+    check_plot(path)
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "mixtral_jax", "svg.fonttype": "none"}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable
@@ -34,7 +35,11 @@ class MeshSpec:
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise MixtralError(
-                    f"mesh axis {axis}", expected="at least 1", got=getattr(self, axis), code=USAGE
+                    f"mesh axis {axis}",
+                    expected="at least 1",
+                    got=getattr(self, axis),
+                    fix=f"{axis}=1 leaves it unused",
+                    code=USAGE,
                 )
 
     def __str__(self):
@@ -51,6 +56,16 @@ class MeshSpec:
         """Devices that the mesh needs."""
         return self.data * self.expert * self.tensor
 
+    def group(self, *axes: str) -> tuple[int, int]:
+        """Devices along these axes together, and devices from their first to their last.
+
+        Numbered along tensor first, then expert, then data, as ``build`` lays them out.
+        """
+        steps = {"data": self.expert * self.tensor, "expert": self.tensor, "tensor": 1}
+        sizes = {axis: getattr(self, axis) for axis in axes}
+        span = 1 + sum((size - 1) * steps[axis] for axis, size in sizes.items())
+        return math.prod(sizes.values()), span
+
     @classmethod
     def parse(cls, text: str) -> MeshSpec:
         """Reads ``1x8``, ``2x4x2`` or ``data=2,expert=4``.
@@ -65,7 +80,8 @@ class MeshSpec:
         pairs = [part.split("=") for part in text.split(",")] if named else []
         names = [name for name, _ in pairs]
         if not pairs or set(names) - set(AXES) or len(set(names)) < len(names):
-            raise MixtralError("--mesh", expected=_FORMS, got=repr(text), code=USAGE)
+            fix = f"--mesh 1x{text}" if re.fullmatch(r"[1-9][0-9]{0,5}", text) else "--mesh 1x8"
+            raise MixtralError("--mesh", expected=_FORMS, got=repr(text), fix=fix, code=USAGE)
         return cls(**{name: int(size) for name, size in pairs})
 
     def fit(self, config: ModelConfig) -> MeshSpec:
@@ -97,11 +113,13 @@ class MeshSpec:
             ("vocab_size", config.vocab_size),
         ):
             if size % spec.tensor:
+                inside = "" if spec == self else f", which splits {E} experts inside as {spec}"
+                axis = "tensor" if self.tensor > 1 else "expert"
                 raise MixtralError(
-                    f"mesh {spec}",
+                    f"mesh {self}{inside}",
                     expected=f"a tensor axis that divides {name} {size}",
                     got=spec.tensor,
-                    fix="make the tensor axis smaller",
+                    fix=f"make the {axis} axis smaller",
                     code=BAD_CONFIG,
                 )
         return spec

@@ -42,6 +42,14 @@ def device_capacity(
     return min(num_rows, math.ceil(share))
 
 
+def shared_buffer(
+    num_rows: int, top_k: int, *, num_experts: int, shards: int, factor: float
+) -> int:
+    """Rows of the buffer of a device that ``shards`` shards of ``num_rows`` share (``ragged``)."""
+    rows = num_rows * shards
+    return device_capacity(rows, top_k, num_experts=num_experts, shards=shards, factor=factor)
+
+
 def visit_local(
     x: jax.Array,
     routing: Routing,
@@ -193,13 +201,13 @@ def plan_once(routing: Routing, *, num_experts: int, factor: float, kernels: Ker
     return Plan(slots.dropped, run)
 
 
-class Traffic(NamedTuple):
+class Exchange(NamedTuple):
     """Rows from every source to every device, ``[S, S]``, cut to what fits each device's buffer."""
 
     rows: Int[Array, "S S"]
 
     @classmethod
-    def cut(cls, wanted: Int[Array, "S S"], buffer: int) -> Traffic:
+    def cut(cls, wanted: Int[Array, "S S"], buffer: int) -> Exchange:
         """Sources are served in order until the buffer of ``buffer`` rows is full."""
         before = jnp.cumsum(wanted, axis=0) - wanted
         return cls(jnp.clip(buffer - before, 0, wanted))
@@ -221,11 +229,10 @@ def plan_ragged(routing: Routing, *, num_experts: int, factor: float, kernels: K
     shards, me = jax.lax.axis_size("expert"), jax.lax.axis_index("expert")
     ids, valid = routing.expert_ids, routing.valid
     visits = find_visits(ids, valid, num_experts=num_experts, shards=shards)
-    share = round(factor * n * shards * visit_share(num_experts, shards, top_k), 9)
-    buffer = min(n * shards, math.ceil(share))
+    buffer = shared_buffer(n, top_k, num_experts=num_experts, shards=shards, factor=factor)
     expected = n * shards * top_k / num_experts
     wanted = jax.lax.all_gather((visits.choice < top_k).sum(axis=0, dtype=jnp.int32), "expert")
-    traffic = Traffic.cut(wanted, buffer)
+    traffic = Exchange.cut(wanted, buffer)
     slots = assign_device_slots(
         visits,
         ids,

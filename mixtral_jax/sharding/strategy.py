@@ -51,22 +51,23 @@ class Strategy:
 
     def check(self, config: ModelConfig, spec: MeshSpec) -> None:
         """Refuses a mesh whose axes do not divide what they split (exit code 78)."""
-        split: list[tuple[str, int, int]] = []
+        split: list[tuple[str, int, int, str]] = []
         if self.attention == "tensor":
-            ways = spec.expert * spec.tensor
+            ways, fix = spec.expert * spec.tensor, "choose a smaller mesh, or --attention data"
             split += [
-                ("num_key_value_heads", config.num_key_value_heads, ways),
-                ("vocab_size", config.vocab_size, ways),
+                ("num_key_value_heads", config.num_key_value_heads, ways, fix),
+                ("vocab_size", config.vocab_size, ways, fix),
             ]
         if self.fsdp:
-            split.append(("hidden_size", config.hidden_size, spec.data))
-        for name, size, ways in split:
+            fix = "choose another data axis, or leave out --fsdp"
+            split.append(("hidden_size", config.hidden_size, spec.data, fix))
+        for name, size, ways, fix in split:
             if size % ways:
                 raise MixtralError(
                     f"mesh {spec} with {self}",
                     expected=f"axes whose product divides {name} {size}",
                     got=ways,
-                    fix="choose a smaller mesh, or --attention data",
+                    fix=fix,
                     code=BAD_CONFIG,
                 )
 

@@ -22,6 +22,7 @@ from mixtral_jax.plan.programs import Workload, compile_programs
 from mixtral_jax.plan.schemes import weight_bytes
 from mixtral_jax.plan.step import generation_steps, traffic_of
 from mixtral_jax.sharding.collectives import read_collectives
+from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 
@@ -188,6 +189,21 @@ def test_a_training_step_is_compiled(small_config):
     kinds = {each.kind for each in bill.steps["train"].collectives}
     assert "all-to-all" in kinds
     assert "reduce-scatter" not in kinds  # of the branch for an overflow
+
+
+def test_a_training_step_that_must_overflow_is_billed_as_it_runs(small_config):
+    work = Workload(
+        config=small_config(),
+        mesh=MeshSpec.parse("1x2"),
+        batch=4,
+        context=16,
+        train="lora",
+        dispatch=DispatchOptions(capacity_factor=0.5),
+    )
+    step = make_bill(work, "h100").steps["train"]
+    assert step.branch == "overflow"
+    assert "reduce-scatter" in {each.kind for each in step.collectives}
+    assert step.useful_flops <= step.flops
 
 
 @pytest.mark.slow

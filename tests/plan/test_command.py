@@ -6,15 +6,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from mixtral_jax import cli
 from mixtral_jax.config import PRESETS
 from mixtral_jax.plan.__main__ import Options, main
-from mixtral_jax.plan.bill import make_bill
+from mixtral_jax.plan.bill import Bill, make_bill, memory_of
+from mixtral_jax.plan.devices import DEVICES
 from mixtral_jax.plan.programs import Workload
-from mixtral_jax.plan.sweep import MAX_DEVICES, cheapest, draw, meshes, sweep
+from mixtral_jax.plan.schemes import weight_bytes
+from mixtral_jax.plan.step import generation_steps
+from mixtral_jax.plan.sweep import MAX_DEVICES, MOST_COMPILED, cheapest, draw, meshes, sweep
 from mixtral_jax.sharding.mesh import MeshSpec
 
 
@@ -69,6 +73,14 @@ def test_text_says_what_is_not_split():
         ("--sweep --mesh 1x8", 64, "leave out --mesh"),
         ("--fsdp", 64, "--train full"),
         ("--train lora --kv-dtype int8", 64, "--kv-dtype: training has no cache"),
+        ("--train full --quantize nf4", 64, "quantized weights cannot be trained"),
+        ("--model tiny --quantize=", 64, "--quantize: expected int8"),
+        ("--model tiny --mesh 1024x8", 64, "--mesh: expected at most 1024 devices, got 8192"),
+        ("--mesh 1x128", 78, "mesh 1x128, which splits 8 experts inside as 1x8x16: expected"),
+        ("--mesh 8", 64, "fix: --mesh 1x8"),
+        ("--mesh 0x8", 64, "mesh axis data: expected at least 1"),
+        ("--sweep --plot x.pdf", 64, "--plot: expected a name that ends in .svg or .png"),
+        ("--sweep --plot nowhere/x.svg", 66, "no folder nowhere"),
         ("--train full --mesh 2x4 --batch 3", 78, "a multiple of data x expert (8)"),
     ],
 )
@@ -79,13 +91,22 @@ def test_refusals(arguments, code, line, capsys):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert line in err
+    assert "; fix: " in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        ("--model tiny --quantize int3 --mesh 1x1", 64, "--quantize: expected int8"),
-        ("--model tiny --memory-fraction 1e-9", 78, "no mesh of 256 or fewer h100 holds this"),
+        (
+            "--model tiny --memory-fraction 1e-9 --max-devices 4",
+            78,
+            "no mesh of 4 or fewer h100 holds this; fix: choose a larger device, a smaller batch",
+        ),
+        (
+            "--model tiny --memory-fraction 1e-9 --max-devices 4 --train full",
+            78,
+            "a batch that is a multiple of more devices (--batch 64), --fsdp",
+        ),
     ],
 )
 def test_refusals_after_compiling_began(arguments, code, line):
@@ -117,14 +138,56 @@ def test_the_cheapest_is_the_first_size_that_fits(monkeypatch, small_config):
     small = devices.DEVICES["h100"]._replace(memory_bytes=int(alone / 0.9) - 1000)
     monkeypatch.setitem(devices.DEVICES, "small", small)
     told: list[str] = []
-    best = cheapest(work, "small", note=told.append)
+    best = cheapest(work, "small", note=told.append).bill
     assert best is not None
     assert best.work.mesh.num_devices == 2
     assert best.fits
     assert told[0] == "compiling for 1x1"  # it holds the weights, but not the temporaries
     tiny = small._replace(memory_bytes=10_000)
     monkeypatch.setitem(devices.DEVICES, "small", tiny)
-    assert cheapest(work, "small", note=told.append) is None
+    assert cheapest(work, "small", note=told.append) == (None, True)
+
+
+def test_the_search_for_the_cheapest_compiles_no_more_than_it_must(monkeypatch, small_config):
+    """The fastest by formula first; the first that fits ends it; never more than the limit."""
+    work = Workload(
+        config=small_config(num_attention_heads=8, num_key_value_heads=8, head_dim=4),
+        mesh=MeshSpec(),
+        batch=64,
+        context=64,
+        dtype="float32",
+    )
+    tried: list[str] = []
+
+    def nothing_holds(here, device, **options):
+        tried.append(str(here.mesh))
+        return False
+
+    def bill(here, device, **options):
+        weights = weight_bytes(here.config, here.mesh, here.strategy)
+        return Bill(
+            work=here,
+            quantize=None,
+            parameters=1,
+            active_parameters=1,
+            memory=memory_of(here, weights, 0),
+            usable_bytes=10**12,
+            steps=generation_steps(here, DEVICES[device], weights, 0),
+            differences=[],
+            not_compared=None,
+        )
+
+    monkeypatch.setattr("mixtral_jax.plan.sweep.holds", nothing_holds)
+    assert cheapest(work, "h100", note=lambda line: None, most=2) == (None, True)
+    assert set(tried) >= {"1x1", "2x1", "1x2", "1x1x2"}
+    tried.clear()
+    assert cheapest(work, "h100", note=lambda line: None) == (None, False)
+    assert len(tried) == MOST_COMPILED
+    monkeypatch.setattr("mixtral_jax.plan.sweep.holds", lambda *args, **options: True)
+    monkeypatch.setattr("mixtral_jax.plan.sweep.make_bill", bill)
+    found = cheapest(work, "h100", note=lambda line: None)
+    assert found.bill is not None
+    assert str(found.bill.work.mesh) == "1x1"
 
 
 def test_sweep_is_drawn(small_config, tmp_path):
@@ -135,3 +198,24 @@ def test_sweep_is_drawn(small_config, tmp_path):
     text = (tmp_path / "sweep.svg").read_text()
     assert "a title" in text
     assert "tokens/s at the limit" in text
+
+
+@pytest.mark.slow
+def test_a_bill_of_8x7b_takes_less_than_two_minutes_and_four_gigabytes(tmp_path):
+    script = tmp_path / "measured.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from mixtral_jax import cli\n"
+        "from mixtral_jax.plan.__main__ import Options, main\n"
+        "code = cli.run(main, Options, 'plan')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "sys.exit(code)\n"
+    )
+    arguments = ["--model", "mixtral-8x7b", "--mesh", "1x8", "--batch", "64", "--json"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - start < 120
+    assert int(done.stderr.splitlines()[-1]) * 1024 < 4e9  # Linux counts in KiB
+    assert json.loads(done.stdout)["fits"]

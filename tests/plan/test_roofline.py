@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -11,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mixtral_jax.config import PRESETS
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.model.transformer import assemble
 from mixtral_jax.plan.devices import DEVICES, send_bandwidth
 from mixtral_jax.plan.programs import Workload, _leaves, _placement, state_shapes
-from mixtral_jax.plan.roofline import experts_visited, step_work
+from mixtral_jax.plan.roofline import expert_rows, experts_visited, step_work
+from mixtral_jax.plan.schemes import weight_bytes
+from mixtral_jax.plan.step import generation_steps, traffic_of
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 
@@ -85,8 +89,6 @@ def test_flops_are_those_of_the_program(small_config, mesh, method, name):
 
 def test_experts_visited():
     def visited(mesh: str, tokens: int) -> float:
-        from mixtral_jax.config import PRESETS
-
         work = Workload(config=PRESETS["mixtral-8x7b"], mesh=MeshSpec.parse(mesh))
         return experts_visited(work, tokens)
 
@@ -99,12 +101,90 @@ def test_experts_visited():
     assert visited("1x2", 500) == 4
 
 
+@pytest.mark.parametrize("method", ["all_to_all", "all_to_all_once", "ragged", "gathered"])
+@pytest.mark.parametrize("mesh", ["1x8", "1x4", "2x4x2"])
+@pytest.mark.parametrize("factor", [0.25, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_no_more_is_useful_than_is_done(method, mesh, factor, chunks):
+    options = DispatchOptions(method=method, capacity_factor=factor, chunks=chunks)
+    config, spec = PRESETS["mixtral-8x7b"], MeshSpec.parse(mesh)
+    work = Workload(config=config, mesh=spec, batch=16, dispatch=options)
+    sizes = {"weight_bytes": 0, "expert_bytes": 0, "cache_bytes": 0}
+    found = step_work(work, length=512, heads=False, **sizes)
+    assert 0 < found.useful_flops <= found.flops
+    assert found.useful_flops > 0.15 * found.flops
+
+
+@pytest.mark.parametrize("method", ["all_to_all_once", "ragged"])
+def test_the_rows_that_arrive_take_the_branch_with_room_for_them(method):
+    """At 1x8 a device sees a quarter of the rows, all of them for its expert."""
+    options = DispatchOptions(method=method, capacity_factor=2.0)
+    work = Workload(
+        config=PRESETS["mixtral-8x7b"], mesh=MeshSpec(expert=8), batch=8, dispatch=options
+    )
+    rows = 8 * 4096
+    computed, _ = expert_rows(work, rows, rows)
+    assert rows / 4 < computed < 1.55 * rows / 4  # of rows / 2 that have room
+
+
 def test_groups_that_leave_the_host_are_sent_over_the_network():
     gpu, tpu = DEVICES["h100"], DEVICES["v5e"]
     inside, outside = MeshSpec(data=8, expert=8), MeshSpec(data=8, expert=8, tensor=4)
-    assert send_bandwidth(gpu, inside, 8) == gpu.link_bandwidth
-    assert send_bandwidth(gpu, inside, 8, over_data=True) == gpu.network_bandwidth
-    assert send_bandwidth(gpu, inside, 64) == gpu.network_bandwidth
-    assert send_bandwidth(gpu, outside, 8) == gpu.network_bandwidth
-    assert send_bandwidth(gpu, outside, 4) == gpu.link_bandwidth
-    assert send_bandwidth(tpu, outside, 8) == tpu.link_bandwidth
+
+    def bandwidth(device, mesh, *axes):
+        return send_bandwidth(device, mesh.group(*axes)[1])
+
+    assert bandwidth(gpu, inside, "expert") == gpu.link_bandwidth
+    assert bandwidth(gpu, inside, "data") == gpu.network_bandwidth
+    assert bandwidth(gpu, inside, "data", "expert") == gpu.network_bandwidth
+    assert bandwidth(gpu, outside, "expert") == gpu.network_bandwidth
+    assert bandwidth(gpu, outside, "tensor") == gpu.link_bandwidth
+    assert bandwidth(tpu, outside, "expert") == tpu.link_bandwidth
+
+
+def test_rows_that_go_back_in_two_steps_stay_in_the_host():
+    """Groups of two and of four that the mesh has no axis for: they are parts of expert's eight."""
+    work = Workload(
+        config=PRESETS["mixtral-8x7b"],
+        mesh=MeshSpec(data=4, expert=8),
+        batch=8,
+        dispatch=DispatchOptions(method="all_to_all"),
+    )
+    gathers = [c for c in traffic_of(work, 2)["prefill"].common if c.kind == "all-gather"]
+    assert {each.group_size for each in gathers} >= {2, 4}
+    assert all(each.span <= 8 for each in gathers)
+    assert {send_bandwidth(DEVICES["h100"], each.span) for each in gathers} == {450e9}
+
+
+@pytest.mark.parametrize("method", ["all_to_all", "all_to_all_once", "ragged"])
+@pytest.mark.parametrize("mesh", ["1x8", "2x4"])
+def test_a_capacity_that_cannot_hold_the_rows_is_no_speed_up(method, mesh):
+    """Under "exact" such a layer takes the gathered path whatever the routing."""
+    work = Workload(config=PRESETS["mixtral-8x7b"], mesh=MeshSpec.parse(mesh), batch=64)
+    steps = {}
+    for factor in (0.25, 1.0, 2.0):
+        dispatch = DispatchOptions(method=method, capacity_factor=factor)
+        here = dataclasses.replace(work, dispatch=dispatch)
+        weights = weight_bytes(work.config, work.mesh, work.strategy)
+        steps[factor] = generation_steps(here, DEVICES["h100"], weights, 0)["prefill"]
+    small, fair, default = steps.values()
+    assert [step.branch for step in steps.values()] == ["overflow", "capacity", "capacity"]
+    assert small.step_seconds == default.overflow_step_seconds == fair.overflow_step_seconds
+    assert small.step_seconds > fair.step_seconds
+    assert small.useful_flops <= small.flops
+    kinds = {each.kind for each in small.collectives}
+    assert "reduce-scatter" in kinds
+    assert not any(kind.endswith("all-to-all") for kind in kinds)
+    assert small.overflow == []
+    assert any(each.kind == "reduce-scatter" for each in default.overflow)
+
+
+@pytest.mark.parametrize(("method", "share"), [("all_to_all", 0.95), ("all_to_all_once", 0.4)])
+def test_dropping_is_allowed_to_be_fast(method, share):
+    dispatch = DispatchOptions(method=method, capacity_factor=0.25, overflow="drop")
+    config = PRESETS["mixtral-8x7b"]
+    work = Workload(config=config, mesh=MeshSpec(expert=8), batch=64, dispatch=dispatch)
+    weights = weight_bytes(config, work.mesh, work.strategy)
+    step = generation_steps(work, DEVICES["h100"], weights, 0)["prefill"]
+    assert step.branch == "only"
+    assert share * step.flops < step.useful_flops <= step.flops

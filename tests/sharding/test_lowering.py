@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,11 @@ from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.sharding.strategy import Strategy
 from tests.models import random_model, random_tokens
 
 ROWS, CHUNK, SLOTS, LAYERS = 16, 16, 64, 2
+DATA, TENSOR = Strategy(), Strategy(attention="tensor")
 # jax promises no stability of this call between versions; no artifact is kept.
 TRITON = "__gpu$xla.gpu.triton"
 UNCHECKED = [export.DisabledSafetyCheck.custom_call(name) for name in ("ragged_all_to_all", TRITON)]
@@ -33,7 +37,8 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def model(small_config):
-    return random_model(small_config(num_hidden_layers=LAYERS))
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}  # to be split
+    return random_model(small_config(num_hidden_layers=LAYERS, **heads))
 
 
 def programs(model, placement):
@@ -68,28 +73,64 @@ def programs(model, placement):
     }
 
 
-@pytest.mark.parametrize(
-    ("platform", "method"),
-    [("cuda", "all_to_all"), ("tpu", "all_to_all_once"), ("cuda", "ragged"), ("tpu", "ragged")],
-)
-def test_programs_lower_for_accelerators(model, platform, method):
-    mesh = MeshSpec.parse("1x8").build()
-    placement = MeshPlacement(mesh, DispatchOptions(method=method))
-    for name, (program, arguments) in programs(place(model, mesh), placement).items():
+CASES = [
+    ("cuda", "1x8", DATA, "all_to_all"),
+    ("tpu", "1x8", DATA, "all_to_all_once"),
+    ("cuda", "1x8", DATA, "ragged"),
+    ("tpu", "2x2x2", TENSOR, "all_to_all"),
+]
+MORE = [
+    ("tpu", "1x8", DATA, "ragged"),
+    ("cuda", "2x2x2", TENSOR, "all_to_all"),
+    ("cuda", "1x8", TENSOR, "all_to_all"),
+    ("tpu", "1x8", TENSOR, "all_to_all_once"),
+    ("cuda", "2x2x2", DATA, "ragged"),
+]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
+
+
+@pytest.mark.parametrize(("platform", "text", "strategy", "method"), CASES + SLOW, ids=str)
+def test_programs_lower_for_accelerators(model, tmp_path, platform, text, strategy, method):
+    mesh = MeshSpec.parse(text).build()
+    placement = MeshPlacement(mesh, DispatchOptions(method=method), strategy=strategy)
+    placed = place(model, mesh, strategy=strategy)
+    for name, (program, arguments) in programs(placed, placement).items():
         lower = export.export(jax.jit(program), platforms=[platform], disabled_checks=UNCHECKED)
         artifact = lower(*arguments)
         assert artifact.platforms == (platform,)
         assert artifact.nr_devices == 8
-        assert len(artifact.mlir_module_serialized) > 10_000
-        text = artifact.mlir_module()
+        written = write(artifact, tmp_path / f"{name}.{platform}")
         operation, each = METHODS[method]
         # What prefill's last layer makes is used by nobody, so its experts do not run. The backward
         # pass sends all rows once more.
         layers = LAYERS - (name == "prefill")
         least = layers * each + (layers * 2 if name == "gradient_step" else 0)
-        assert len(re.findall(operation, text)) >= least, name
+        assert len(re.findall(operation, written)) >= least, name
         if method != "ragged":
-            assert "ragged" not in text
+            assert "ragged" not in written
+    files = {"prefill", "decode_step", "gradient_step"}
+    assert {path.stem for path in tmp_path.glob(f"*.{platform}.mlir")} == {
+        f"{name}.{platform}" for name in files
+    }
+
+
+def write(artifact: export.Exported, path: Path) -> str:
+    """The artifact's StableHLO as a file, and what is read from it.
+
+    Where flatbuffers is installed (jax needs it for this) the whole artifact makes the journey.
+    """
+    text = path.with_name(f"{path.name}.mlir")
+    text.write_text(artifact.mlir_module())
+    if importlib.util.find_spec("flatbuffers") is not None:
+        whole = path.with_name(f"{path.name}.bin")
+        whole.write_bytes(artifact.serialize())
+        again = export.deserialize(bytearray(whole.read_bytes()))
+        assert again.platforms == artifact.platforms
+        assert again.mlir_module_serialized == artifact.mlir_module_serialized
+    found = text.read_text()
+    assert "module @" in found
+    assert "func.func public @main" in found
+    return found
 
 
 # Triton calls of a layer, `replicated`: attention, then hidden and down. A gradient step runs them

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 
 import jax
@@ -11,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mixtral_jax.kernels.experts import ladder
+from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.placement import LocalPlacement, Routing
-from mixtral_jax.sharding.dispatch import DispatchOptions
+from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.per_device import (
-    Traffic,
+    Exchange,
     assign_device_slots,
     device_capacity,
     find_visits,
@@ -115,6 +119,27 @@ def pooled(ids: np.ndarray, valid: np.ndarray, spec: MeshSpec) -> np.ndarray:
     return kept
 
 
+@pytest.mark.parametrize("text", ["1x8", "2x4", "1x4x2"])
+@pytest.mark.parametrize("method", ["all_to_all_once", "ragged", "gathered", "replicated"])
+def test_experts_expect_a_balanced_load_of_what_arrives(text, method):
+    """The rows that arrive at a device were chosen for it; the load of its experts is the same."""
+    seen = []
+
+    def spy(out, x, *arguments, expected):
+        seen.append((x.shape[0], expected))
+        return KERNELS["visit"].routed_experts(out, x, *arguments, expected=expected)
+
+    spec = MeshSpec.parse(text)
+    kernels = dataclasses.replace(KERNELS["visit"], routed_experts=spy)
+    options = DispatchOptions(method=method, capacity_factor=2.0)
+    x, routing = rows(8 * N)
+    run = functools.partial(dispatch, mesh=spec.build(), options=options, kernels=kernels)
+    jax.jit(run).lower(x, routing, experts())
+    assert {expected for _, expected in seen} == {8 * N * A / E / spec.data}
+    for num_rows, expected in seen:  # room for a balanced load, and less work than all rows are
+        assert expected < ladder(num_rows, expected)[-2] < num_rows
+
+
 def test_overflow_is_reported_where_nothing_is_dropped():
     x, routing = rows(skew=20.0)
     for method in ("all_to_all", "all_to_all_once", "ragged"):
@@ -140,10 +165,10 @@ def test_capacity_per_device_is_that_per_expert_where_a_device_holds_one():
         assert got == min(64, int(np.ceil(factor * 16)))
 
 
-def test_traffic_is_cut_in_order_of_the_sources():
+def test_an_exchange_is_cut_in_order_of_the_sources():
     wanted = jnp.asarray([[3, 0, 1], [2, 5, 1], [4, 1, 1]])
-    assert Traffic.cut(wanted, 4).rows.tolist() == [[3, 0, 1], [1, 4, 1], [0, 0, 1]]
-    assert Traffic.cut(wanted, 9).receive_starts.tolist() == [[0, 0, 0], [3, 0, 1], [5, 5, 2]]
+    assert Exchange.cut(wanted, 4).rows.tolist() == [[3, 0, 1], [1, 4, 1], [0, 0, 1]]
+    assert Exchange.cut(wanted, 9).receive_starts.tolist() == [[0, 0, 0], [3, 0, 1], [5, 5, 2]]
 
 
 @pytest.mark.parametrize("platform", ["cuda"])  # test_lowering.py has both

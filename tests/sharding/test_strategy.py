@@ -156,3 +156,5 @@ def test_refuses_a_mesh_that_does_not_divide(strategy, text):
     with pytest.raises(MixtralError) as caught:
         strategy.check(model_of(16).config, MeshSpec.parse(text))
     assert caught.value.code == BAD_CONFIG
+    given = "--fsdp" if strategy.fsdp else "--attention data"
+    assert given in str(caught.value).split("; fix: ")[1]  # and nothing that is set already
