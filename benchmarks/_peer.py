@@ -60,7 +60,7 @@ def empty_model(config: ModelConfig) -> Any:
         num_experts_per_tok=config.num_experts_per_tok,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
+        rope_parameters={"rope_theta": config.rope_theta, "rope_type": "default"},
         sliding_window=config.sliding_window,
         tie_word_embeddings=False,
     )

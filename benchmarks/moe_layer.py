@@ -102,7 +102,8 @@ def yardstick(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: An
 
 def stacked(weights: ExpertWeights) -> list[jax.Array]:
     """Of one device: ``[E, I, O]``, as ragged_dot takes them."""
-    return [jnp.concatenate(leaf.slots).swapaxes(1, 2) for leaf in weights]
+    stacks = (jnp.concatenate(leaf.slots) for leaf in weights if isinstance(leaf, ExpertSlots))
+    return [stack.swapaxes(1, 2) for stack in stacks]
 
 
 @jax.jit

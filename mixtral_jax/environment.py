@@ -23,7 +23,7 @@ def prepare() -> None:
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is not None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
         return
     folder = compile_cache_folder()
     try:

@@ -18,7 +18,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": T
 LOGIT_TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
+@pytest.mark.parametrize("mesh", ["1x1", pytest.param("2x2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kernels", ["gpu", "tpu"])
 def test_rows_of_accelerators_give_the_same(kernels, mesh):
     """On a CPU the gpu row computes as the CPU's does, from stacked weights."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.attention import EMPTY
@@ -104,7 +104,8 @@ def rewind(cache: KVCache, lengths: Int[Array, " B"], most: int) -> KVCache:
     slots = jnp.where(positions < cache.lengths[:, None], positions % size, size)
 
     def fill(target: jax.Array, value: int, axis: int) -> jax.Array:
-        shape = (*target.shape[:axis], most, *target.shape[axis + 1 :])
+        shape = list(target.shape)
+        shape[axis] = most
         return write_rows(target, jnp.full(shape, value), slots, axis)
 
     keys, values = jax.tree.map(lambda x: fill(x, 0, SLOT_AXIS), (cache.keys, cache.values))

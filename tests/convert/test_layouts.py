@@ -80,7 +80,9 @@ def refusal(src, dst, options=None) -> MixtralError:
     return caught.value
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_all_layouts_give_one_digest_and_the_same_leaves(tmp_path, small_config, dtype):
     config = small_config(dtype=dtype)
     tensors = checkpoints.random_tensors(config)

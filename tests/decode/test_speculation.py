@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def run(
     speculate: int | None,
     placement: Placement = LOCAL,
     steps_per_chunk: int = 32,
-    **fields: int,
+    **fields: Any,
 ) -> Run:
     generation = Generation(model, requests, placement=placement, speculate=speculate, **fields)
     tokens: list[list[int]] = [[] for _ in requests]
@@ -95,7 +95,7 @@ def check_same(plain: Run, drafted: Run) -> speculation.Speculated:
     return report
 
 
-@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("window", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_200_prompts_get_the_same_greedy_text(small_config, window):
     model = random_model(small_config(sliding_window=window, **SMALL))
     requests = requests_of(prompts(200), GREEDY)
@@ -116,7 +116,7 @@ def test_sampled_text_is_the_same_too(small_config):
     assert plain.tokens != run(model, requests_of(prompts(24), *mixed[::-1]), K).tokens
 
 
-@pytest.mark.parametrize("num_drafts", [1, 7])
+@pytest.mark.parametrize("num_drafts", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_ring_that_wraps(small_config, num_drafts, monkeypatch):
     """Prompts are read in chunks no longer than a draft, so the ring has exactly W + K slots."""
     window, slots = 8, []
@@ -155,7 +155,7 @@ def test_one_slot_less_would_lose_a_key(small_config, monkeypatch):
     assert drafted.tokens != plain.tokens
 
 
-@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 8])
 def test_whatever_is_drafted(small_config, monkeypatch, window):
     """Random drafts of random lengths: the text depends on none of them."""
     inner = speculation.find_draft
@@ -189,7 +189,7 @@ def test_drafts_that_stay_would_be_noticed(small_config, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("steps_per_chunk", [1, 3])
+@pytest.mark.parametrize("steps_per_chunk", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_rows_stop_between_chunks(small_config, steps_per_chunk):
     model = random_model(small_config(**SMALL))
     requests = requests_of(prompts(24), dataclasses.replace(GREEDY, ignore_eos=True))

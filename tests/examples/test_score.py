@@ -31,7 +31,7 @@ def examples() -> list[Example]:
     return held_out(PER_FAMILY, seed=3)  # small families have few: some are in every score
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_held_out_prompts_are_answered(lm, examples, dtype):
     found = score(lm if dtype == "float32" else load("tiny", mesh="1x1", dtype=dtype), examples)
     assert sum(found.asked.values()) == 14 * PER_FAMILY

@@ -49,7 +49,9 @@ def test_a_loop_widens_no_table():
             body = lambda i, ids: ids + f(table, ids).sum(axis=1).astype(jnp.int32) + i  # noqa: E731
             return jax.lax.fori_loop(0, 9, body, ids)
 
-        return jax.jit(loop).lower(table, ids).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(loop).lower(table, ids).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     assert temporaries(lookup_in_place) < 2**16
     if jax.default_backend() == "cpu":

@@ -87,7 +87,8 @@ def test_the_number_of_rows_chooses(monkeypatch):
     assert lowered(accelerator.FEW_ROWS + 1) == (0, 3)
 
 
-METHODS = ["all_to_all", "all_to_all_once", "ragged", "gathered", "replicated"]
+MORE = ["all_to_all_once", "ragged", "gathered"]
+METHODS = ["all_to_all", "replicated", *(pytest.param(m, marks=pytest.mark.slow) for m in MORE)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -126,7 +126,11 @@ def converted(checkpoint):
     return folder
 
 
-@pytest.mark.parametrize("more", [[], ["--speculate", "4"]], ids=["plain", "with drafts"])
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--speculate", "4"], marks=pytest.mark.slow)],
+    ids=["plain", "with drafts"],
+)
 def test_two_processes_sample_what_one_does(converted, more):
     first, second = run([*ASK[:2], str(converted), *ASK[2:], *more])
     got = [json.loads(line) for line in first.stdout.splitlines()]

@@ -139,7 +139,7 @@ PALLAS = {"prefill": (LAYERS + 2 * (LAYERS - 1), 0), "decode_step": (3 * LAYERS,
 PALLAS["gradient_step"] = (3 * LAYERS, 2 * 3 * LAYERS)
 
 
-@pytest.mark.parametrize("text", ["1x1", "1x8"])
+@pytest.mark.parametrize("text", [pytest.param("1x1", marks=pytest.mark.slow), "1x8"])
 def test_programs_lower_with_the_gpu_kernels(model, text):
     mesh = MeshSpec.parse(text).build()
     placement = MeshPlacement(mesh, DispatchOptions(method="replicated"), kernels="gpu")
