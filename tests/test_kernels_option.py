@@ -19,7 +19,7 @@ LOGIT_TOLERANCE = 1e-4
 
 
 @pytest.mark.parametrize("mesh", ["1x1", pytest.param("2x2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kernels", ["gpu", "tpu"])
+@pytest.mark.parametrize("kernels", ["gpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_rows_of_accelerators_give_the_same(kernels, mesh):
     """On a CPU the gpu row computes as the CPU's does, from stacked weights."""
     lm, asked = mj.load("tiny", mesh="1x1"), mj.load("tiny", mesh=mesh, kernels=kernels)

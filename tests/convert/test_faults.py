@@ -301,7 +301,7 @@ def test_what_an_index_names_elsewhere_is_never_opened(sharded, config, monkeypa
     assert opened == []
 
 
-@pytest.mark.parametrize("layout", ["original", "native"])
+@pytest.mark.parametrize("layout", ["original", pytest.param("native", marks=pytest.mark.slow)])
 def test_the_command_line_tells_every_fault_in_one_line(tmp_path, config, tensors, layout):
     faults = tmp_path / "faults"
     if layout == "original":

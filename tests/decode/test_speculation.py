@@ -134,6 +134,7 @@ def test_a_ring_that_wraps(small_config, num_drafts, monkeypatch):
     assert slots == [window + num_drafts] * 2
 
 
+@pytest.mark.slow
 def test_up_to_the_last_slot(small_config):
     """Full attention: a draft past the budget would wrap around and overwrite the first keys."""
     model = random_model(small_config(**SMALL))
@@ -144,6 +145,7 @@ def test_up_to_the_last_slot(small_config):
     assert {len(ids) for ids in plain.tokens} == {options.max_new_tokens}
 
 
+@pytest.mark.slow
 def test_one_slot_less_would_lose_a_key(small_config, monkeypatch):
     """The negative control."""
     model = random_model(small_config(sliding_window=8, **SMALL))

@@ -41,6 +41,7 @@ def test_held_out_prompts_are_answered(lm, examples, dtype):
     assert found.least_load >= 0.03
 
 
+@pytest.mark.slow
 def test_the_fortieth_turn_of_a_conversation_is_answered_too(lm):
     draw = random.Random(5)
     ids, answers = [], []

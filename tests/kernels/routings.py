@@ -7,10 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mixtral_jax.kernels.experts import ExpertWeights
 
 E, A = 5, 2  # experts held here, and chosen per row
+
+# Both dtypes of a matrix of cases; the second in `make slow`.
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 
 
 class Operands(NamedTuple):

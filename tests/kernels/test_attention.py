@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.kernels.attention import EMPTY, attends, attention, blocked_attention
+from tests.kernels.routings import DTYPES
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
@@ -35,7 +36,7 @@ def operands(B: int, T: int, S: int, H: int, K: int, C: int, dtype: str):
     return q, k, v, jnp.asarray(queries), jnp.asarray(at)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("T", "S"), [(1, 300), (5, 256), (64, 1000), (200, 520)])
 def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, dtype):

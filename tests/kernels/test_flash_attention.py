@@ -11,7 +11,7 @@ import pytest
 
 from mixtral_jax.kernels.attention import EMPTY, attends, attention
 from mixtral_jax.kernels.flash_attention import flash_attention
-from tests.kernels.routings import assert_close
+from tests.kernels.routings import DTYPES, assert_close
 from tests.kernels.test_attention import operands
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3}
@@ -27,7 +27,7 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_equals_the_reference(size, window, dtype):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.kernels.attention import attends, attention, blocked_attention
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype, ScaledKV, empty_kv, quantize_kv
+from tests.kernels.routings import DTYPES
 from tests.kernels.test_attention import operands
 
 C = 8
@@ -92,7 +93,7 @@ def test_what_is_empty_is_what_will_be_written():
     assert isinstance(empty_kv((2, 3, 4, 5), jnp.bfloat16), jax.Array)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(("T", "S", "window"), [(1, 300, None), (64, 1000, 50), (130, 256, None)])
 def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, kv_dtype, dtype):

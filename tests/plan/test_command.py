@@ -52,6 +52,7 @@ def test_json():
     assert "note:" not in done.stderr  # formulas and compiled programs agree
 
 
+@pytest.mark.slow
 def test_text_says_what_is_not_split():
     done = run("--model", "tiny", "--context", "64", "--price", "3")
     assert done.returncode == 0, done.stderr
