@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mixtral_jax.weights import Adapted, Matrix, QTensor
 
+# A product of rows ``[N, I]`` with an array or a QTensor ``[O, I]``: f32 ``[N, O]``.
+Product = Callable[[jax.Array, jax.Array | QTensor], jax.Array]
 
-def contract(einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
+
+def precision_of(x: jax.Array) -> jax.lax.Precision | None:
+    """HIGHEST for f32: f32 means f32 (a GPU would round the operands to TF32)."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def rows_first(x: Float[Array, "N I"], w: jax.Array | QTensor) -> Float[Array, "N O"]:
+    """The rows as the left operand; f32."""
+    plain = w.dequantize() if isinstance(w, QTensor) else w
+    return jnp.einsum(
+        "NI,OI->NO", x, plain, precision=precision_of(x), preferred_element_type=jnp.float32
+    )
+
+
+def contract(
+    einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None, product: Product = rows_first
+) -> jax.Array:
     """Multiplies activations by one matrix, accumulating in f32.
 
     Args:
@@ -19,37 +39,29 @@ def contract(einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.
         x: activations.
         w: an array, a QTensor or an Adapted.
         dtype: of the result; the dtype of ``x`` unless given.
+        product: what multiplies rows with a matrix.
 
     Returns:
         The product, in ``dtype``.
     """
     dtype = dtype or x.dtype
-    if isinstance(w, QTensor):
-        w = w.dequantize()
     if isinstance(w, Adapted):
-        return _contract_adapted(einsum, x, w).astype(dtype)
-    # HIGHEST: f32 means f32 (a GPU would round the operands to TF32).
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return _contract_adapted(einsum, x, w, product).astype(dtype)
     # One flat product: with more dims XLA's CPU compiler transposes the weight into a copy.
-    product = jnp.einsum(
-        "NI,OI->NO",
-        x.reshape(-1, x.shape[-1]),
-        w,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return product.astype(dtype).reshape(*x.shape[:-1], w.shape[0])
+    out = product(x.reshape(-1, x.shape[-1]), w)
+    return out.astype(dtype).reshape(*x.shape[:-1], w.shape[0])
 
 
-def _contract_adapted(einsum: str, x: jax.Array, w: Adapted) -> jax.Array:
+def _contract_adapted(einsum: str, x: jax.Array, w: Adapted, product: Product) -> jax.Array:
     """base x + scale * b (a x); the update is never added to the base."""
     operands, result = einsum.split("->")
     letters, (out, summed) = operands.split(",")
     low_rank = letters.replace(summed, "R")
-    base = contract(einsum, x, w.base, dtype=jnp.float32)
+    base = contract(einsum, x, w.base, dtype=jnp.float32, product=product)
     a = w.a.astype(x.dtype)
-    reduced = contract(f"{letters},R{summed}->{low_rank}", x, a, dtype=x.dtype)
+    reduced = contract(f"{letters},R{summed}->{low_rank}", x, a, dtype=x.dtype, product=product)
+    b = w.b.astype(x.dtype)
     update = contract(
-        f"{low_rank},{out}R->{result}", reduced, w.b.astype(x.dtype), dtype=jnp.float32
+        f"{low_rank},{out}R->{result}", reduced, b, dtype=jnp.float32, product=product
     )
     return base + w.scale * update

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels.contract import contract
+from mixtral_jax.kernels.contract import Product, contract, rows_first
 from mixtral_jax.weights import Matrix, Weight, expert_matrices
 
-# Branches of `visit_experts` between no rows and all rows, in rows of a balanced expert. Close
-# around one, where most experts are: a branch computes all of its rows, taken or not.
-RUNGS = (0.5, 1.0, 1.125, 1.5, 2.0)
-FEW_RUNGS = (1.5,)  # for small blocks, which are bound by reading weights
+# Branches of `visit_experts` between no rows and all rows. A branch computes all of its rows,
+# taken or not, so large blocks have many; small ones are bound by reading weights.
+FEW_RUNGS = (1.5,)  # in rows of a balanced expert
+RUNG_ROWS = 32  # a multiple that matrix libraries like
+RUNGS_PER_EXPECTED = 4
 
 
 class ExpertWeights(NamedTuple):
@@ -30,20 +31,26 @@ class ExpertWeights(NamedTuple):
     down: Weight
 
 
-def feed_forward(x: Float[Array, "N D"], gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
-    """One expert applied to every row; f32 ``[N, D]``."""
-    hidden = jax.nn.silu(contract("ND,FD->NF", x, gate, dtype=jnp.float32))
-    hidden = hidden * contract("ND,FD->NF", x, up, dtype=jnp.float32)
-    return contract("NF,DF->ND", hidden.astype(x.dtype), down, dtype=jnp.float32)
+def feed_forward(
+    x: Float[Array, "N D"], gate: Matrix, up: Matrix, down: Matrix, *, product: Product
+) -> Float[Array, "N D"]:
+    """One expert applied to every row; f32."""
+    f32 = functools.partial(contract, dtype=jnp.float32, product=product)
+    hidden = jax.nn.silu(f32("ND,FD->NF", x, gate)) * f32("ND,FD->NF", x, up)
+    return f32("NF,DF->ND", hidden.astype(x.dtype), down)
 
 
 def _matrices(experts: ExpertWeights) -> list[tuple[Matrix, Matrix, Matrix]]:
     return list(zip(*map(expert_matrices, experts), strict=True))
 
 
-def expert_blocks(x: Float[Array, "E N D"], experts: ExpertWeights) -> Float[Array, "E N D"]:
+def expert_blocks(
+    x: Float[Array, "E N D"], experts: ExpertWeights, *, product: Product = rows_first
+) -> Float[Array, "E N D"]:
     """Block e through expert e; f32. Shapes are static: an empty row costs as much as another."""
-    outs = [feed_forward(x[e], *expert) for e, expert in enumerate(_matrices(experts))]
+    outs = [
+        feed_forward(x[e], *expert, product=product) for e, expert in enumerate(_matrices(experts))
+    ]
     return jnp.stack(outs)
 
 
@@ -62,7 +69,7 @@ def dense_experts(
     for e, expert in enumerate(_matrices(experts)):
         chosen = (expert_ids == e) & valid[:, None]
         share = jnp.where(chosen, expert_weights, 0.0).sum(axis=-1)
-        out = out + share[:, None] * feed_forward(x, *expert)
+        out = out + share[:, None] * feed_forward(x, *expert, product=rows_first)
     return out
 
 
@@ -70,8 +77,12 @@ def ladder(num_rows: int, expected: float) -> tuple[int, ...]:
     """Rows that the branches of ``visit_experts`` hold, ascending; the last holds all."""
     if expected >= num_rows:  # every row chooses every expert
         return (num_rows,)
-    rungs = RUNGS if expected >= 32 else FEW_RUNGS
-    sizes = {min(num_rows, 8 * math.ceil(rung * expected / 8)) for rung in rungs}
+    if expected < 2 * RUNG_ROWS:
+        sizes = {min(num_rows, 8 * math.ceil(rung * expected / 8)) for rung in FEW_RUNGS}
+    else:
+        step = RUNG_ROWS * max(1, round(expected / RUNGS_PER_EXPECTED / RUNG_ROWS))
+        first, last = math.floor(expected / 2 / step), math.ceil(2 * expected / step)
+        sizes = {min(num_rows, k * step) for k in range(max(1, first), last + 1)}
     return tuple(sorted(sizes | {num_rows}))
 
 
@@ -84,6 +95,7 @@ def visit_experts(
     experts: ExpertWeights,
     *,
     expected: float,
+    product: Product = rows_first,
 ) -> Float[Array, "N D"]:
     """Adds each expert's share to the rows that chose it; experts that no row chose are not read.
 
@@ -98,11 +110,13 @@ def visit_experts(
         valid: false for padding, which visits no expert.
         experts: the experts held here.
         expected: rows of an expert if all are chosen equally often.
+        product: what multiplies rows with a matrix.
 
     Returns:
         The accumulator, f32.
     """
     num_rows = x.shape[0]
+    run = functools.partial(feed_forward, product=product)
     sizes = ladder(num_rows, expected)
     chosen = (expert_ids[..., None] == jnp.arange(experts.gate.shape[0])) & valid[:, None, None]
     shares = jnp.where(chosen, expert_weights[..., None], 0.0).sum(axis=1)  # [N, E]
@@ -112,19 +126,21 @@ def visit_experts(
     # Rows that chose an expert first. Sorted once, not in every branch: sorts compile slowly.
     orders = jnp.argsort(~is_chosen, axis=0, stable=True) if len(sizes) > 1 else is_chosen
 
-    def none(out: jax.Array, share: jax.Array, order: jax.Array) -> jax.Array:
+    def none(share: jax.Array, order: jax.Array) -> jax.Array:
         del share, order
-        return out
+        return jnp.zeros_like(out)
 
-    def visit(
-        size: int, expert: tuple, out: jax.Array, share: jax.Array, order: jax.Array
-    ) -> jax.Array:
+    def visit(size: int, expert: tuple, share: jax.Array, order: jax.Array) -> jax.Array:
         if size == num_rows:
-            return out + share[:, None] * feed_forward(x, *expert)
+            return share[:, None] * run(x, *expert)
         rows = order[:size]
-        return out.at[rows].add(share[rows, None] * feed_forward(x[rows], *expert))
+        part = share[rows, None] * run(x[rows], *expert)
+        return jnp.zeros_like(out).at[rows].set(part, unique_indices=True)
 
+    parts = []
     for e, expert in enumerate(_matrices(experts)):
         visits = [functools.partial(visit, size, expert) for size in sizes]
-        out = jax.lax.switch(branch[e], [none, *visits], out, shares[:, e], orders[:, e])
+        parts.append(jax.lax.switch(branch[e], [none, *visits], shares[:, e], orders[:, e]))
+    for part in parts:
+        out = out + part
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ from mixtral_jax.kernels.accelerator import (
 )
 from mixtral_jax.kernels.attention import attention, blocked_attention
 from mixtral_jax.kernels.contract import contract
+from mixtral_jax.kernels.cpu_product import cpu_product
 from mixtral_jax.kernels.experts import dense_experts, expert_blocks, visit_experts
 from mixtral_jax.kernels.rows import lookup, lookup_in_place
 from mixtral_jax.weights import Layout
@@ -38,7 +40,12 @@ class Kernels:
 KERNELS: dict[str, Kernels] = {
     "reference": Kernels(contract, lookup, attention, dense_experts, expert_blocks, "slots"),
     "visit": Kernels(
-        contract, lookup_in_place, blocked_attention, visit_experts, expert_blocks, "slots"
+        functools.partial(contract, product=cpu_product),
+        lookup_in_place,
+        blocked_attention,
+        functools.partial(visit_experts, product=cpu_product),
+        functools.partial(expert_blocks, product=cpu_product),
+        "slots",
     ),
     "gpu": Kernels(contract, lookup, gpu_attention, gpu_routed_experts, stacked_blocks, "stacked"),
     "tpu": Kernels(

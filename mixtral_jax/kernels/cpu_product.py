@@ -1,0 +1,103 @@
+"""Products on a CPU: the order of operands that its matrix library runs fastest.
+
+``benchmarks/products.py`` measures them; docs/log.md says why each is as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from mixtral_jax.kernels.contract import precision_of, rows_first
+from mixtral_jax.weights import QTensor
+
+FEW_16_BIT_ROWS = 3  # up to here, 16-bit rows as the left operand are the faster
+MAX_DIGIT_ROWS = 16  # above, widening the weight once costs less than a product for each digit
+_HALF = 127  # digits are whole numbers from -127 to 127
+
+
+def digits_of(dtype: jnp.dtype) -> int:
+    """Digits that keep what rows of a dtype hold: 3 for f32, 2 for 16 bits.
+
+    Two leave a root-mean-square error of at most 0.9e-5 of a row's largest element, which is at
+    most sqrt(I) times the row's root mean square: up to I = 15,000 never more than the rounding
+    to bf16 that the row has behind it.
+    """
+    return 3 if dtype == jnp.float32 else 2
+
+
+def cpu_product(x: Float[Array, "N I"], w: jax.Array | QTensor) -> Float[Array, "N O"]:
+    """The weight as the left operand where that is the faster; f32."""
+    if isinstance(w, QTensor):
+        is_per_row = w.scheme == "int8" and w.scales.shape[-1] == 1
+        if is_per_row and x.shape[0] * digits_of(x.dtype) <= MAX_DIGIT_ROWS:
+            return int8_product(x, w)
+        w = w.dequantize()
+    if x.dtype != jnp.float32 and x.shape[0] <= FEW_16_BIT_ROWS:
+        return rows_first(x, w)
+    return weight_first(w, x, jnp.float32)
+
+
+def weight_first(w: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """The product ``[N, O]`` of rows ``[N, I]`` and a weight ``[O, I]``, as the weight times rows.
+
+    The compiler would fold the transposition into the product, and turn it around again.
+    """
+    out = jnp.einsum("OI,NI->ON", w, x, precision=precision_of(x), preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(out).T
+
+
+def split_digits(
+    x: Float[Array, "N I"], num_digits: int
+) -> tuple[Int8[Array, "digits N I"], Float[Array, "N 1"]]:
+    """Rows as sums of int8 digits: x = unit * sum over k of digit_k / 254**k.
+
+    The error of an element is at most unit / (2 * 254**(num_digits - 1)), where 127 units are the
+    row's largest element.
+
+    Returns:
+        The digits, and each row's unit.
+    """
+    rows = x.astype(jnp.float32)
+    unit = jnp.abs(rows).max(axis=-1, keepdims=True) / _HALF
+    left = rows / jnp.where(unit == 0, 1.0, unit)
+    digits = []
+    for _ in range(num_digits):
+        digit = jnp.round(left)
+        digits.append(digit.astype(jnp.int8))
+        left = (left - digit) * (2 * _HALF)
+    return jnp.stack(digits), unit
+
+
+@jax.custom_vjp
+def int8_product(x: Float[Array, "N I"], w: QTensor) -> Float[Array, "N O"]:
+    """Rows in digits times int8 codes with one scale per output: sums in int32 are exact; f32.
+
+    The weight is read as it lies, a byte each; only the rows are rounded, as ``digits_of`` says.
+    NaN or infinity in a row makes all of its result NaN.
+    """
+    digits, unit = split_digits(x, digits_of(x.dtype))
+    flat = digits.reshape(-1, x.shape[-1])
+    flat = jnp.pad(flat, ((0, -len(flat) % 4), (0, 0)))  # fours are fast
+    sums = weight_first(w.codes, flat, jnp.int32)
+    parts = sums[: digits.shape[0] * x.shape[0]].reshape(digits.shape[0], x.shape[0], -1)
+    powers = (2.0 * _HALF) ** -jnp.arange(digits.shape[0], dtype=jnp.float32)
+    total = (parts.astype(jnp.float32) * powers[:, None, None]).sum(axis=0)
+    # max may skip NaN in compiled CPU code; a sum does not
+    is_finite = jnp.isfinite(x.astype(jnp.float32).sum(axis=-1, keepdims=True))
+    return jnp.where(is_finite, total * unit * w.scales.astype(jnp.float32).T, jnp.nan)
+
+
+def _forward(x: jax.Array, w: QTensor) -> tuple[jax.Array, tuple[jax.Array, QTensor]]:
+    return int8_product(x, w), (x, w)
+
+
+def _backward(operands: tuple[jax.Array, QTensor], g: jax.Array) -> tuple[jax.Array, QTensor]:
+    """As if the rows had not been rounded."""
+    return jax.vjp(rows_first, *operands)[1](g)
+
+
+int8_product.defvjp(_forward, _backward)
