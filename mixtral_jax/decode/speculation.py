@@ -38,7 +38,7 @@ from mixtral_jax.sharding import hosts
 LONGEST_NGRAM = 3  # looked for first
 SHORTEST_NGRAM = 2  # looked for where there is no longer one
 
-# Steps of the plain call that speculation is measured against.
+# Steps of the calls that drafting is judged by, with and without drafts.
 TRIAL_STEPS = 8
 # It is off after so many verdicts against it in a row.
 LOSSES = 2
@@ -245,7 +245,8 @@ class Payoff:
     What is compared is seconds per token of a row, so that rows which have ended do not matter. The
     second call is a trial without drafts. A call with drafts that was slower than the last trial is
     confirmed by another pair of calls; a second verdict of that kind, with none to the contrary
-    between, switches off for good.
+    between, switches off for good. Until a verdict in favour calls are short, so that few steps
+    are lost where drafts do not pay.
 
     Attributes:
         is_on: false once it was switched off.
@@ -254,13 +255,19 @@ class Payoff:
     def __init__(self):
         self.is_on = True
         self._losses = 0
+        self._has_won = False  # the last verdict
         self._drafted: float | None = None  # seconds per token of the last call with drafts
         self._plain: float | None = None  # and of the last without; None where one is wanted
 
     @property
     def wants_trial(self) -> bool:
-        """Whether the next call should be a plain one of ``TRIAL_STEPS``."""
+        """Whether the next call should be a plain one."""
         return self.is_on and self._drafted is not None and self._plain is None
+
+    @property
+    def wants_short(self) -> bool:
+        """Whether the next call should have ``TRIAL_STEPS``."""
+        return self.wants_trial or (self.is_on and not self._has_won)
 
     def add(self, seconds: float, *, steps: int, row_steps: int, tokens: int) -> None:
         """Takes what the last call took, compilation apart, and what it did (see Tally)."""
@@ -273,7 +280,8 @@ class Payoff:
             self._drafted = per_token
         if self._drafted is None or self._plain is None:
             return
-        if self._drafted <= self._plain:
+        self._has_won = self._drafted <= self._plain
+        if self._has_won:
             self._losses = 0
             return
         self._losses += 1
@@ -337,7 +345,7 @@ class Speculator:
         num_steps: int,
     ) -> tuple[DecodeState, Emitted]:
         """The next call; ``learn`` is to follow before another."""
-        is_trial = self._payoff.wants_trial
+        is_trial, is_short = self._payoff.wants_trial, self._payoff.wants_short
         hosts.begin_step()
         state, self._memory, emitted, self._tally = speculate_step(
             model,
@@ -345,7 +353,7 @@ class Speculator:
             self._memory,
             rows,
             limits,
-            np.int32(min(num_steps, TRIAL_STEPS) if is_trial else num_steps),
+            np.int32(min(num_steps, TRIAL_STEPS) if is_short else num_steps),
             np.bool_(self._payoff.is_on and not is_trial),
             num_drafts=self._num_drafts,
             placement=self._placement,

@@ -232,3 +232,16 @@ def test_rows_that_have_ended_do_not_count():
     payoff.add(8.0, steps=8, row_steps=8, tokens=24)  # one row, 3 tokens a step
     assert payoff.is_on
     assert not payoff.wants_trial, "2/3 of the seconds per token: no doubt to settle"
+
+
+def test_calls_are_short_until_drafts_have_paid():
+    payoff = Payoff()
+    assert payoff.wants_short
+    verdicts(payoff, [(1.0, 1.1), (1.0, 1.1)])
+    assert not payoff.wants_short
+    verdicts(payoff, [(5.0, 1.1)])
+    assert payoff.wants_short, "a doubt is settled by short calls"
+    losing = Payoff()
+    verdicts(losing, [(1.0, 0.9)] * 4)
+    assert not losing.is_on
+    assert not losing.wants_short, "plain decoding has long calls"
