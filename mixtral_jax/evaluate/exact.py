@@ -135,8 +135,10 @@ def ask(
     """
     if batch < 1:
         raise MixtralError("--batch", expected="at least 1", got=batch, fix="--batch 8", code=USAGE)
-    encoded = {text: lm.encode(text) for text in {question.answer for question in questions}}
-    budget = max_new_tokens or max(map(len, encoded.values())) + _SPARE
+    longest = max(len(lm.encode(question.answer)) for question in questions)
+    budget = max_new_tokens or longest + _SPARE
+    ids = [_encode(lm, question.prompt, chat=chat) for question in questions]
+    _check_lengths(ids, budget, lm.config.max_position_embeddings)
     options = SamplingOptions(temperature=0.0, max_new_tokens=budget)
     order = sorted(
         range(len(questions)),
@@ -144,19 +146,27 @@ def ask(
     )
     answers: dict[int, Answer] = {}
     for chosen in watch([order[i : i + batch] for i in range(0, len(order), batch)]):
-        prompts = [questions[i].prompt for i in chosen]
-        if chat:
-            ids = [lm.encode_chat([{"role": "user", "content": text}]) for text in prompts]
-        else:
-            ids = [lm.encode(text) for text in prompts]
-        texts = None if chat else prompts
-        completions = lm.complete(lm.batch(ids, options, prompts=texts, is_answer=chat))
+        texts = None if chat else [questions[i].prompt for i in chosen]
+        rows = lm.batch([ids[i] for i in chosen], options, prompts=texts, is_answer=chat)
+        completions = lm.complete(rows)
         for i, completion in zip(chosen, completions, strict=True):
             if completion.error:
                 what = f"question {i + 1}: {completion.error.partition(': ')[2]}"
                 raise MixtralError(what, code=BAD_DATA)
             answers[i] = judge(questions[i], completion.generated_text or "")
     return [answers[i] for i in range(len(questions))]
+
+
+def _encode(lm: LanguageModel, prompt: str, *, chat: bool) -> list[int]:
+    return lm.encode_chat([{"role": "user", "content": prompt}]) if chat else lm.encode(prompt)
+
+
+def _check_lengths(ids: Sequence[Sequence[int]], budget: int, longest: int) -> None:
+    for i, prompt in enumerate(ids):
+        if len(prompt) + budget > longest:
+            expected = f"prompt and new tokens within {longest}"
+            got, fix = f"{len(prompt)} + {budget}", "shorten the prompt or lower --max-new-tokens"
+            raise MixtralError(f"question {i + 1}", expected=expected, got=got, fix=fix, code=USAGE)
 
 
 def judge(question: Question, generated_text: str) -> Answer:

@@ -228,8 +228,9 @@ class _Total:
         here = rows.is_scored[:, part]
         is_bad = here & ~(judged.is_finite & np.isfinite(judged.logprobs))
         if is_bad.any():
-            token = int(rows.index[:, part][is_bad].min())
-            what = f"{name_of(self._lm)}: logits before token {token} of the text are NaN"
+            # A NaN token spoils the earlier ones of its window too, where it is masked only.
+            begin = rows.begin[is_bad.any(axis=1)].min()
+            what = f"{name_of(self._lm)}: logits are NaN in the window that begins at token {begin}"
             fix = "the weights are damaged: convert or download them again"
             raise MixtralError(what, fix=fix, code=BAD_DATA)
         self._nll -= judged.logprobs[here].sum(dtype=np.float64)

@@ -101,14 +101,14 @@ class Rows(NamedTuple):
     """Windows as arrays ``[B, T]``; a window's last token is a target only and is not read.
 
     ``targets[b, t]`` is the token behind ``tokens[b, t]``; ``is_scored`` marks the places whose
-    target is scored in this window, ``index`` is the place of the target in the text.
+    target is scored in this window, ``begin`` is where it begins in the text.
     """
 
     tokens: np.ndarray  # int32
     valid: np.ndarray  # bool
     targets: np.ndarray  # int32
     is_scored: np.ndarray  # bool
-    index: np.ndarray  # int64
+    begin: np.ndarray  # int64 [B]
 
 
 def stack(batch: Sequence[Window], num_rows: int, length: int) -> Rows:
@@ -116,7 +116,7 @@ def stack(batch: Sequence[Window], num_rows: int, length: int) -> Rows:
     shape = (num_rows, length)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     valid, is_scored = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-    index = np.zeros(shape, np.int64)
+    begin = np.zeros((num_rows,), np.int64)
     for row, window in enumerate(batch):
         count = len(window.token_ids) - 1
         tokens[row, :count] = window.token_ids[:-1]
@@ -125,6 +125,6 @@ def stack(batch: Sequence[Window], num_rows: int, length: int) -> Rows:
         targets[row, :count] = window.token_ids[1:]
         valid[row, :count] = True
         is_scored[row, window.first - window.begin - 1 : count] = True
-        index[row] = window.begin + 1 + np.arange(length)
+        begin[row] = window.begin
     tokens[len(batch) :] = tokens[len(batch) - 1]
-    return Rows(tokens, valid, targets, is_scored, index)
+    return Rows(tokens, valid, targets, is_scored, begin)
