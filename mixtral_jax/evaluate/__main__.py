@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from mixtral_jax import cli, terminal
 from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
 from mixtral_jax.evaluate import report
-from mixtral_jax.evaluate.exact import Question, ask, read_questions, score_of
+from mixtral_jax.evaluate.exact import ask, read_questions, score_of
 from mixtral_jax.evaluate.options import (
     ExactOptions,
     OnText,
@@ -269,7 +269,7 @@ class _Bar:
     def watch(self, what: str) -> Any:
         """Wraps a sequence, to count what has been taken from it."""
 
-        def wrapped(batches: Sequence[list[Question]]) -> Iterable[list[Question]]:
+        def wrapped(batches: Sequence[Any]) -> Iterable[Any]:
             with self.task(what, len(batches), 1) as advance:
                 for done, each in enumerate(batches):
                     advance(done)
@@ -279,4 +279,4 @@ class _Bar:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.evaluate"))  # type: ignore[arg-type]
+    sys.exit(cli.run(main, Options, "python -m mixtral_jax.evaluate"))

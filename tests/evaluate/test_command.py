@@ -37,7 +37,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def here(capsys, *arguments: object) -> tuple[int, str, str]:
     """The same in this process: (exit code, stdout, stderr)."""
-    code = cli.run(main, Options, "evaluate", [str(argument) for argument in arguments])  # type: ignore[arg-type]
+    code = cli.run(main, Options, "evaluate", [str(argument) for argument in arguments])
     return code, *capsys.readouterr()
 
 
