@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mixtral_jax import cli, terminal
+from mixtral_jax.config import DTYPES
 from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
 from mixtral_jax.evaluate import report
 from mixtral_jax.evaluate.exact import ask, read_questions, score_of
@@ -197,7 +198,9 @@ def _check_text(options: OnText) -> TextFile:
 
 def _load(options: Shared, checkpoint: str, scheme: str | None, bar: _Bar) -> LanguageModel:
     fields = dataclasses.asdict(options.load)
-    if scheme is not None:
+    if scheme in DTYPES:
+        fields["dtype"] = scheme
+    elif scheme is not None:
         if fields.get("quantize") is not None:
             raise MixtralError("--schemes and --quantize: give one of them", code=USAGE)
         fields["quantize"] = scheme

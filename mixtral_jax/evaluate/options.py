@@ -62,12 +62,13 @@ class PerplexityOptions(OnText):
     loaded beside one other at a time.
     """
 
-    checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CKPT")] = (
-        EMBEDDED,
-    )
+    checkpoints: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CKPT ...]")
+    ] = (EMBEDDED,)
     """Checkpoint folders, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     schemes: str | None = None
-    """Every checkpoint in each of these: none,int8 (none leaves the weights as they are)."""
+    """Every checkpoint in each of these, as none,bfloat16,int8: a dtype, a scheme of quantization,
+    or none, which leaves the weights as they are."""
     data: Path | None = None
     """Ask these questions too, as exact does, for a column of right answers."""
     chat: bool = False

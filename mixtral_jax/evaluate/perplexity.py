@@ -138,10 +138,10 @@ def compare(
         )
         for logits in zip(*parts, strict=True):
             part = slice(at, at := at + logits[0].shape[1])
-            judged = [scores.judge(each, rows.targets[:, part]) for each in logits]
-            for total, each in zip(totals, judged, strict=True):
-                total.judge(each, rows, part)
-            between.judge(*judged, scores.divergence(*logits), rows, part)
+            ours, theirs = (scores.judge(each, rows.targets[:, part]) for each in logits)
+            totals[0].judge(ours, rows, part)
+            totals[1].judge(theirs, rows, part)
+            between.judge(ours, theirs, scores.divergence(*logits), rows, part)
     results = [total.result(context, stride) for total in totals]
     divergence = between.result(results[0].scored)
     return Comparison(first=results[0], other=results[1], divergence=divergence)

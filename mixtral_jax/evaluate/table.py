@@ -27,7 +27,10 @@ NO_SCHEME = "none"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A checkpoint as it is to be loaded; ``scheme`` None leaves its weights as they are."""
+    """A checkpoint as it is to be loaded.
+
+    ``scheme`` is a dtype or a scheme of quantization; None leaves the weights as they are.
+    """
 
     checkpoint: str
     scheme: str | None = None

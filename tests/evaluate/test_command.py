@@ -116,8 +116,8 @@ def test_comparison(text, noisy, tmp_path, capsys):
     assert other["routing_agreement"] == 1, "the head alone differs"
     assert other["kl"] > 1e-4
     assert first["exact"] == {"asked": 2, "right": 1, "exact": 1, "accuracy": 0.5}
-    lms = [mj.load(name, mesh="1x1", dtype="float32") for name in ("tiny", noisy)]
-    wanted = compare(*lms, lms[0].encode(TEXT), windowing=Windowing(context=32))
+    plain, far = (mj.load(name, mesh="1x1", dtype="float32") for name in ("tiny", noisy))
+    wanted = compare(plain, far, plain.encode(TEXT), windowing=Windowing(context=32))
     assert other["kl"] == pytest.approx(wanted.divergence.kl, rel=1e-5)
     drawn = (tmp_path / "table.svg").read_text()
     assert "mean KL divergence from tiny" in drawn
@@ -126,6 +126,18 @@ def test_comparison(text, noisy, tmp_path, capsys):
     assert code == 0
     assert "┃ routing ┃" in out
     assert out.count("100.00%") == 3
+
+
+def test_schemes(text, capsys):
+    shared = ["--text", text, "--context", 32, "--mesh", "1x1", "--json"]
+    code, out, err = here(capsys, "perplexity", *shared, "--schemes", "none,bfloat16")
+    assert code == 0, err
+    plain, rounded = map(json.loads, out.splitlines())
+    assert [row["scheme"] for row in (plain, rounded)] == ["none", "bfloat16"]
+    assert [row["dtype"] for row in (plain, rounded)] == ["float32", "bfloat16"]
+    assert plain["weight_bytes"] == 2 * rounded["weight_bytes"]
+    assert 0 < rounded["kl"] < 0.01
+    assert rounded["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)
 
 
 def test_exact(tmp_path, capsys):
