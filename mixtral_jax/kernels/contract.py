@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ def contract(einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.
     """
     dtype = dtype or x.dtype
     if isinstance(w, QTensor):
+        if w.order is not None:
+            x, w = x[..., w.order], dataclasses.replace(w, order=None)
         w = w.dequantize()
     if isinstance(w, Adapted):
         return _contract_adapted(einsum, x, w).astype(dtype)
