@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mixtral_jax import cli, terminal
 from mixtral_jax.config import DTYPES
-from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
 from mixtral_jax.evaluate import report
 from mixtral_jax.evaluate.exact import ask, read_questions, score_of
 from mixtral_jax.evaluate.options import (
@@ -31,7 +31,6 @@ from mixtral_jax.evaluate.table import (
     Entry,
     Row,
     entries,
-    parse_schemes,
     read_configs,
     tabulate,
 )
@@ -67,7 +66,7 @@ def _perplexity(options: PerplexityOptions) -> int:
         options.checkpoints, terminal.note, sliding_window=options.load.sliding_window
     )
     options.windowing.fit(configs)
-    wanted = entries(options.checkpoints, parse_schemes(options.schemes))
+    wanted = entries(options.checkpoints, options.entry_schemes)
     tokenizers: list[Tokenizer] = []
     meshes: dict[str, str] = {}
     passes = max(len(wanted) - 1, 1)
@@ -201,8 +200,6 @@ def _load(options: Shared, checkpoint: str, scheme: str | None, bar: _Bar) -> La
     if scheme in DTYPES:
         fields["dtype"] = scheme
     elif scheme is not None:
-        if fields.get("quantize") is not None:
-            raise MixtralError("--schemes and --quantize: give one of them", code=USAGE)
         fields["quantize"] = scheme
     with bar.task("loading", None, 1) as advance:
         loaded = 0

@@ -76,9 +76,17 @@ class PerplexityOptions(OnText):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.schemes is not None and self.load.quantize is not None:
+            fix = f"--schemes {self.schemes},{self.load.quantize}"
+            raise MixtralError("--schemes and --quantize", fix=fix, code=USAGE)
         parse_schemes(self.schemes)
         if self.chat and self.data is None:
             raise MixtralError("--chat needs --data: text is read as it is", code=USAGE)
+
+    @property
+    def entry_schemes(self) -> tuple[str | None, ...]:
+        """That every checkpoint is loaded in."""
+        return (self.load.quantize,) if self.schemes is None else parse_schemes(self.schemes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 import jax
 from flax import nnx
 
-from mixtral_jax.config import ModelConfig, read_config
+from mixtral_jax.config import DTYPES, ModelConfig, read_config
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
 from mixtral_jax.evaluate.exact import ExactScore
@@ -21,6 +22,7 @@ from mixtral_jax.evaluate.perplexity import (
 )
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.language_model import LanguageModel
+from mixtral_jax.quantize.makers import DataFree
 
 NO_SCHEME = "none"
 
@@ -70,17 +72,19 @@ def entries(checkpoints: Sequence[str], schemes: Sequence[str | None] = (None,))
 
 
 def parse_schemes(text: str | None) -> tuple[str | None, ...]:
-    """``none,int8`` as (None, "int8").
+    """``none,bfloat16,int8`` as (None, "bfloat16", "int8").
 
     Raises:
-        MixtralError: exit code 64 for an empty name.
+        MixtralError: exit code 64 for any other name.
     """
     if text is None:
         return (None,)
+    known = (NO_SCHEME, *DTYPES, *get_args(DataFree))
     names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        fix = "--schemes none,int8"
-        raise MixtralError("--schemes", expected="names", got=repr(text), fix=fix, code=USAGE)
+    wrong = next((name for name in names if name not in known), None)
+    if wrong is not None:
+        expected, fix = ", ".join(known), "--schemes none,int8"
+        raise MixtralError("--schemes", expected=expected, got=repr(wrong), fix=fix, code=USAGE)
     return tuple(None if name == NO_SCHEME else name for name in names)
 
 

@@ -130,11 +130,13 @@ def test_comparison(text, noisy, tmp_path, capsys):
 
 def test_schemes(text, capsys):
     shared = ["--text", text, "--context", 32, "--mesh", "1x1", "--json"]
-    code, out, err = here(capsys, "perplexity", *shared, "--schemes", "none,bfloat16")
+    code, out, err = here(capsys, "perplexity", *shared, "--schemes", "none,bfloat16,int8")
     assert code == 0, err
-    plain, rounded = map(json.loads, out.splitlines())
-    assert [row["scheme"] for row in (plain, rounded)] == ["none", "bfloat16"]
+    plain, rounded, quantized = map(json.loads, out.splitlines())
+    assert [row["scheme"] for row in (plain, rounded, quantized)] == ["none", "bfloat16", "int8"]
     assert [row["dtype"] for row in (plain, rounded)] == ["float32", "bfloat16"]
+    assert quantized["weight_bytes"] < 0.4 * plain["weight_bytes"]
+    assert 0 < quantized["kl"] < 0.1
     assert plain["weight_bytes"] == 2 * rounded["weight_bytes"]
     assert 0 < rounded["kl"] < 0.01
     assert rounded["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)
@@ -187,7 +189,9 @@ def test_routing(text, tmp_path, capsys):
         ("perplexity --text TEXT --batch 0", 64, "--batch: expected at least 1"),
         ("perplexity --text TEXT --kv-dtype int8", 64, "--kv-dtype: text is read without"),
         ("perplexity --text TEXT --chat", 64, "--chat needs --data"),
-        ("perplexity --text TEXT --schemes int8,,none", 64, "--schemes"),
+        ("perplexity --text TEXT --schemes int8,,none", 64, "--schemes: expected none,"),
+        ("perplexity --text TEXT --schemes none,int9", 64, "got 'int9'"),
+        ("perplexity --text TEXT --schemes none --quantize int8", 64, "--schemes none,int8"),
         ("perplexity --text TEXT --plot a.pdf", 64, "--plot: expected a name that ends in"),
         ("perplexity nowhere --text TEXT", 66, "no such folder: nowhere"),
         ("perplexity --text TEXT --data nowhere", 66, "--data nowhere: no such file"),
