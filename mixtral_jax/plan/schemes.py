@@ -5,6 +5,7 @@ The matrices of attention and experts are quantized; router, norms, embeddings a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple, get_args
 
@@ -16,7 +17,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.convert.parts import part_spec, quantized_weights
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
-from mixtral_jax.qtensor import QTensor
+from mixtral_jax.qtensor import Nested, QTensor
 from mixtral_jax.quantize.makers import DataFree, Recipe
 from mixtral_jax.quantize.source import is_quantized, made_specs
 from mixtral_jax.sharding.mesh import MeshSpec
@@ -25,7 +26,8 @@ from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.sharding.strategy import Strategy
 
 # What `--quantize` makes at load; of gptq, what published checkpoints have.
-SCHEMES = (*get_args(DataFree), "gptq")
+DOUBLE_QUANT = "nf4-double-quant"
+SCHEMES = (*get_args(DataFree), DOUBLE_QUANT, "gptq")
 GPTQ_GROUP = 128
 
 
@@ -35,7 +37,9 @@ def quantized_parts(leaf: str, spec: LeafSpec, scheme: str) -> QTensor:
     GPTQ: 4 bits, groups of 128 with 16-bit scales and zero points, and an activation order.
     """
     if scheme != "gptq":
-        parts = made_specs(leaf, spec, Recipe(scheme=scheme))
+        is_double = scheme == DOUBLE_QUANT
+        recipe = Recipe(scheme="nf4" if is_double else scheme, double_quant=is_double)
+        parts = made_specs(leaf, spec, recipe)
     else:
         groups = spec.shape[-1] // GPTQ_GROUP
         parts = {
@@ -46,7 +50,11 @@ def quantized_parts(leaf: str, spec: LeafSpec, scheme: str) -> QTensor:
 
 
 def shard_bytes(q: QTensor, spec: PartitionSpec, mesh: MeshSpec) -> int:
-    """Bytes of one device's part of a quantized weight."""
+    """Bytes of one device's part of a quantized weight; nested scales only where not split."""
+    is_split = shard_shape(q.shape, spec, mesh)[-2:] != q.shape[-2:]
+    if is_split and isinstance(q.scales, Nested):
+        plain = jax.ShapeDtypeStruct(q.scales.shape, np.float32)
+        q = dataclasses.replace(q, scales=plain)
     sizes = jax.tree.map(
         lambda part, its: math.prod(shard_shape(part.shape, its, mesh)) * part.dtype.itemsize,
         q,

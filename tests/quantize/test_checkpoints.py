@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -80,7 +81,8 @@ def canonical(w) -> list[np.ndarray]:
     """The parts of a weight, experts in their order."""
     if isinstance(w, ExpertSlots):
         slots = [jax.tree.leaves(slot) for slot in w.slots]
-        stacks = [np.stack([np.asarray(part) for part in column], 1) for column in zip(*slots, strict=False)]
+        columns = zip(*slots, strict=True)
+        stacks = [np.stack([np.asarray(part) for part in column], 1) for column in columns]
         return [stack.reshape(-1, *stack.shape[2:]) for stack in stacks]
     return [np.asarray(part) for part in jax.tree.leaves(w)]
 
@@ -193,10 +195,7 @@ def replace_leaf(folder: Path, leaf: str, parts: list[str], value: np.ndarray) -
     write_leaf(folder, leaf, value)
     chunks = tuple(sha256(expert) for expert in value)
     leaves[leaf] = LeafRecord(shape=value.shape, dtype=value.dtype.name, chunks=chunks)
-    import dataclasses
-
-    manifest = dataclasses.replace(read_manifest(folder), leaves=leaves)
-    manifest.write(folder)
+    dataclasses.replace(read_manifest(folder), leaves=leaves).write(folder)
 
 
 @pytest.mark.parametrize("asked", [None, "int8"])
@@ -222,7 +221,7 @@ def test_experts_of_more_bits_than_asked_fail():
     w = quantize_matrix(np.ones((8, 256, 128), np.float32), Recipe(scheme="int8"))
     path = "layers.0.moe.experts.gate"
     check_experts({path: w}, specs, bits=8)
-    with pytest.raises(MixtralError, match="at most 4 bits: expected 100 %, got 0.0 %"):
+    with pytest.raises(MixtralError, match=r"at most 4 bits: expected 100 %, got 0\.0 %"):
         check_experts({path: w}, specs, bits=4)
     with pytest.raises(MixtralError, match="experts in few bits"):
         check_experts({path: np.ones((8, 256, 128))}, specs)
@@ -238,10 +237,6 @@ def test_a_missing_part_and_a_changed_byte_are_found(tmp_path, small):
     file.write_bytes(content)
     with pytest.raises(MixtralError, match=r"up.int8.codes\[1\]: its bytes are not those"):
         mj.load(dst, mesh="1x1")
-    raw = json.loads((dst / "manifest.json").read_text())
-    del raw["leaves"]["layers.0.moe.experts.up.int8.scales"]
-    import dataclasses
-
     manifest = read_manifest(dst)
     leaves = {p: r for p, r in manifest.leaves.items() if not p.endswith("up.int8.scales")}
     dataclasses.replace(manifest, leaves=leaves).write(dst)
