@@ -23,6 +23,7 @@ SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = [
     "sample",
     "convert",
+    "quantize",
     "sharding",
     "plan",
     "evaluate",
