@@ -9,16 +9,17 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check parity fault slow score bench clean
+.PHONY: help demo test check parity fault slow score evaluate bench clean
 
 help:
 	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
 	@echo "make test    the tests (TESTS=tests/test_config.py for a part, WORKERS=4 for more processes)"
 	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
-	@echo "make parity  the comparisons with torch, transformers and mistral-common"
+	@echo "make parity  the comparisons with torch, transformers, bitsandbytes and mistral-common"
 	@echo "make fault   kills and corruptions, many times over"
 	@echo "make slow    every mesh strategy with every dispatch: minutes"
 	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"
+	@echo "make evaluate  perplexity, exact answers and expert loads of the embedded model, f32 and bf16"
 	@echo "make bench   the quick benchmarks"
 	@echo "make clean   remove $(VENV) and the caches"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=folder the environment"
@@ -54,6 +55,13 @@ score: $(STAMP)-test
 	@status=0; for dtype in float32 bfloat16; do \
 	  echo "== $$dtype"; $(PY) -m examples.tiny.score --dtype $$dtype || status=$$?; \
 	done; exit $$status
+
+evaluate: $(STAMP)-test
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
+	$(PY) -m examples.tiny.data "$$folder"; \
+	$(PY) -m mixtral_jax.evaluate perplexity --text "$$folder/text.txt" --context 256 \
+	  --schemes float32,bfloat16 --data "$$folder/questions.jsonl" --chat; \
+	$(PY) -m mixtral_jax.evaluate routing --text "$$folder/text.txt" --context 256
 
 bench: $(STAMP)-core
 	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \

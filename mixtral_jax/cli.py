@@ -33,7 +33,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def run(
     main: Callable[[Options], int],
-    options_type: type[Options],
+    options_type: Any,
     prog: str,
     argv: Sequence[str] | None = None,
     markers: Sequence[Any] = PLAIN,
@@ -45,7 +45,8 @@ def run(
 
     Args:
         main: the command; returns its exit code.
-        options_type: a frozen dataclass, whose docstrings are the help texts.
+        options_type: a frozen dataclass, whose docstrings are the help texts; or a union of such,
+            one per subcommand.
         prog: how the command is called, for the help text.
         argv: arguments; those of the process unless given.
         markers: how tyro spells the options.
@@ -68,7 +69,7 @@ def run(
 
 def _run(
     main: Callable[[Options], int],
-    options_type: type[Options],
+    options_type: Any,
     prog: str,
     argv: Sequence[str] | None,
     markers: Sequence[Any],

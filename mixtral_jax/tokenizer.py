@@ -7,6 +7,7 @@ Nothing here needs jax.
 from __future__ import annotations
 
 import codecs
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -153,6 +154,11 @@ class Tokenizer:
                 code=BAD_DATA,
             )
         return self.control_ids[name]
+
+    @functools.cached_property
+    def pieces(self) -> tuple[str, ...]:
+        """The vocabulary by id, as SentencePiece writes it (a space as ▁)."""
+        return tuple(self._processor.id_to_piece(token_id) for token_id in range(self.vocab_size))
 
     def is_control(self, token_id: SupportsIndex) -> bool:
         """Whether an id stands for a control piece (never shown as text)."""

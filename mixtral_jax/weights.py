@@ -8,78 +8,19 @@ Makers of the kinds (quantization, adapters) live in later rooms; this plumbing 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mixtral_jax.qtensor import QTensor
+
 AxisNames: TypeAlias = tuple[str, ...]
 
 # An array; or what stands for one where a tree of shapes, specs or shardings has the same form.
 Leaf: TypeAlias = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class QTensor:
-    """A quantized matrix or stack of matrices, ``[..., O, I]`` in codes and group scales.
-
-    Attributes:
-        codes: packed integers; layout by scheme. ``int8``: int8 ``[..., O, I]``.
-        scales: ``[..., O, I / group_size]``, one factor per group of consecutive inputs.
-        scheme: a key of ``SCHEMES``.
-        dtype: the dtype of the weight that this stands for.
-    """
-
-    codes: Leaf
-    scales: Leaf
-    scheme: str
-    dtype: Any
-
-    def __post_init__(self):
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme: expected one of {sorted(SCHEMES)}, got {self.scheme!r}")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that this stands for; of a device's part inside shard_map."""
-        return SCHEMES[self.scheme].shape(tuple(self.codes.shape))
-
-    @property
-    def ndim(self) -> int:
-        """Number of dims of the weight that this stands for."""
-        return len(self.shape)
-
-    def __getitem__(self, index: object) -> QTensor:
-        _only_ellipsis(index)
-        return self
-
-    def dequantize(self) -> jax.Array:
-        """The weight as an array of ``dtype`` and ``shape``."""
-        return SCHEMES[self.scheme].dequantize(self)
-
-
-class Scheme(NamedTuple):
-    """How the codes of a scheme become a shape, and numbers."""
-
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-    dequantize: Callable[[QTensor], jax.Array]
-
-
-def _dequantize_int8(q: QTensor) -> jax.Array:
-    groups = q.scales.shape[-1]
-    codes = q.codes.reshape(*q.codes.shape[:-1], groups, -1).astype(jnp.float32)
-    values = codes * q.scales[..., None].astype(jnp.float32)
-    return values.reshape(q.codes.shape).astype(q.dtype)
-
-
-# Quantization adds rows here, and nothing elsewhere.
-SCHEMES: dict[str, Scheme] = {"int8": Scheme(lambda codes: codes, _dequantize_int8)}
-
-jax.tree_util.register_dataclass(
-    QTensor, data_fields=("codes", "scales"), meta_fields=("scheme", "dtype")
-)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,17 @@ import mixtral_jax
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMANDS = ["sample", "convert", "sharding", "plan"]
+COMMANDS = [
+    "sample",
+    "convert",
+    "quantize",
+    "sharding",
+    "plan",
+    "evaluate",
+    "evaluate perplexity",
+    "evaluate exact",
+    "evaluate routing",
+]
 
 
 def compare(name: str, text: str, folder: Path = SNAPSHOTS) -> None:
@@ -38,7 +48,7 @@ def test_help(command):
     plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     environment = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
     done = subprocess.run(
-        [sys.executable, "-m", f"mixtral_jax.{command}", "--help"],
+        [sys.executable, "-m", *f"mixtral_jax.{command} --help".split()],
         cwd=ROOT,
         env=environment | plain,
         check=False,
@@ -47,7 +57,7 @@ def test_help(command):
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = (line.rstrip() for line in done.stdout.strip().splitlines())
-    compare(f"help-{command}", "\n".join(lines) + "\n")
+    compare(f"help-{command.replace(' ', '-')}", "\n".join(lines) + "\n")
 
 
 def describe(name: str) -> str:

@@ -25,8 +25,8 @@ import mixtral_jax as mj
 from examples.tiny.text import Conversation, Example, held_out
 from examples.tiny.tokens import encode
 from mixtral_jax import cli
-from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import OK, USAGE, MixtralError
+from mixtral_jax.evaluate.exact import Question, ask
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
@@ -116,19 +116,15 @@ def score(lm: LanguageModel, examples: Sequence[Example], watch: Watch = iter) -
     """Asks every example. ``watch`` wraps the batches, to show progress."""
     asked = collections.Counter(example.family for example in examples)
     right: collections.Counter[str] = collections.Counter(dict.fromkeys(asked, 0))
+    questions = [Question(prompt=example.prompt, answer=example.answer) for example in examples]
+    answers = ask(lm, questions, chat=True, max_new_tokens=MAX_NEW_TOKENS, batch=ROWS, watch=watch)
     mistakes = []
-    # Rows of one batch end at about the same time.
-    order = sorted(examples, key=lambda e: (len(e.answer) // 8, len(e.prompt)))
-    options = SamplingOptions(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
-    for chunk in watch([order[i : i + ROWS] for i in range(0, len(order), ROWS)]):
-        ids = [lm.encode_chat([{"role": "user", "content": e.prompt}]) for e in chunk]
-        completions = lm.complete(lm.batch(ids, options, is_answer=True))
-        for example, completion in zip(chunk, completions, strict=True):
-            if completion.generated_text == example.answer:
-                right[example.family] += 1
-            else:
-                mistakes.append((example, completion.generated_text or ""))
-    return Score(dict(right), dict(asked), expert_loads(lm, order), mistakes)
+    for example, answer in zip(examples, answers, strict=True):
+        if answer.generated_text == example.answer:
+            right[example.family] += 1
+        else:
+            mistakes.append((example, answer.generated_text))
+    return Score(dict(right), dict(asked), expert_loads(lm, examples), mistakes)
 
 
 @functools.partial(jax.jit, static_argnames="placement")

@@ -91,7 +91,7 @@ def documents(seed: int) -> Iterator[Conversation | Plain]:
     draw = random.Random(f"train {seed}")
     while True:
         if draw.random() < 0.04:
-            yield Plain(_plain(draw))
+            yield Plain(plain(draw))
             continue
         num_turns = 1
         if draw.random() < 0.35:
@@ -149,7 +149,7 @@ def normalised(prompt: str) -> str:
     return " ".join(letters.rstrip("= ").split())
 
 
-def _plain(draw: random.Random) -> str:
+def plain(draw: random.Random) -> str:
     """Lines to be continued: sums, sequences, sentences."""
     to = languages()[draw.choice(CODES)]
     kind = draw.choice(["arithmetic", "sequence", "sequence", "capitals"])

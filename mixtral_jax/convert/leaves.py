@@ -32,6 +32,11 @@ class Leaves(Protocol):
         ...
 
     @property
+    def specs(self) -> Mapping[str, LeafSpec]:
+        """What is stored: weights, and in place of a quantized one its parts (convert/parts.py)."""
+        ...
+
+    @property
     def layout(self) -> str:
         """A key of ``names.LAYOUTS``; ``orbax`` for a folder of ours."""
         ...
@@ -103,7 +108,7 @@ class PublishedLeaves:
         head_dim: int,
         note: Note = lambda line: None,
     ):
-        self._specs, self._head_dim = specs, head_dim
+        self.specs, self._head_dim = specs, head_dim
         self.checkpoint = Checkpoint(folder)
         try:
             self.plan = names.plan(
@@ -128,7 +133,7 @@ class PublishedLeaves:
 
     def dtype(self, leaf: str) -> np.dtype:
         """The stored dtype of a leaf."""
-        chunk = chunks_of(leaf, self._specs[leaf].shape)[0]
+        chunk = chunks_of(leaf, self.specs[leaf].shape)[0]
         return FLOATS[self.checkpoint.tensors[self.source_name(chunk)].dtype]
 
     @property
@@ -152,7 +157,7 @@ class PublishedLeaves:
 
     def unit(self, chunk: Chunk) -> int:
         """More than 1 where rows are permuted or transposed."""
-        shape = self._specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
+        shape = self.specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
         return transforms.unit(self.plan.sources[chunk].transform, shape, self._head_dim)
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
@@ -171,7 +176,7 @@ class PublishedLeaves:
 
     def prefetch(self, leaf: str) -> None:
         """Asks for the rows of every chunk."""
-        for chunk in chunks_of(leaf, self._specs[leaf].shape):
+        for chunk in chunks_of(leaf, self.specs[leaf].shape):
             self.checkpoint.prefetch(*self.plan.sources[chunk].rows)
 
     def digest(self, chunk: Chunk) -> str | None:

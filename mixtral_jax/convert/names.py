@@ -114,7 +114,8 @@ QUANTIZED = {
 _ROWS = {layout: {row.leaf: row for row in rows} for layout, rows in LAYOUTS.items()}
 # Buffers of old checkpoints that are recomputed, not weights.
 IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)")
+# A leaf of experts, or one part of a quantized one (convert/parts.py).
+EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)(\.\w+\.\w+)?")
 
 
 class Chunk(NamedTuple):

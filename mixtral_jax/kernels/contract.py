@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ def contract(
         The product, in ``dtype``.
     """
     dtype = dtype or x.dtype
+    if isinstance(w, QTensor) and w.order is not None:
+        x, w = x[..., w.order], dataclasses.replace(w, order=None)
     if isinstance(w, Adapted):
         return _contract_adapted(einsum, x, w, product).astype(dtype)
     # One flat product: with more dims XLA's CPU compiler transposes the weight into a copy.

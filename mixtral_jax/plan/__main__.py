@@ -28,11 +28,11 @@ from mixtral_jax.plan.sweep import (
     MOST_COMPILED,
     Cheapest,
     cheapest,
-    check_plot,
     draw,
     powers_of_two,
     sweep,
 )
+from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.report import find_config

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from mixtral_jax.errors import INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.errors import MixtralError
 from mixtral_jax.plan.bill import Bill, holds, make_bill, memory_of, scheme_of
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Workload
 from mixtral_jax.plan.schemes import weight_bytes
 from mixtral_jax.plan.step import generation_steps, train_step
+from mixtral_jax.plots import check_plot, figure_file
 from mixtral_jax.sharding.mesh import MeshSpec
 
 MAX_DEVICES = 256
@@ -140,24 +140,6 @@ def cheapest(
     return Cheapest(None, is_complete=True)
 
 
-def check_plot(path: Path) -> None:
-    """Refuses a picture that could not be drawn, before anything is compiled.
-
-    Raises:
-        MixtralError: exit code 64 without matplotlib or for another kind of file, 66 for a folder
-            that is not there.
-    """
-    if path.suffix not in (".svg", ".png"):
-        expected, fix = "a name that ends in .svg or .png", "--plot sweep.svg"
-        raise MixtralError("--plot", expected=expected, got=str(path), fix=fix, code=USAGE)
-    if not path.parent.is_dir():
-        what = f"--plot {path}: no folder {path.parent}"
-        raise MixtralError(what, fix="make it first", code=INPUT_NOT_FOUND)
-    if importlib.util.find_spec("matplotlib") is None:
-        fix = "pip install 'mixtral-jax[plots]'"
-        raise MixtralError("--plot needs matplotlib", fix=fix, code=USAGE)
-
-
 def draw(bills: list[Bill], title: str, path: Path) -> None:
     """Tokens per second, and bytes per device, over the number of devices, as SVG or PNG.
 
@@ -165,11 +147,7 @@ def draw(bills: list[Bill], title: str, path: Path) -> None:
         MixtralError: as ``check_plot``.
     """
     check_plot(path)
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context({"svg.hashsalt": "mixtral_jax", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(11, 4.4), layout="constrained")
+    with figure_file(path, size=(11, 4.4)) as figure:
         speed, memory = figure.subplots(1, 2)
         for fits, marker, color in ((True, "o", "tab:blue"), (False, "x", "tab:red")):
             chosen = [bill for bill in bills if bill.fits == fits]
@@ -198,4 +176,3 @@ def draw(bills: list[Bill], title: str, path: Path) -> None:
             axes.grid(alpha=0.3)
         speed.legend()
         figure.suptitle(title, fontsize=10)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -15,7 +15,7 @@ from mixtral_jax.config import PRESETS
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.generate import Generation, Request
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
-from mixtral_jax.errors import MixtralError
+from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.plan import devices
 from mixtral_jax.plan.bill import active_parameters, make_bill, memory_of
 from mixtral_jax.plan.programs import Workload, compile_programs
@@ -57,11 +57,12 @@ def test_published_memory_table():
     config, one = PRESETS["mixtral-8x7b"], MeshSpec()
     sizes = {
         scheme: weight_bytes(config, one, Strategy(), dtype="float16", scheme=scheme).total / 1e9
-        for scheme in (None, "int8", "nf4", "int4")
+        for scheme in (None, "int8", "nf4", "nf4-double-quant", "int4")
     }
     assert sizes[None] == pytest.approx(93.405585, abs=1e-6)
     assert 45 < sizes["int8"] == pytest.approx(47.0, abs=0.1)
-    assert 23 < sizes["nf4"] < 25
+    assert 23 < sizes["nf4-double-quant"] < 25
+    assert sizes["nf4"] == pytest.approx(26.65, abs=0.01)
     assert sizes["int4"] == pytest.approx(25.2, abs=0.1)
     assert active_parameters(config) == 12_748_853_248
 
@@ -71,8 +72,11 @@ def test_a_quantized_part_is_its_share_of_the_whole():
     whole = weight_bytes(config, MeshSpec(), Strategy(), scheme="int4")
     part = weight_bytes(config, MeshSpec(expert=8), Strategy(), scheme="int4")
     assert part.experts * 8 == whole.experts
-    with pytest.raises(MixtralError, match="--quantize: expected int8, fp8"):
+    with pytest.raises(MixtralError, match="--quantize: expected int8, int4"):
         weight_bytes(config, MeshSpec(), Strategy(), scheme="int3")
+    with pytest.raises(MixtralError, match="a smaller tensor axis") as refusal:
+        weight_bytes(config, MeshSpec(tensor=128), Strategy(), scheme="nf4")
+    assert refusal.value.code == BAD_CONFIG
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Proof: perplexity, exact answers and expert loads of checkpoints, alone and compared."""

@@ -1,0 +1,282 @@
+"""``python -m mixtral_jax.evaluate perplexity|exact|routing``: what a checkpoint is worth."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, TypeAlias
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from mixtral_jax import cli, terminal
+from mixtral_jax.config import DTYPES
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.evaluate import report
+from mixtral_jax.evaluate.exact import ask, read_questions, score_of
+from mixtral_jax.evaluate.options import (
+    ExactOptions,
+    OnText,
+    PerplexityOptions,
+    RoutingOptions,
+    Shared,
+)
+from mixtral_jax.evaluate.pictures import draw_load, draw_table
+from mixtral_jax.evaluate.routing import expert_load
+from mixtral_jax.evaluate.table import (
+    Entry,
+    Row,
+    entries,
+    read_configs,
+    tabulate,
+)
+from mixtral_jax.evaluate.text import TextFile
+from mixtral_jax.language_model import LanguageModel, load
+from mixtral_jax.plots import check_plot
+from mixtral_jax.sharding import hosts
+from mixtral_jax.tokenizer import Tokenizer
+
+_WIDTH = 140  # of tables, where nobody looks at a terminal
+
+Options: TypeAlias = (
+    Annotated[PerplexityOptions, tyro.conf.subcommand("perplexity")]
+    | Annotated[ExactOptions, tyro.conf.subcommand("exact")]
+    | Annotated[RoutingOptions, tyro.conf.subcommand("routing")]
+)
+
+
+def main(options: PerplexityOptions | ExactOptions | RoutingOptions) -> int:
+    """Runs one of the three; process 0 prints."""
+    hosts.join(options.processes, options)
+    if isinstance(options, PerplexityOptions):
+        return _perplexity(options)
+    if isinstance(options, ExactOptions):
+        return _exact(options)
+    return _routing(options)
+
+
+def _perplexity(options: PerplexityOptions) -> int:
+    text = _check_text(options)
+    questions = None if options.data is None else read_questions(options.data)
+    configs = read_configs(
+        options.checkpoints, terminal.note, sliding_window=options.load.sliding_window
+    )
+    options.windowing.fit(configs)
+    wanted = entries(options.checkpoints, options.entry_schemes)
+    tokenizers: list[Tokenizer] = []
+    meshes: dict[str, str] = {}
+    passes = max(len(wanted) - 1, 1)
+    with _Bar() as bar:
+
+        def load_entry(entry: Entry) -> LanguageModel:
+            lm = _load(options, entry.checkpoint, entry.scheme, bar)
+            meshes[entry.name] = str(lm.spec)
+            tokenizers.append(_tokenizer(lm)) if not tokenizers else None
+            return lm
+
+        def token_ids(lm: LanguageModel) -> Iterator[int]:
+            with bar.task("reading", text.dataset.bytes, passes) as advance:
+                yield from text.token_ids(_tokenizer(lm), advance)
+
+        def score(lm: LanguageModel) -> Any:
+            assert questions is not None
+            return score_of(ask(lm, questions, chat=options.chat, watch=bar.watch("asking")))
+
+        rows = tabulate(
+            wanted,
+            load_entry,
+            token_ids,
+            windowing=options.windowing,
+            batch=options.batch,
+            ask=None if questions is None else score,
+        )
+    if not hosts.is_first():
+        return OK
+    tokenizer, found = tokenizers[0], rows[0].found
+    _tell_dropped(rows)
+    if options.plot is not None:
+        title = f"{text.dataset.file}: context {found.context}, stride {found.stride}"
+        draw_table(rows, title, options.plot)
+    if options.json:
+        for row in rows:
+            mesh = meshes[row.entry.name]
+            print(json.dumps(report.row_json(row, text.dataset, tokenizer, mesh)))
+        return OK
+    mesh = ", ".join(dict.fromkeys(meshes.values()))
+    lines = report.facts(
+        text.dataset,
+        tokenizer,
+        context=found.context,
+        stride=found.stride,
+        tokens=found.tokens,
+        mesh=mesh,
+    )
+    if len(rows) == 1:
+        print(report.aligned(lines | report.one_row(rows[0], text.dataset)))
+        return OK
+    print(report.aligned(lines))
+    _print_table(report.comparison(rows))
+    return OK
+
+
+def _exact(options: ExactOptions) -> int:
+    questions = read_questions(options.data)
+    with _Bar() as bar:
+        lm = _load(options, options.checkpoint, None, bar)
+        answers = ask(
+            lm,
+            questions,
+            chat=options.chat,
+            max_new_tokens=options.max_new_tokens,
+            batch=options.batch,
+            watch=bar.watch("asking"),
+        )
+    if not hosts.is_first():
+        return OK
+    score = score_of(answers)
+    if not options.json:
+        print(f"{score.right} of {score.asked} right: {score.accuracy:.2%}", end="")
+        print(f" ({score.exact} of them end with the answer)")
+        return OK
+    for answer in answers:
+        line = dataclasses.asdict(answer)
+        print(json.dumps(line.pop("question") | line))
+    summary = {"checkpoint": options.checkpoint, "data": str(options.data), "chat": options.chat}
+    dtype = str(lm.model.embed_tokens.get_value().dtype)
+    counts = dataclasses.asdict(score) | {"accuracy": score.accuracy}
+    print(json.dumps(summary | counts | {"dtype": dtype, "mesh": str(lm.spec)}))
+    return OK
+
+
+def _routing(options: RoutingOptions) -> int:
+    text = _check_text(options)
+    window = options.load.sliding_window
+    options.windowing.fit(read_configs([options.checkpoint], terminal.note, window))
+    with _Bar() as bar:
+        lm = _load(options, options.checkpoint, None, bar)
+        tokenizer = _tokenizer(lm)
+        with bar.task("reading", text.dataset.bytes, 1) as advance:
+            found = expert_load(
+                lm,
+                text.token_ids(tokenizer, advance),
+                windowing=options.windowing,
+                batch=options.batch,
+            )
+    if not hosts.is_first():
+        return OK
+    if options.plot is not None:
+        draw_load(found, f"{options.checkpoint} on {text.dataset.file}", options.plot)
+    if options.json:
+        line = report.load_json(found, options.checkpoint, text.dataset, tokenizer, str(lm.spec))
+        print(json.dumps(line))
+        return OK
+    lines = report.facts(
+        text.dataset,
+        tokenizer,
+        context=found.context,
+        stride=found.stride,
+        tokens=found.tokens + 1,
+        mesh=str(lm.spec),
+    )
+    print(report.aligned(lines))
+    _print_table(report.load_table(found))
+    print(terminal.expert_load(found.counts), end="")
+    return OK
+
+
+def _check_text(options: OnText) -> TextFile:
+    """The text; and nothing is loaded for a picture that could not be drawn."""
+    if options.plot is not None:
+        check_plot(options.plot)
+    return TextFile(options.text)
+
+
+def _load(options: Shared, checkpoint: str, scheme: str | None, bar: _Bar) -> LanguageModel:
+    fields = dataclasses.asdict(options.load)
+    if scheme in DTYPES:
+        fields["dtype"] = scheme
+    elif scheme is not None:
+        fields["quantize"] = scheme
+    with bar.task("loading", None, 1) as advance:
+        loaded = 0
+
+        def progress(num_bytes: int) -> None:
+            nonlocal loaded
+            loaded += num_bytes
+            advance(loaded)
+
+        return load(checkpoint, note=terminal.note, progress=progress, **fields)
+
+
+def _tokenizer(lm: LanguageModel) -> Tokenizer:
+    if lm.tokenizer is None:
+        raise MixtralError(
+            f"{lm.folder} has no tokenizer.model, and text needs one",
+            fix="copy it from the published checkpoint",
+            code=INPUT_NOT_FOUND,
+        )
+    return lm.tokenizer
+
+
+def _tell_dropped(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if row.found.dropped:
+            terminal.note(f"{row.entry.name}: dropped {row.found.dropped} expert assignments")
+
+
+def _print_table(table: Any) -> None:
+    console = Console()
+    (console if console.is_terminal else Console(width=_WIDTH)).print(table)
+
+
+class _Bar:
+    """One line of progress on stderr, of process 0."""
+
+    def __init__(self):
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (console.is_terminal and hosts.is_first()),
+        )
+        self._passes = 0
+
+    def __enter__(self) -> _Bar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+    @contextlib.contextmanager
+    def task(self, what: str, total: int | None, passes: int) -> Iterator[Any]:
+        """Gives a function to be called with what has been done so far."""
+        if passes > 1:
+            self._passes += 1
+            what = f"{what} ({self._passes} of {passes})"
+        task = self._progress.add_task(what, total=total)
+        yield lambda done: self._progress.update(task, completed=done)
+        self._progress.remove_task(task)
+
+    def watch(self, what: str) -> Any:
+        """Wraps a sequence, to count what has been taken from it."""
+
+        def wrapped(batches: Sequence[Any]) -> Iterable[Any]:
+            with self.task(what, len(batches), 1) as advance:
+                for done, each in enumerate(batches):
+                    advance(done)
+                    yield each
+
+        return wrapped
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, Options, "python -m mixtral_jax.evaluate"))

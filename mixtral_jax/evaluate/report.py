@@ -1,0 +1,145 @@
+"""Results as lines for people, and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from mixtral_jax.evaluate.routing import ExpertLoad
+from mixtral_jax.evaluate.table import NO_SCHEME, Row
+from mixtral_jax.evaluate.text import Dataset
+from mixtral_jax.tokenizer import Tokenizer
+
+
+def tokenizer_line(tokenizer: Tokenizer) -> str:
+    """Which tokenizer: its version, size and a digest of its pieces."""
+    digest = hashlib.sha256("\0".join(tokenizer.pieces).encode()).hexdigest()
+    return f"SentencePiece {tokenizer.version}, {tokenizer.vocab_size} pieces, {digest[:12]}"
+
+
+def bits_per_byte(row: Row, dataset: Dataset) -> float:
+    """Negative log-likelihood of the whole text in bits, per byte: no tokenizer matters."""
+    return row.found.nll * row.found.scored / math.log(2) / dataset.bytes
+
+
+def row_json(row: Row, dataset: Dataset, tokenizer: Tokenizer, mesh: str) -> dict[str, Any]:
+    """One row, with all that its numbers depend on."""
+    found = dataclasses.asdict(row.found)
+    divergence = row.divergence
+    exact = row.exact
+    return {
+        "checkpoint": row.entry.checkpoint,
+        "scheme": row.entry.scheme or NO_SCHEME,
+        **found,
+        "bits_per_byte": bits_per_byte(row, dataset),
+        "difference": row.difference,
+        "kl": None if divergence is None else divergence.kl,
+        "top1_agreement": None if divergence is None else divergence.top1_agreement,
+        "routing_agreement": None if divergence is None else divergence.routing_agreement,
+        "weight_bytes": row.weight_bytes,
+        "exact": None
+        if exact is None
+        else {**dataclasses.asdict(exact), "accuracy": exact.accuracy},
+        "dtype": row.dtype,
+        "mesh": mesh,
+        "text": dataclasses.asdict(dataset),
+        "tokenizer": tokenizer_line(tokenizer),
+    }
+
+
+def facts(
+    dataset: Dataset, tokenizer: Tokenizer, *, context: int, stride: int, tokens: int, mesh: str
+) -> dict[str, str]:
+    """What every number of the report depends on."""
+    return {
+        "text": f"{dataset.file}, {dataset.bytes:,} bytes, sha256 {dataset.sha256}",
+        "tokenizer": tokenizer_line(tokenizer),
+        "tokens": f"{tokens:,}",
+        "windows": f"context {context}, stride {stride}",
+        "mesh": mesh,
+    }
+
+
+def one_row(row: Row, dataset: Dataset) -> dict[str, str]:
+    """What was found of a checkpoint alone."""
+    found = row.found
+    lines = {
+        "dtype": row.dtype,
+        "weights": f"{row.weight_bytes:,} bytes",
+        "perplexity": f"{found.perplexity:.4f} ({found.nll:.5f} nats per token)",
+        "bits/byte": f"{bits_per_byte(row, dataset):.4f}",
+    }
+    if row.exact is not None:
+        lines["right"] = f"{row.exact.right} of {row.exact.asked} ({row.exact.accuracy:.1%})"
+    return lines
+
+
+def comparison(rows: Sequence[Row]) -> Table:
+    """Rows for people; the first is what the others are compared with."""
+    columns = ["checkpoint", "scheme", "dtype", "bytes", "perplexity", "difference", "KL"]
+    columns += ["top-1", "routing"]
+    with_exact = rows[0].exact is not None
+    table = Table(*columns, *(["right"] if with_exact else []))
+    for row in rows:
+        cells = [
+            row.entry.checkpoint,
+            row.entry.scheme or NO_SCHEME,
+            row.dtype,
+            f"{row.weight_bytes:,}",
+            f"{row.found.perplexity:.4f}",
+        ]
+        far = row.divergence
+        if far is None:
+            cells += ["", "", "", ""]
+        else:
+            routed = far.routing_agreement
+            share = row.difference / rows[0].found.perplexity
+            cells += [f"{row.difference:+.4f} ({share:+.2%})", f"{far.kl:.2e}"]
+            cells += [f"{far.top1_agreement:.2%}", "-" if routed is None else f"{routed:.2%}"]
+        if with_exact and row.exact is not None:
+            cells.append(f"{row.exact.right}/{row.exact.asked}")
+        table.add_row(*cells)
+    return table
+
+
+def load_json(
+    load: ExpertLoad, checkpoint: str, dataset: Dataset, tokenizer: Tokenizer, mesh: str
+) -> dict[str, Any]:
+    """One line for the whole text."""
+    return {
+        "checkpoint": checkpoint,
+        "counts": load.counts.tolist(),
+        "shares": np.round(load.shares, 6).tolist(),
+        "entropy": np.round(load.entropy, 6).tolist(),
+        "tokens": load.tokens,
+        "context": load.context,
+        "stride": load.stride,
+        "mesh": mesh,
+        "text": dataclasses.asdict(dataset),
+        "tokenizer": tokenizer_line(tokenizer),
+    }
+
+
+def load_table(load: ExpertLoad) -> Table:
+    """For people: every layer's least and most used expert, and how even its load is."""
+    table = Table("layer", "least", "most", "evenness")
+    for layer, (shares, entropy) in enumerate(zip(load.shares, load.entropy, strict=True)):
+        least, most = int(shares.argmin()), int(shares.argmax())
+        table.add_row(
+            str(layer),
+            f"{shares[least]:.1%} (expert {least})",
+            f"{shares[most]:.1%} (expert {most})",
+            f"{entropy:.3f}",
+        )
+    return table
+
+
+def aligned(lines: dict[str, str]) -> str:
+    """Names and values in two columns."""
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())

@@ -1,0 +1,249 @@
+"""``python -m mixtral_jax.evaluate`` from outside: what it prints, refuses and draws."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mixtral_jax as mj
+from mixtral_jax import cli
+from mixtral_jax.evaluate.__main__ import Options, main
+from mixtral_jax.evaluate.perplexity import compare, perplexity
+from mixtral_jax.evaluate.windows import Windowing
+from mixtral_jax.language_model import EMBEDDED_FOLDER
+from tests.sharding import processes
+
+TEXT = "12 + 30 = 42. 5 - 3 = 2.\nMonday, Tuesday, Wednesday, Thursday\n1, 2, 3, 4, 5, 6, 7\n"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mixtral_jax.evaluate", *map(str, arguments)],
+        cwd=processes.ROOT,
+        env={key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def here(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The same in this process: (exit code, stdout, stderr)."""
+    code = cli.run(main, Options, "evaluate", [str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory) -> Path:
+    """The embedded model with a little noise in its head."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models") / "noisy"
+    shutil.copytree(EMBEDDED_FOLDER, folder)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["lm_head.weight"].astype(np.float32)
+    noise = np.random.default_rng(0).standard_normal(head.shape) * 0.1 * head.std()
+    tensors["lm_head.weight"] = (head + noise).astype(tensors["lm_head.weight"].dtype)
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_perplexity_from_outside(text):
+    done = run("perplexity", "--text", text, "--mesh", "1x8", "--context", "32", "--json")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    found = json.loads(line)
+    lm = mj.load("tiny", mesh="1x1")
+    wanted = perplexity(lm, lm.encode(TEXT), windowing=Windowing(context=32))
+    assert found["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+    assert found["scored"] == wanted.scored == len(lm.encode(TEXT)) - 1
+    digest = hashlib.sha256(TEXT.encode()).hexdigest()
+    assert found["text"] == {"file": "text.txt", "bytes": len(TEXT), "sha256": digest}
+    assert (found["context"], found["stride"]) == (32, 16)
+    assert (found["dtype"], found["mesh"], found["scheme"]) == ("float32", "1x8", "none")
+    assert found["tokenizer"].startswith("SentencePiece v3, 2048 pieces, ")
+    assert found["weight_bytes"] == 4 * sum(leaf.size for leaf in _leaves(lm))
+    bits = wanted.nll * wanted.scored / np.log(2) / len(TEXT)
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert found["kl"] is None
+    assert "simulating the 1x8 mesh" in done.stderr
+
+
+def _leaves(lm: mj.LanguageModel) -> list:
+    import jax
+    from flax import nnx
+
+    return jax.tree.leaves(nnx.state(lm.model))
+
+
+def test_text_for_people(text, capsys):
+    code, out, _ = here(capsys, "perplexity", "--text", text, "--context", 32, "--mesh", "1x1")
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["text", "tokenizer", "tokens", "windows", "mesh", "dtype", "weights",
+                     "perplexity", "bits/byte"]  # fmt: skip
+    assert "sha256" in out
+
+
+def test_comparison(text, noisy, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "12+30=", "answer": "42"}\n{"prompt": "1+1=", "answer": "x"}\n')
+    shared = ["--text", text, "--context", 32, "--mesh", "1x1"]
+    names = ["perplexity", "tiny", noisy, EMBEDDED_FOLDER]
+    more = ["--data", data, "--chat", "--plot", tmp_path / "table.svg", "--dtype", "float32"]
+    code, out, err = here(capsys, *names, *shared, *more, "--json")
+    assert code == 0, err
+    first, other, same = map(json.loads, out.splitlines())
+    assert other["difference"] == other["perplexity"] - first["perplexity"] != 0
+    assert (same["difference"], same["kl"], same["top1_agreement"]) == (0, 0, 1)
+    assert (first["kl"], first["difference"]) == (None, 0)
+    assert other["routing_agreement"] == 1, "the head alone differs"
+    assert other["kl"] > 1e-4
+    assert first["exact"] == {"asked": 2, "right": 1, "exact": 1, "accuracy": 0.5}
+    plain, far = (mj.load(name, mesh="1x1", dtype="float32") for name in ("tiny", noisy))
+    wanted = compare(plain, far, plain.encode(TEXT), windowing=Windowing(context=32))
+    assert other["kl"] == pytest.approx(wanted.divergence.kl, rel=1e-5)
+    drawn = (tmp_path / "table.svg").read_text()
+    assert "mean KL divergence from tiny" in drawn
+    assert "text.txt: context 32, stride 16" in drawn
+    code, out, err = here(capsys, *names, *shared, "--dtype", "float32")
+    assert code == 0
+    assert "┃ routing ┃" in out
+    assert out.count("100.00%") == 3
+
+
+def test_schemes(text, capsys):
+    shared = ["--text", text, "--context", 32, "--mesh", "1x1", "--json"]
+    code, out, err = here(capsys, "perplexity", *shared, "--schemes", "none,bfloat16,int8")
+    assert code == 0, err
+    plain, rounded, quantized = map(json.loads, out.splitlines())
+    assert [row["scheme"] for row in (plain, rounded, quantized)] == ["none", "bfloat16", "int8"]
+    assert [row["dtype"] for row in (plain, rounded)] == ["float32", "bfloat16"]
+    assert quantized["weight_bytes"] < 0.4 * plain["weight_bytes"]
+    assert 0 < quantized["kl"] < 0.1
+    assert plain["weight_bytes"] == 2 * rounded["weight_bytes"]
+    assert 0 < rounded["kl"] < 0.01
+    assert rounded["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)
+
+
+def test_exact(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "12+30=", "answer": "42"}\n{"prompt": "1+1=", "answer": "3"}\n')
+    shared = ["exact", "--data", data, "--chat", "--mesh", "1x1"]
+    code, out, err = here(capsys, *shared, "--json")
+    assert code == 0, err
+    first, second, summary = map(json.loads, out.splitlines())
+    assert first == {
+        "prompt": "12+30=", "answer": "42", "generated_text": "42", "is_right": True,
+        "is_exact": True,
+    }  # fmt: skip
+    assert (second["generated_text"], second["is_right"]) == ("2", False)
+    assert (summary["asked"], summary["right"], summary["accuracy"]) == (2, 1, 0.5)
+    code, out, _ = here(capsys, *shared)
+    assert out == "1 of 2 right: 50.00% (1 of them end with the answer)\n"
+
+
+def test_routing(text, tmp_path, capsys):
+    plot = tmp_path / "load.svg"
+    shared = ["routing", "--text", text, "--mesh", "1x1", "--context", 32]
+    code, out, err = here(capsys, *shared, "--plot", plot, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    num_tokens = len(mj.load("tiny", mesh="1x1").encode(TEXT)) - 1
+    assert [sum(layer) for layer in found["counts"]] == [2 * num_tokens] * 4
+    assert found["tokens"] == num_tokens
+    assert all(0 < evenness <= 1 for evenness in found["entropy"])
+    assert "share of the layer" in plot.read_text()
+    code, out, _ = here(capsys, *shared)
+    assert code == 0
+    assert "evenness" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "line"),
+    [
+        ("", 64, "Expected one of"),
+        ("perplexity", 64, "--text"),
+        ("perplexity --text nowhere.txt", 66, "--text nowhere.txt: no such file"),
+        ("perplexity --text .", 66, "--text .: a folder"),
+        ("perplexity --text EMPTY", 65, "expected some text, got 0 bytes"),
+        ("perplexity --text TEXT --context 4096", 64, "at most 2048 (max_position_embeddings)"),
+        ("perplexity --text TEXT --context 8 --stride 9", 64, "--stride: expected at most the"),
+        ("perplexity --text TEXT --context 1", 64, "--context: expected at least 2"),
+        ("perplexity --text TEXT --batch 0", 64, "--batch: expected at least 1"),
+        ("perplexity --text TEXT --kv-dtype int8", 64, "--kv-dtype: text is read without"),
+        ("perplexity --text TEXT --chat", 64, "--chat needs --data"),
+        ("perplexity --text TEXT --schemes int8,,none", 64, "--schemes: expected none,"),
+        ("perplexity --text TEXT --schemes none,int9", 64, "got 'int9'"),
+        ("perplexity --text TEXT --schemes none --quantize int8", 64, "--schemes none,int8"),
+        ("perplexity --text TEXT --plot a.pdf", 64, "--plot: expected a name that ends in"),
+        ("perplexity nowhere --text TEXT", 66, "no such folder: nowhere"),
+        ("perplexity --text TEXT --data nowhere", 66, "--data nowhere: no such file"),
+        ("perplexity tiny OTHER --text TEXT", 65, "expected the vocabulary of"),
+        ("perplexity tiny LARGER --text TEXT", 65, "expected 2048 token ids, as tiny, got 4096"),
+        ("perplexity BARE --text TEXT", 66, "no tokenizer.model"),
+        ("exact", 64, "--data"),
+        ("exact --data EMPTY", 65, "expected a line or more"),
+        ("exact --data EMPTY --max-new-tokens 0", 64, "--max-new-tokens: expected at least 1"),
+        ("exact --data TEXT", 65, "line 1: expected JSON"),
+        ("routing --text EMPTY", 65, "got 0 bytes"),
+    ],
+)
+def test_refusals(arguments, code, line, text, others, capsys):
+    files = {"TEXT": text, **others}
+    given = [files.get(argument, argument) for argument in arguments.split()]
+    found, out, err = here(capsys, *given)
+    assert found == code, err
+    assert out == ""
+    errors = [each for each in err.splitlines() if not each.startswith("note: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert line in errors[0]
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints that do not go with the embedded one, and an empty file."""
+
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "empty").touch()
+    for name in ("other", "larger", "bare"):
+        shutil.copytree(EMBEDDED_FOLDER, folder / name)
+    original = (EMBEDDED_FOLDER / "tokenizer.model").read_bytes()
+    # One piece renamed, its length kept: the rest of the file stays what it was.
+    assert original.count("▁Montag".encode()) == 1
+    renamed = original.replace("▁Montag".encode(), "▁Montax".encode())
+    (folder / "other" / "tokenizer.model").write_bytes(renamed)
+    config = json.loads((folder / "larger" / "config.json").read_text())
+    (folder / "larger" / "config.json").write_text(json.dumps(config | {"vocab_size": 4096}))
+    (folder / "bare" / "tokenizer.model").unlink()
+    names = {"OTHER": "other", "LARGER": "larger", "BARE": "bare", "EMPTY": "empty"}
+    return {key: folder / name for key, name in names.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same(text):
+    arguments = ["perplexity", "tiny", str(EMBEDDED_FOLDER), "--text", str(text), "--dtype"]
+    arguments += ["float32", "--context", "32", "--json"]
+    first, second = processes.run(["-m", "mixtral_jax.evaluate", *arguments, "--mesh", "1x8"])
+    assert second.stdout == ""
+    alone = run(*arguments, "--mesh", "1x1")
+    for ours, wanted in zip(first.stdout.splitlines(), alone.stdout.splitlines(), strict=True):
+        found = json.loads(ours)["perplexity"]
+        assert found == pytest.approx(json.loads(wanted)["perplexity"], rel=1e-5)

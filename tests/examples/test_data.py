@@ -1,0 +1,33 @@
+"""The files that the embedded model is evaluated with."""
+
+from __future__ import annotations
+
+from examples.tiny.data import QUESTIONS, TEXT, Options, main
+from examples.tiny.text import held_out
+from mixtral_jax import cli
+from mixtral_jax.evaluate.exact import read_questions
+
+
+def run(folder, *arguments: str) -> int:
+    given = [str(folder), "--per-family", "2", "--lines", "30", *arguments]
+    return cli.run(main, Options, "data", given)
+
+
+def test_files(tmp_path, capsys):
+    assert run(tmp_path / "a") == run(tmp_path / "b") == 0
+    for name in (QUESTIONS, TEXT):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    questions = read_questions(tmp_path / "a" / QUESTIONS)
+    wanted = [(example.prompt, example.answer) for example in held_out(2, seed=0)]
+    assert [(question.prompt, question.answer) for question in questions] == wanted
+    assert len((tmp_path / "a" / TEXT).read_text(encoding="utf-8").splitlines()) == 30
+    capsys.readouterr()
+    assert run(tmp_path / "a") == 73
+    assert "exists; fix: name another folder" in capsys.readouterr().err
+    assert run(tmp_path / "c", "--seed", "1") == 0
+    assert (tmp_path / "c" / TEXT).read_bytes() != (tmp_path / "a" / TEXT).read_bytes()
+
+
+def test_no_lines_are_refused(tmp_path, capsys):
+    assert cli.run(main, Options, "data", [str(tmp_path), "--lines", "0"]) == 64
+    assert "--lines" in capsys.readouterr().err
