@@ -41,13 +41,14 @@ def values_by_hand(q: QTensor) -> np.ndarray:
     codes = np.asarray(q.codes)
     scales = np.asarray(q.scales, np.float32)
     values = np.zeros((OUT, IN), np.float32)
+    table = np.asarray(row.table or (), np.float32)
     for o in range(OUT):
         bits = "".join(f"{byte:08b}"[::-1] for byte in codes[o]) if row.is_packed else ""
         for j in range(IN):
             if not row.is_packed:
                 value = np.float32(codes[o, j])
             elif row.high_first:
-                value = row.table[(codes[o, j // 2] >> (4 if j % 2 == 0 else 0)) & 15]
+                value = table[(codes[o, j // 2] >> (4 if j % 2 == 0 else 0)) & 15]
             else:
                 code = int(bits[j * row.bits : (j + 1) * row.bits][::-1], 2)
                 group = j * GROUPS // IN

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.qtensor import SCHEMES, Nested, QTensor
@@ -25,10 +25,10 @@ from mixtral_jax.weights import Adapted, ExpertSlots
 _HIDDEN = (".gate", ".up", ".down")
 
 
-def ways(mesh: Mesh, entry: Any) -> int:
-    """Into how many parts an entry of a PartitionSpec splits a dim."""
+def ways(sharding: NamedSharding, entry: Any) -> int:
+    """Into how many parts an entry of the sharding's spec splits a dim."""
     names = (entry,) if isinstance(entry, str) else (entry or ())
-    return math.prod(mesh.shape[name] for name in names)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def check_split(path: str, w: Any, sharding: NamedSharding) -> None:
@@ -43,7 +43,7 @@ def check_split(path: str, w: Any, sharding: NamedSharding) -> None:
         w = w.base
     if not isinstance(w, QTensor):
         return
-    check_groups(path, w, ways(sharding.mesh, sharding.spec[-1]))
+    check_groups(path, w, ways(sharding, sharding.spec[-1]))
 
 
 def check_groups(path: str, w: QTensor, parts: int) -> None:
@@ -81,8 +81,9 @@ def make_ready(
         if _is_split(shardings[path]):
             found[path] = _unnested(w, shardings[path])
     for path, w in found.items():
-        spec, mesh = shardings[path].spec, shardings[path].mesh
-        if path.endswith(".down") and len(spec) == 3 and ways(mesh, spec[-1]) > 1:
+        sharding = shardings[path]
+        is_stack = len(sharding.spec) == 3
+        if path.endswith(".down") and is_stack and ways(sharding, sharding.spec[-1]) > 1:
             names = [path.removesuffix(".down") + name for name in _HIDDEN]
             if _order_of(w) is not None:
                 found |= _without_order({name: found[name] for name in names}, path, shardings)
@@ -90,7 +91,7 @@ def make_ready(
 
 
 def _is_split(sharding: NamedSharding) -> bool:
-    return any(ways(sharding.mesh, entry) > 1 for entry in sharding.spec[-2:])
+    return any(ways(sharding, entry) > 1 for entry in sharding.spec[-2:])
 
 
 def _order_of(w: Any) -> Any:
