@@ -54,11 +54,21 @@ def dynamic_map() -> np.ndarray:
     """
     values = [0.0, 1.0]
     for bits in range(7):
-        edges = np.linspace(0.1, 1, 2**bits + 1, dtype=np.float32)
+        edges = _even_steps(2**bits + 1)
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (bits - 6)) * middles
         values += [*scaled, *-scaled]
     return np.sort(np.asarray(values, np.float32))
+
+
+def _even_steps(count: int) -> np.ndarray:
+    """[0.1, 1] in even steps as torch.linspace rounds them: from both ends, with a float32 step."""
+    low, high = np.float32(0.1), np.float32(1)
+    step = float((high - low) / np.float32(count - 1))
+    i = np.arange(count)
+    return np.where(i < count // 2, low + step * i, high - step * (count - 1 - i)).astype(
+        np.float32
+    )
 
 
 @dataclasses.dataclass(frozen=True)
