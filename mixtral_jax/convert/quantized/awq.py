@@ -1,15 +1,15 @@
 """The AWQ layout for GEMM kernels: 4 bits, packed along the outputs, as AutoAWQ writes it.
 
-For a linear ``[O, I]`` with G groups of inputs: ``qweight`` int32 ``[I, O / 8]`` and ``qzeros`` int32
-``[G, O / 8]``; the k-th nibble (low first) of a word holds output ``8 * word + ORDER[k]``.
-``scales`` float ``[G, O]``. W[o, i] = scales[g, o] * (code[i, o] - zero[g, o]), g = i // group size.
+For a linear ``[O, I]`` with G groups of inputs: ``qweight`` int32 ``[I, O / 8]`` and ``qzeros``
+int32 ``[G, O / 8]``; the k-th nibble (low first) of a word holds output ``8 * word + ORDER[k]``.
+``scales`` float ``[G, O]``. W[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = i // size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,9 +28,11 @@ class AWQ:
 
     group_size: int | None
 
-    name = "AWQ"
-    endings = {f".{part}": part for part in ("qweight", "qzeros", "scales", "bias")}
-    marks = frozenset(("qweight", "qzeros", "scales"))
+    name: ClassVar[str] = "AWQ"
+    endings: ClassVar[dict[str, str]] = {
+        f".{part}": part for part in ("qweight", "qzeros", "scales", "bias")
+    }
+    marks: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales"))
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
         """See ``Method``."""

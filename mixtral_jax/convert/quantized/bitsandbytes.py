@@ -1,8 +1,8 @@
 """The layouts of bitsandbytes: NF4 and FP4 with a serialized quant_state, and int8 with SCB.
 
-4 bits, a linear ``[O, I]``: ``weight`` holds two codes in a byte, the first in the high half, of the
-matrix in row-major order (as uint8 or as another dtype of the same bytes); ``absmax`` the largest
-magnitude of every 64 codes, f32, or uint8 codes of a map with factors of their own (double
+4 bits, a linear ``[O, I]``: ``weight`` holds two codes in a byte, the first in the high half, of
+the matrix in row-major order (as uint8 or as another dtype of the same bytes); ``absmax`` the
+largest magnitude of every 64 codes, f32, or uint8 codes of a map with factors of their own (double
 quantization, arXiv 2305.14314); ``quant_map`` the value of each code; the quant_state is JSON.
 
 8 bits: ``weight`` int8 ``[O, I]``, ``SCB`` f32 ``[O]``, the largest magnitude of each row:
@@ -15,12 +15,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mixtral_jax.convert.quantized.form import DTYPES, Form, Part, Parts, compare
-from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
+from mixtral_jax.convert.safetensors_file import Tensor
 from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, Nested, QTensor, dynamic_map
 
 _STATE = "quant_state.bitsandbytes__"
@@ -31,8 +31,8 @@ _MAX_STATE_BYTES = 10_000
 class FourBit:
     """NF4 or FP4: each matrix says itself which, and whether its scales are quantized."""
 
-    name = "bitsandbytes 4-bit"
-    endings = {
+    name: ClassVar[str] = "bitsandbytes 4-bit"
+    endings: ClassVar[dict[str, str]] = {
         ".weight": "weight",
         **{
             f".weight.{part}": part
@@ -46,7 +46,7 @@ class FourBit:
             )
         },
     }
-    marks = frozenset(endings.values()) - {"weight"}
+    marks: ClassVar[frozenset[str]] = frozenset(endings.values()) - {"weight"}
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
         """See ``Method``; the size of the blocks is in the quant_state, see ``form``."""
@@ -147,9 +147,13 @@ def _same_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
 class EightBit:
     """int8 with a scale per row."""
 
-    name = "bitsandbytes 8-bit"
-    endings = {".weight": "weight", ".SCB": "SCB", ".weight_format": "weight_format"}
-    marks = frozenset(("SCB", "weight_format"))
+    name: ClassVar[str] = "bitsandbytes 8-bit"
+    endings: ClassVar[dict[str, str]] = {
+        ".weight": "weight",
+        ".SCB": "SCB",
+        ".weight_format": "weight_format",
+    }
+    marks: ClassVar[frozenset[str]] = frozenset(("SCB", "weight_format"))
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
         """See ``Method``."""

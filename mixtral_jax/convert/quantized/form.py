@@ -1,11 +1,11 @@
-"""What a quantized matrix looks like on either side: its published parts, and those of a QTensor."""
+"""What a quantized matrix looks like: its published parts, and those of its QTensor."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -82,22 +82,16 @@ class Method(Protocol):
     """A way of publishing quantized matrices, as a checkpoint's configuration has it.
 
     A method never sees a whole checkpoint: it is asked about one matrix at a time.
+
+    Attributes:
+        name: what people call it.
+        endings: the end of a tensor's name, in place of ``.weight`` -> its part.
+        marks: the parts by which a quantized matrix is told from a plain one.
     """
 
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        ...
-
-    @property
-    def endings(self) -> Mapping[str, str]:
-        """Ending of a tensor's name, in place of ``.weight``, -> its part."""
-        ...
-
-    @property
-    def marks(self) -> frozenset[str]:
-        """The parts by which a quantized matrix is told from a plain one."""
-        ...
+    name: ClassVar[str]
+    endings: ClassVar[dict[str, str]]
+    marks: ClassVar[frozenset[str]]
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
         """What is wrong with the parts of a matrix ``[O, I]``, by their headers alone."""

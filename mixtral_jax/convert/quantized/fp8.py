@@ -1,15 +1,15 @@
 """FP8 with a scale per matrix or per row, as compressed-tensors and AutoFP8 write it.
 
-For a linear ``[O, I]``: ``weight`` float8 e4m3 ``[O, I]``, ``weight_scale`` ``[O, 1]``, ``[1]`` or a
-scalar; W = weight * weight_scale. Scales of activations (``input_scale``) and of the cache are for
-kernels that multiply in 8 bits; products are taken in 16 bits or more here, so they are left.
+For a linear ``[O, I]``: ``weight`` float8 e4m3 ``[O, I]``, ``weight_scale`` ``[O, 1]``, ``[1]`` or
+a scalar; W = weight * weight_scale. Scales of activations (``input_scale``) and of the cache are
+for kernels that multiply in 8 bits; products are taken in 16 bits or more here, so they are left.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from mixtral_jax.qtensor import QTensor
 class FP8:
     """float8 e4m3 with one scale per matrix or per row: each matrix tells by its shapes."""
 
-    name = "FP8"
-    endings = {f".{part}": part for part in ("weight", "weight_scale", "input_scale")}
-    marks = frozenset(("weight_scale", "input_scale"))
+    name: ClassVar[str] = "FP8"
+    endings: ClassVar[dict[str, str]] = {
+        f".{part}": part for part in ("weight", "weight_scale", "input_scale")
+    }
+    marks: ClassVar[frozenset[str]] = frozenset(("weight_scale", "input_scale"))
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
         """See ``Method``."""

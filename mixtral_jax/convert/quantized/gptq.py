@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -46,9 +46,11 @@ class GPTQ:
     has_order: bool
     is_v2: bool
 
-    name = "GPTQ"
-    endings = {f".{part}": part for part in ("qweight", "qzeros", "scales", "g_idx", "bias")}
-    marks = frozenset(("qweight", "qzeros", "scales", "g_idx"))
+    name: ClassVar[str] = "GPTQ"
+    endings: ClassVar[dict[str, str]] = {
+        f".{part}": part for part in ("qweight", "qzeros", "scales", "g_idx", "bias")
+    }
+    marks: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
     def num_groups(self, num_inputs: int) -> int:
         """G, the last group perhaps not full."""

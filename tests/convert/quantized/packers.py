@@ -36,7 +36,7 @@ Packer = Callable[[np.random.Generator, int, int], Packed]
 
 
 def words_of(streams: np.ndarray, bits: int) -> np.ndarray:
-    """Codes ``[n, columns]`` to int32 words ``[n * bits / 32, columns]``, as AutoGPTQ's loops do."""
+    """Codes ``[n, columns]`` to int32 ``[n * bits / 32, columns]``, as AutoGPTQ's loops do."""
     n, columns = streams.shape
     codes = streams.astype(np.uint64)
     words = np.zeros((n * bits // 32, columns), np.uint64)
