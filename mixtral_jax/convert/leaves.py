@@ -13,6 +13,9 @@ from mixtral_jax.convert import manifest as manifests
 from mixtral_jax.convert import names, transforms
 from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.orbax_leaves import WEIGHTS, OrbaxLeaves
+from mixtral_jax.convert.parts import split_path
+from mixtral_jax.convert.quantized.matrices import QuantizedMatrices, num_rows, origin
+from mixtral_jax.convert.quantized.methods import read_method
 from mixtral_jax.convert.reader import INDEX_NAME, PICKLES, Checkpoint
 from mixtral_jax.convert.safetensors_file import FLOATS
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
@@ -29,6 +32,11 @@ class Leaves(Protocol):
     @property
     def manifest(self) -> manifests.Manifest | None:
         """What the folder should hold; None where nothing of ours says."""
+        ...
+
+    @property
+    def specs(self) -> Mapping[str, LeafSpec]:
+        """What is stored: weights, and in place of a quantized one its parts (convert/parts.py)."""
         ...
 
     @property
@@ -88,11 +96,13 @@ class PublishedLeaves:
         folder: where the files are.
         specs: what the model needs.
         head_dim: channels per head.
+        dequantize: give quantized leaves as plain ones of this dtype. None: only those that no
+            product takes (the router, the embedding), in the dtype of the configuration.
         note: called with one line for each thing a person should know.
 
     Raises:
-        MixtralError: as ``Checkpoint`` and ``names.plan``; exit code 65 for a manifest of ours that
-            is of other weights.
+        MixtralError: as ``Checkpoint``, ``names.plan``, ``read_method`` and ``QuantizedMatrices``;
+            exit code 65 for a manifest of ours that is of other weights.
     """
 
     def __init__(
@@ -101,19 +111,31 @@ class PublishedLeaves:
         specs: Mapping[str, LeafSpec],
         *,
         head_dim: int,
+        dequantize: np.dtype | None = None,
         note: Note = lambda line: None,
     ):
-        self._specs, self._head_dim = specs, head_dim
+        self.specs, self._head_dim = specs, head_dim
         self.checkpoint = Checkpoint(folder)
         try:
+            method = read_method(folder, note)
             self.plan = names.plan(
                 self.checkpoint.tensors,
                 specs,
                 source=folder,
                 problems=self.checkpoint.problems,
+                method=method,
             )
-            if self.plan.ignored:
-                note(f"{folder}: {len(self.plan.ignored)} rotary_emb.inv_freq buffers are ignored")
+            self._quantized = None
+            if method is not None:
+                self._quantized = QuantizedMatrices(
+                    self.checkpoint, method, self.plan, specs, dequantize=dequantize, note=note
+                )
+                self.specs = self._quantized.specs
+            for what in ("rotary_emb.inv_freq buffers", "scales of the cache"):
+                is_buffer = what.startswith("rotary")
+                found = [name for name in self.plan.ignored if ("inv_freq" in name) == is_buffer]
+                if found:
+                    note(f"{folder}: {len(found)} {what} are ignored")
             if self.checkpoint.unread:
                 note(f"{folder}: not read: {', '.join(self.checkpoint.unread)}")
             if self.plan.tied_head:
@@ -127,8 +149,12 @@ class PublishedLeaves:
             raise
 
     def dtype(self, leaf: str) -> np.dtype:
-        """The stored dtype of a leaf."""
-        chunk = chunks_of(leaf, self._specs[leaf].shape)[0]
+        """The stored dtype of a leaf; of one that is decoded, what it is decoded to."""
+        if split_path(leaf) is not None:
+            return np.dtype(self.specs[leaf].dtype)
+        if self._quantized is not None and leaf in self._quantized.leaves:
+            return self._quantized.dtype(leaf)
+        chunk = chunks_of(leaf, self.specs[leaf].shape)[0]
         return FLOATS[self.checkpoint.tensors[self.source_name(chunk)].dtype]
 
     @property
@@ -151,12 +177,20 @@ class PublishedLeaves:
         self.checkpoint.check_unchanged()
 
     def unit(self, chunk: Chunk) -> int:
-        """More than 1 where rows are permuted or transposed."""
-        shape = self._specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
+        """More than 1 where rows are permuted, transposed or decoded together."""
+        shape = self.specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
+        if self._is_decoded(chunk):
+            return shape[0]
         return transforms.unit(self.plan.sources[chunk].transform, shape, self._head_dim)
+
+    def _is_decoded(self, chunk: Chunk) -> bool:
+        return self._quantized is not None and origin(chunk).leaf in self._quantized.leaves
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """Reads rows of a chunk."""
+        if self._quantized is not None and self._is_decoded(chunk):
+            self._quantized.read(chunk, out)
+            return
         piece = self.plan.sources[chunk]
         name, first, _ = piece.rows
 
@@ -166,13 +200,22 @@ class PublishedLeaves:
         transforms.read(piece.transform, rows, start, stop, out, head_dim=self._head_dim)
 
     def source_name(self, chunk: Chunk) -> str:
-        """The published tensor that a chunk lies in."""
-        return self.plan.sources[chunk].rows.tensor
+        """The published tensor that a chunk lies in, or that its matrix stands for."""
+        return self.plan.sources[origin(chunk)].rows.tensor
 
     def prefetch(self, leaf: str) -> None:
-        """Asks for the rows of every chunk."""
-        for chunk in chunks_of(leaf, self._specs[leaf].shape):
-            self.checkpoint.prefetch(*self.plan.sources[chunk].rows)
+        """Asks for the rows of every chunk; with the codes of a matrix, for all of its parts."""
+        part = split_path(leaf)
+        if part is not None and part.part != "codes":
+            return
+        for chunk in chunks_of(leaf, self.specs[leaf].shape):
+            piece = self.plan.sources[origin(chunk)]
+            module = self.plan.modules.get(piece.rows.tensor)
+            if module is None:
+                self.checkpoint.prefetch(*piece.rows)
+                continue
+            for tensor in module.parts.values():
+                self.checkpoint.prefetch(tensor.name, 0, num_rows(tensor))
 
     def digest(self, chunk: Chunk) -> str | None:
         """The sha256 that the conversion recorded, if one wrote these files."""
@@ -235,9 +278,12 @@ def open_leaves(
     specs: Mapping[str, LeafSpec],
     *,
     head_dim: int,
+    dequantize: np.dtype | None = None,
     note: Note = lambda line: None,
 ) -> Leaves:
     """Opens a checkpoint folder of any known format.
+
+    Arguments as in ``PublishedLeaves``.
 
     Raises:
         MixtralError: exit code 66 if it is no checkpoint, 65 if it is not sound.
@@ -246,7 +292,9 @@ def open_leaves(
     if kind == "orbax":
         return OrbaxLeaves(Path(folder), specs)
     if kind == "published":
-        return PublishedLeaves(Path(folder), specs, head_dim=head_dim, note=note)
+        return PublishedLeaves(
+            Path(folder), specs, head_dim=head_dim, dequantize=dequantize, note=note
+        )
     raise MixtralError(
         f"no checkpoint in {folder}",
         fix="name a folder that convert wrote, a Hugging Face folder, or a native Mistral folder",

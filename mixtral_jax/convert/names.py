@@ -2,7 +2,8 @@
 
 ``original`` is what every published Mixtral has on disk at Hugging Face; ``fused`` is the in-memory
 layout of transformers 5, on disk with ``save_pretrained(save_original_format=False)``; ``unfused``
-has its names with a tensor per expert, as GPTQModel writes them; ``native`` and ``native_stacked`` are Mistral's own files, of mistral-inference and of the first release. The
+has those names with a tensor per expert and matrix, as GPTQModel writes them; ``native`` and
+``native_stacked`` are Mistral's own files, of mistral-inference and of the first release. The
 layout is told by the keys of the files, never by the name of the model. See docs/formats.md.
 """
 

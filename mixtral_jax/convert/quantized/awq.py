@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from mixtral_jax.convert.quantized.form import Form, Part, Parts, compare
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
-from mixtral_jax.qtensor import QTensor, pack, packed_size
+from mixtral_jax.qtensor import pack, packed_size
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCHEME = "gptq4"
@@ -61,17 +61,24 @@ class AWQ:
             has_zeros=True,
         )
 
-    def decode(self, parts: Parts, shape: tuple[int, int], form: Form, dtype: Any) -> QTensor:
+    def decode(self, part: str, parts: Parts, shape: tuple[int, int], form: Form) -> np.ndarray:
         """See ``Method``."""
-        rows, inputs = shape
-        codes = np.empty((rows, packed_size(_SCHEME, inputs)), np.uint8)
-        words = parts["qweight"]
-        step = max(1, _BLOCK_WORDS // inputs)
-        for start in range(0, words.shape[1], step):
-            block = _outputs(words[:, start : start + step])
-            codes[8 * start : 8 * start + len(block)] = pack(_SCHEME, block)
-        scales = np.ascontiguousarray(parts["scales"].T)
-        return QTensor(codes, scales, _SCHEME, dtype, _outputs(parts["qzeros"]))
+        if part == "codes":
+            return _codes(parts["qweight"], shape)
+        if part == "zeros":
+            return _outputs(parts["qzeros"])
+        assert part == "scales"
+        return np.ascontiguousarray(parts["scales"].T)
+
+
+def _codes(words: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    rows, inputs = shape
+    codes = np.empty((rows, packed_size(_SCHEME, inputs)), np.uint8)
+    step = max(1, _BLOCK_WORDS // inputs)
+    for start in range(0, words.shape[1], step):
+        block = _outputs(words[:, start : start + step])
+        codes[8 * start : 8 * start + len(block)] = pack(_SCHEME, block)
+    return codes
 
 
 def _outputs(words: np.ndarray) -> np.ndarray:

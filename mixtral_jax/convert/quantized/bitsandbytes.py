@@ -21,10 +21,11 @@ import numpy as np
 
 from mixtral_jax.convert.quantized.form import DTYPES, Form, Part, Parts, compare
 from mixtral_jax.convert.safetensors_file import Tensor
-from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, Nested, QTensor, dynamic_map
+from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, dynamic_map
 
 _STATE = "quant_state.bitsandbytes__"
 _MAX_STATE_BYTES = 10_000
+_ROUNDING = 1e-6  # relative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +110,16 @@ class FourBit:
             _same_map("nested_quant_map", read("nested_quant_map"), dynamic_map())
         return Form(scheme=scheme, num_groups=shape[1] // size, is_nested=is_nested)
 
-    def decode(self, parts: Parts, shape: tuple[int, int], form: Form, dtype: Any) -> QTensor:
+    def decode(self, part: str, parts: Parts, shape: tuple[int, int], form: Form) -> np.ndarray:
         """See ``Method``."""
-        octets = np.ascontiguousarray(parts["weight"]).reshape(-1).view(np.uint8)
-        codes = octets.reshape(shape[0], shape[1] // 2)
-        scales: Any = parts["absmax"].reshape(shape[0], form.num_groups)
-        if form.is_nested:
-            name = next(name for name in parts if name.startswith(_STATE))
-            scales = Nested(scales, parts["nested_absmax"], _offset(_state(parts[name])))
-        return QTensor(codes, scales, form.scheme, dtype)
+        if part == "codes":
+            return parts["weight"].reshape(-1).view(np.uint8).reshape(shape[0], shape[1] // 2)
+        if part in ("scales", "scale_codes"):
+            return parts["absmax"].reshape(shape[0], form.num_groups)
+        if part == "scale_absmax":
+            return parts["nested_absmax"]
+        assert part == "scale_offset"
+        return _offset(_state(parts[f"{_STATE}{form.scheme}"]))
 
 
 def _state(octets: np.ndarray) -> dict[str, Any]:
@@ -138,8 +140,10 @@ def _offset(state: Mapping[str, Any]) -> np.ndarray:
 
 
 def _same_map(name: str, found: np.ndarray, expected: np.ndarray) -> None:
-    if not np.array_equal(found, expected):
-        worst = int(np.argmax(found != expected))
+    """Refuses another map. Versions of torch round its values differently, in the last bits."""
+    differs = ~(np.abs(found - expected) <= _ROUNDING * np.abs(expected))
+    if differs.any():
+        worst = int(np.argmax(differs))
         raise ValueError(f"{name}[{worst}]: expected {expected[worst]}, got {found[worst]}")
 
 
@@ -172,7 +176,9 @@ class EightBit:
             raise ValueError(f"weight_format: expected 0 (rows), got {int(read('weight_format'))}")
         return Form(scheme="int8", num_groups=1)
 
-    def decode(self, parts: Parts, shape: tuple[int, int], form: Form, dtype: Any) -> QTensor:
+    def decode(self, part: str, parts: Parts, shape: tuple[int, int], form: Form) -> np.ndarray:
         """See ``Method``."""
-        scales = parts["SCB"].astype(np.float32)[:, None] / np.float32(127)
-        return QTensor(np.ascontiguousarray(parts["weight"]), scales, form.scheme, dtype)
+        if part == "codes":
+            return parts["weight"]
+        assert part == "scales"
+        return parts["SCB"][:, None] / np.float32(127)

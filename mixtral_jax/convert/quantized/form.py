@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
-from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, Nested, QTensor, packed_size
 
 # Every safetensors dtype that a part may have.
 DTYPES: dict[str, np.dtype] = {
@@ -31,7 +27,7 @@ Note = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """The parts of a QTensor, known before its data is read.
+    """What a QTensor will be, known before its data is read.
 
     Attributes:
         scheme: a key of ``SCHEMES``.
@@ -49,25 +45,13 @@ class Form:
     has_zeros: bool = False
     has_order: bool = False
 
-    def shapes(self, shape: tuple[int, ...], dtype: Any) -> QTensor:
-        """A QTensor of ``jax.ShapeDtypeStruct`` that stands for a weight ``[..., O, I]``."""
-        *stack, rows, inputs = shape
-        grouped = (*stack, rows, self.num_groups)
-        storage = jnp.dtype(SCHEMES[self.scheme].storage)
-        scales: Any = jax.ShapeDtypeStruct(grouped, jnp.dtype(self.scales))
-        if self.is_nested:
-            blocks = math.ceil(rows * self.num_groups / NESTED_BLOCK)
-            scales = Nested(
-                jax.ShapeDtypeStruct(grouped, jnp.uint8),
-                jax.ShapeDtypeStruct((*stack, blocks), jnp.float32),
-                jax.ShapeDtypeStruct(tuple(stack), jnp.float32),
-            )
-        packed = (*stack, rows, packed_size(self.scheme, inputs))
-        zeros = jax.ShapeDtypeStruct(grouped, jnp.uint8) if self.has_zeros else None
-        order = jax.ShapeDtypeStruct((*stack, inputs), jnp.int32) if self.has_order else None
-        return QTensor(
-            jax.ShapeDtypeStruct(packed, storage), scales, self.scheme, dtype, zeros, order
-        )
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that it has: keys of ``parts.PARTS``."""
+        nested = ("scale_codes", "scale_absmax", "scale_offset")
+        scales = nested if self.is_nested else ("scales",)
+        zeros = ("zeros",) if self.has_zeros else ()
+        return ("codes", *scales, *zeros, *(("order",) if self.has_order else ()))
 
 
 class Part(NamedTuple):
@@ -78,6 +62,7 @@ class Part(NamedTuple):
     is_optional: bool = False
 
 
+@runtime_checkable
 class Method(Protocol):
     """A way of publishing quantized matrices, as a checkpoint's configuration has it.
 
@@ -112,14 +97,14 @@ class Method(Protocol):
         """
         ...
 
-    def decode(self, parts: Parts, shape: tuple[int, int], form: Form, dtype: Any) -> QTensor:
-        """The QTensor of a matrix, of numpy arrays in the parts of ``form``.
+    def decode(self, part: str, parts: Parts, shape: tuple[int, int], form: Form) -> np.ndarray:
+        """One part of the QTensor of a matrix.
 
         Args:
-            parts: all of them.
+            part: one of ``form.parts``.
+            parts: the published ones; each is read when it is first asked for.
             shape: ``(O, I)``.
             form: what it must look like, as ``form`` told for the whole stack it belongs to.
-            dtype: of the weight it stands for.
 
         Raises:
             ValueError: for content that no matrix can have.

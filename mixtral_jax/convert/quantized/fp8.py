@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from mixtral_jax.convert.quantized.form import Form, Part, Parts, compare
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
-from mixtral_jax.qtensor import QTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +49,10 @@ class FP8:
         """See ``Method``."""
         return Form(scheme="fp8", num_groups=1, scales=FLOATS[parts["weight_scale"].dtype].name)
 
-    def decode(self, parts: Parts, shape: tuple[int, int], form: Form, dtype: Any) -> QTensor:
+    def decode(self, part: str, parts: Parts, shape: tuple[int, int], form: Form) -> np.ndarray:
         """See ``Method``."""
+        if part == "codes":
+            return parts["weight"]
+        assert part == "scales"
         scales = np.broadcast_to(parts["weight_scale"].reshape(-1, 1), (shape[0], 1))
-        codes = np.ascontiguousarray(parts["weight"])
-        return QTensor(codes, np.ascontiguousarray(scales), form.scheme, dtype)
+        return np.ascontiguousarray(scales)

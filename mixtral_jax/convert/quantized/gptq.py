@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -91,36 +91,45 @@ class GPTQ:
             has_order=order is not None,
         )
 
-    def decode(self, parts: Parts, shape: tuple[int, int], form: Form, dtype: Any) -> QTensor:
+    def decode(self, part: str, parts: Parts, shape: tuple[int, int], form: Form) -> np.ndarray:
         """See ``Method``."""
-        order = order_of(parts["g_idx"], form.num_groups) if form.has_order else None
-        codes = _columns(parts["qweight"])
-        if order is not None:
-            for rows in _blocks(shape):
-                unpacked = unpack(form.scheme, codes[rows])
-                codes[rows] = pack(form.scheme, unpacked[:, order])
-        if form.has_order and order is None:
-            order = np.arange(shape[1], dtype=np.int32)
-        return QTensor(
-            codes,
-            np.ascontiguousarray(parts["scales"].T),
-            form.scheme,
-            dtype,
-            self._zeros(parts["qzeros"], form),
-            order,
-        )
+        if part == "codes":
+            order = order_of(parts["g_idx"], form.num_groups) if form.has_order else None
+            return _codes(parts["qweight"], shape, form.scheme, order)
+        if part == "order":
+            order = order_of(parts["g_idx"], form.num_groups)
+            return np.arange(shape[1], dtype=np.int32) if order is None else order
+        if part == "zeros":
+            return np.ascontiguousarray(self._zeros(parts, form).T)
+        assert part == "scales"
+        if not form.has_zeros:
+            self._check_symmetric(self._zeros(parts, form), SCHEMES[form.scheme].zero)
+        return np.ascontiguousarray(parts["scales"].T)
 
-    def _zeros(self, qzeros: np.ndarray, form: Form) -> np.ndarray | None:
-        zeros = unpack(form.scheme, np.ascontiguousarray(qzeros, "<i4").view(np.uint8))
-        if not self.is_v2:
-            zeros = (zeros + np.uint8(1)) & np.uint8(2**self.bits - 1)
-        if form.has_zeros:
-            return np.ascontiguousarray(zeros.T)
-        middle = SCHEMES[form.scheme].zero
-        if (zeros != middle).any():
-            other = int(zeros[zeros != middle][0])
-            raise ValueError(f"qzeros: expected {middle} everywhere, as sym is true, got {other}")
-        return None
+    def _zeros(self, parts: Parts, form: Form) -> np.ndarray:
+        """The zero points; uint8 ``[G, O]``."""
+        octets = np.ascontiguousarray(parts["qzeros"], "<i4").view(np.uint8)
+        zeros = unpack(form.scheme, octets)
+        return zeros if self.is_v2 else (zeros + np.uint8(1)) & np.uint8(2**self.bits - 1)
+
+    def _check_symmetric(self, zeros: np.ndarray, middle: int) -> None:
+        others = zeros[zeros != middle]
+        if len(others):
+            raise ValueError(
+                f"qzeros: expected {middle} everywhere, as sym is true and the format is "
+                f"{'gptq_v2' if self.is_v2 else 'gptq'}, got {int(others[0])}"
+            )
+
+
+def _codes(
+    qweight: np.ndarray, shape: tuple[int, int], scheme: str, order: np.ndarray | None
+) -> np.ndarray:
+    """The codes row by row, in the order of their groups; uint8 ``[O, packed I]``."""
+    codes = np.ascontiguousarray(qweight.T, "<i4").view(np.uint8)
+    if order is not None:
+        for rows in _blocks(shape):
+            codes[rows] = pack(scheme, unpack(scheme, codes[rows])[:, order])
+    return codes
 
 
 def order_of(g_idx: np.ndarray, num_groups: int) -> np.ndarray | None:
@@ -141,11 +150,6 @@ def order_of(g_idx: np.ndarray, num_groups: int) -> np.ndarray | None:
     if not np.array_equal(g_idx[order], np.arange(len(g_idx)) // size):
         raise ValueError(f"g_idx: expected {num_groups} groups of {size} inputs")
     return None if np.array_equal(order, np.arange(len(g_idx))) else order
-
-
-def _columns(words: np.ndarray) -> np.ndarray:
-    """The bytes of every column of words, as rows."""
-    return np.ascontiguousarray(words.T, "<i4").view(np.uint8)
 
 
 def _blocks(shape: tuple[int, int]) -> Iterator[slice]:

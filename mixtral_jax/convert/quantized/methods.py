@@ -37,12 +37,11 @@ _UNUSED = frozenset([
 ])  # fmt: skip
 
 
-def read_method(folder: Path, config: Mapping[str, Any], note: Note) -> Method | None:
+def read_method(folder: Path, note: Note) -> Method | None:
     """The method of a published folder.
 
     Args:
         folder: where the files are.
-        config: its config.json.
         note: called with one line for each thing a person should know.
 
     Returns:
@@ -51,7 +50,9 @@ def read_method(folder: Path, config: Mapping[str, Any], note: Note) -> Method |
     Raises:
         MixtralError: exit code 78 for a method, or a variant of one, that is not read.
     """
-    raw, source = config.get(QUANTIZATION), f"{folder / CONFIG_NAME} {QUANTIZATION}"
+    config = folder / CONFIG_NAME
+    raw = read_json(config).get(QUANTIZATION) if config.is_file() else None
+    source = f"{config} {QUANTIZATION}"
     for name, method in FILES.items():
         path = safe_path(folder, name)
         if not path.is_file():

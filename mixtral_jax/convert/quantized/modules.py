@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
-
-import numpy as np
 
 from mixtral_jax.convert.quantized.form import Form, Method
 from mixtral_jax.convert.safetensors_file import Tensor
@@ -65,19 +63,3 @@ def common_form(forms: list[Form]) -> Form | None:
     first = dataclasses.replace(forms[0], has_order=any(form.has_order for form in forms))
     same = all(dataclasses.replace(f, has_order=first.has_order) == first for f in forms)
     return first if same else None
-
-
-def read_part(
-    tensor: Tensor, read: Callable[[str, int, int, np.ndarray], None], dtype: np.dtype
-) -> np.ndarray:
-    """A whole part.
-
-    Args:
-        tensor: its header.
-        read: fills an array with rows of a tensor, as ``Checkpoint.read_rows``.
-        dtype: of its elements.
-    """
-    out = np.empty(tensor.shape, dtype)
-    rows = out.size // out.shape[-1] if out.ndim > 1 else out.size
-    read(tensor.name, 0, rows, out)
-    return out

@@ -6,9 +6,10 @@ and the matrix that they stand for is computed beside them.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -123,7 +124,9 @@ def awq(*, group_size: int = 32) -> Packer:
     return pack
 
 
-def fp8(*, per_row: bool, scale_dtype=ml_dtypes.bfloat16, input_scale: bool = False) -> Packer:
+def fp8(
+    *, per_row: bool, scale_dtype: Any = ml_dtypes.bfloat16, input_scale: bool = False
+) -> Packer:
     """float8 e4m3 with one scale per row, or one in all."""
 
     def pack(rng: np.random.Generator, outputs: int, inputs: int) -> Packed:
@@ -140,17 +143,26 @@ def fp8(*, per_row: bool, scale_dtype=ml_dtypes.bfloat16, input_scale: bool = Fa
 
 
 def dynamic_map() -> np.ndarray:
-    """The 256 values of ``create_dynamic_map(signed=True, 7, 8)``, in bitsandbytes' words."""
-    data = []
+    """The 256 values of bitsandbytes' ``create_dynamic_map(signed=True, 7, 8)``.
+
+    Its torch.linspace goes from both ends in float32 steps, each product rounded with its sum.
+    """
+    data = [0.0, 1.0]
     for i in range(7):
-        boundaries = np.linspace(0.1, 1, 2**i + 1, dtype=np.float32)
-        means = (boundaries[:-1] + boundaries[1:]) / np.float32(2)
-        data += [float(np.float32(10.0 ** (i - 6)) * mean) for mean in means]
-        data += [-float(np.float32(10.0 ** (i - 6)) * mean) for mean in means]
-    return np.array(sorted([*data, 0.0, 1.0]), np.float32)
+        step = float(np.float32(np.float32(0.9) / np.float32(2**i)))
+        low, high = float(np.float32(0.1)), 1.0
+        edges = []
+        for k in range(2**i + 1):
+            is_low = k < (2**i + 1) // 2
+            edges.append(np.float32(low + step * k if is_low else high - step * (2**i - k)))
+        for one, other in itertools.pairwise(edges):
+            mean = np.float32(np.float32(one + other) / np.float32(2))
+            data += [float(np.float32(10.0 ** (i - 6)) * mean)]
+            data += [-data[-1]]
+    return np.array(sorted(data), np.float32)
 
 
-def four_bit(kind: str, *, nested: bool = False, storage=np.uint8) -> Packer:
+def four_bit(kind: str, *, nested: bool = False, storage: Any = np.uint8) -> Packer:
     """NF4 or FP4 of bitsandbytes, blocks of 64, in any quant_storage of the same bytes."""
     table = np.array(NF4 if kind == "nf4" else FP4, np.float32)
 

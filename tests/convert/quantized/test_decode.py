@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from mixtral_jax.convert.parts import join, part_spec, take_apart
 from mixtral_jax.convert.quantized.awq import AWQ
 from mixtral_jax.convert.quantized.bitsandbytes import EightBit, FourBit
+from mixtral_jax.convert.quantized.dense import dequantize
 from mixtral_jax.convert.quantized.form import DTYPES
 from mixtral_jax.convert.quantized.fp8 import FP8
 from mixtral_jax.convert.quantized.gptq import GPTQ, encode
 from mixtral_jax.convert.safetensors_file import Tensor
+from mixtral_jax.model.transformer import LeafSpec
 from tests.convert.quantized import packers
 
 OUT, IN = 64, 128
@@ -70,7 +73,12 @@ def decode(method, parts, shape=(OUT, IN)):
     found = headers(parts)
     assert method.problems(found, shape) == []
     form = method.form(found, shape, lambda part: parts[part])
-    return form, method.decode(parts, shape, form, np.dtype(np.float32))
+    return form, assemble(method, parts, form, shape)
+
+
+def assemble(method, parts, form, shape=(OUT, IN)):
+    found = {part: method.decode(part, parts, shape, form) for part in form.parts}
+    return join(form.scheme, found, np.dtype(np.float32))
 
 
 def dense(q) -> np.ndarray:
@@ -84,10 +92,13 @@ def test_a_matrix_decodes_to_the_last_bit(case):
     form, q = decode(method, parts_of(method, tensors))
     assert q.shape == (OUT, IN)
     assert np.array_equal(dense(q), matrix)
-    expected = form.shapes((OUT, IN), np.dtype(np.float32))
-    assert jax.tree.structure(q) == jax.tree.structure(expected)
-    for found, wanted in zip(jax.tree.leaves(q), jax.tree.leaves(expected), strict=True):
-        assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+    spec = LeafSpec((OUT, IN), ("heads", "embed"), np.dtype(np.float32))
+    for part, array in take_apart(q).items():
+        wanted = part_spec(spec, form.scheme, part, form.num_groups, form.scales)
+        assert (array.size, array.dtype) == (np.prod(wanted.shape), wanted.dtype), part
+    out = np.empty((OUT, IN), np.float32)
+    dequantize(q, out)
+    assert np.array_equal(out, matrix)
     if form.has_order:
         assert not np.array_equal(q.order, np.arange(IN))
 
@@ -100,7 +111,7 @@ def test_a_stack_may_have_one_matrix_out_of_order():
     )
     form, _ = decode(method, shuffled)
     matrix = packers.gptq()(np.random.default_rng(1), OUT, IN).matrix
-    q = method.decode(plain, (OUT, IN), form, np.dtype(np.float32))
+    q = assemble(method, plain, form)
     assert np.array_equal(q.order, np.arange(IN))
     assert np.array_equal(dense(q), matrix)
 
