@@ -250,6 +250,7 @@ def plan(
     found = [*(problems or ())]
     found += [f"missing {name}" for name in shapes if name not in named]
     found += [f"extra {name}" for name in named.keys() - shapes.keys() - set(ignored)]
+    found += [f"extra {name}, which is also quantized" for name in plain.keys() & modules.keys()]
     for name in shapes.keys() & plain.keys():
         tensor = plain[name]
         if tensor.shape != tuple(shapes[name]):
