@@ -15,7 +15,7 @@ help:
 	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
 	@echo "make test    the tests (TESTS=tests/test_config.py for a part, WORKERS=4 for more processes)"
 	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
-	@echo "make parity  the comparisons with torch, transformers and mistral-common"
+	@echo "make parity  the comparisons with torch, transformers, bitsandbytes and mistral-common"
 	@echo "make fault   kills and corruptions, many times over"
 	@echo "make slow    every mesh strategy with every dispatch: minutes"
 	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"

@@ -29,6 +29,7 @@ from mixtral_jax.kernels.table import KERNELS, kernels_for
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.quantize.load import quantizing, report
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import Facts, file_facts, option_facts, short
 from mixtral_jax.sharding.dispatch import DispatchOptions
@@ -96,6 +97,7 @@ def load(
         folder,
         config,
         sharding_of=lambda path: shardings[path],
+        source=quantizing(asked.quantize, verify=asked.verify),
         dtype=dtype,
         expert_shards=spec.expert,
         layout=KERNELS[kernels].layout,
@@ -103,6 +105,7 @@ def load(
         progress=progress,
         note=note,
     )
+    report(leaves, leaf_specs(config), asked.quantize, note)
     if adapter is not None:
         for line in adapter.notes:
             note(line)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from mixtral_jax.config import DTYPES
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype
 from mixtral_jax.kernels.table import KERNELS
+from mixtral_jax.quantize.makers import DataFree
 from mixtral_jax.sharding.dispatch import DispatchOptions, Method, Overflow
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
@@ -32,6 +33,8 @@ class LoadOptions:
             share the heads of the same rows (latency at small batches).
         kv_dtype: ``int8`` or ``fp8`` keys and values in the cache, with a scale for each head of
             each position; those of the activations, if None.
+        quantize: attention and experts in int8, int4, nf4, fp8 or fp4, made while they load (see
+            ``python -m mixtral_jax.quantize`` for more choices, and to do it once).
         kernels: visit (the CPU's), gpu, tpu or reference (slow): what computes; chosen by the
             mesh's devices, if None.
     """
@@ -46,6 +49,7 @@ class LoadOptions:
     adapter: str | None = None
     attention: Attention = Strategy.attention
     kv_dtype: KVDtype | None = None
+    quantize: DataFree | None = None
     kernels: str | None = None
 
     def __post_init__(self):
@@ -55,6 +59,9 @@ class LoadOptions:
         if self.kv_dtype is not None and self.kv_dtype not in KV_DTYPES:
             expected = ", ".join(KV_DTYPES)
             raise MixtralError("--kv-dtype", expected=expected, got=repr(self.kv_dtype), code=USAGE)
+        if self.quantize is not None and self.quantize not in get_args(DataFree):
+            expected, got = ", ".join(get_args(DataFree)), repr(self.quantize)
+            raise MixtralError("--quantize", expected=expected, got=got, code=USAGE)
         if self.kernels is not None and self.kernels not in tuple(KERNELS):
             expected = ", ".join(KERNELS)
             raise MixtralError("--kernels", expected=expected, got=repr(self.kernels), code=USAGE)

@@ -95,9 +95,10 @@ class Nested:
         """The scales; float32 ``[..., O, G]``."""
         *stack, outputs, groups = self.codes.shape
         size = outputs * groups
-        flat = jnp.asarray(dynamic_map())[self.codes.reshape(*stack, size)]
-        factors = jnp.repeat(self.absmax, NESTED_BLOCK, axis=-1)[..., :size]
-        return (flat * factors + self.offset[..., None]).reshape(self.codes.shape)
+        flat = jnp.asarray(dynamic_map())[jnp.asarray(self.codes).reshape(*stack, size)]
+        factors = jnp.repeat(jnp.asarray(self.absmax), NESTED_BLOCK, axis=-1)[..., :size]
+        offset = jnp.asarray(self.offset)[..., None]
+        return (flat * factors + offset).reshape(self.codes.shape)
 
 
 jax.tree_util.register_dataclass(Nested, data_fields=("codes", "absmax", "offset"), meta_fields=())
@@ -261,7 +262,7 @@ class QTensor:
         """The scales; float32 ``[..., O, G]``."""
         if isinstance(self.scales, Nested):
             return self.scales.values()
-        return self.scales.astype(jnp.float32)
+        return jnp.asarray(self.scales).astype(jnp.float32)
 
     def dequantize(self) -> jax.Array:
         """The weight as an array of ``dtype`` and ``shape``, its columns in the order of inputs.

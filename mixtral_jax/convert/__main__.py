@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from mixtral_jax import cli
 from mixtral_jax.convert.driver import convert
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
-from mixtral_jax.errors import INTERRUPTED, OK
+from mixtral_jax.convert.terminal import Stop
+from mixtral_jax.errors import OK
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
-
-_STDERR = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ def main(options: Options) -> int:
         console=console,
         disable=not console.is_terminal,
     )
-    with bar, _Stop(console) as stop:
+    with bar, Stop(console) as stop:
         task = bar.add_task("convert", total=None)
         report = convert(
             options.src,
@@ -82,44 +79,6 @@ def main(options: Options) -> int:
     hosts.barrier("converted", may_wait_for_first=True)
     print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
     return OK
-
-
-class _Stop:
-    """SIGINT and SIGTERM. Between leaves the work can end in order; elsewhere it ends at once.
-
-    Ending at once is safe as well, and more so than an exception: one that a signal raises inside
-    Orbax, or while files are fetched, leaves threads waiting for ever.
-    """
-
-    def __init__(self, console: Any):
-        self.console = console
-        self.is_listening = self.asked = False  # listening: somebody asks before each leaf
-
-    def __call__(self) -> bool:
-        self.is_listening = True
-        return self.asked
-
-    def __enter__(self) -> _Stop:
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self.before = {signum: signal.signal(signum, self._handle) for signum in signals}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum: int, frame: Any) -> None:
-        if self.is_listening and not self.asked:
-            self.asked = True
-            self._say("note: stopping after this leaf; press again to stop now")
-            return
-        self._say("error: interrupted; fix: run the same command again to resume")
-        os._exit(INTERRUPTED)
-
-    def _say(self, line: str) -> None:
-        # Not through the console, whose locks other threads hold; below its bar, with a cursor.
-        below = "\n\x1b[?25h" if self.console.is_terminal else ""
-        os.write(_STDERR, f"{below}{line}\n".encode())
 
 
 def _table(report: ConvertReport) -> str:

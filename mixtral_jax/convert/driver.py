@@ -26,6 +26,7 @@ from mixtral_jax.convert.companions import (
     digests_of,
     find_companions,
 )
+from mixtral_jax.convert.dequantized import DequantizedLeaves
 from mixtral_jax.convert.export import SafetensorsOutput
 from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
@@ -62,6 +63,7 @@ from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 
 Note: TypeAlias = Callable[[str], None]
 Progress: TypeAlias = Callable[[int, int], None]
+Change: TypeAlias = Callable[[Leaves], Leaves]
 
 WORK_SUFFIX = ".partial"
 JOURNAL_NAME, OUTPUT_NAME = "journal.jsonl", "output"
@@ -76,6 +78,7 @@ def convert(
     note: Note = lambda line: None,
     progress: Progress = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
+    change: Change | None = None,
 ) -> ConvertReport:
     """Converts a checkpoint in any layout to Orbax, or to the safetensors of Hugging Face.
 
@@ -92,6 +95,7 @@ def convert(
         progress: called with bytes done and bytes in all.
         stop: asked before each leaf is converted or proved; True ends the work there, to be
             resumed by another call.
+        change: given the opened source, what to read instead: weights quantized on the way.
 
     Raises:
         MixtralError: exit codes 65 (bad source or adapter, or options that do not fit them; the
@@ -101,7 +105,7 @@ def convert(
     source, dst = resolve(src, note), Path(os.path.abspath(dst))
     started = time.monotonic()
     with PeakMemory() as memory:
-        work = _Conversion(source, dst, options or ConvertOptions(), note, progress, stop)
+        work = _Conversion(source, dst, options or ConvertOptions(), note, progress, stop, change)
         manifest = work.run()
     return ConvertReport(
         parameters=manifest.parameters,
@@ -122,11 +126,12 @@ class _Conversion:
         note: Note,
         progress: Progress,
         stop: Callable[[], bool],
+        change: Change | None,
     ):
         self.source, self.src, self.dst = source, source.folder, dst
-        self.options, self.note, self._stop = options, note, stop
-        is_change = (options.format, options.dtype, options.adapter) != ("orbax", "keep", None)
-        if is_checkpoint(self.src) == "orbax" and not is_change:
+        self.options, self.note, self._stop, self._change = options, note, stop, change
+        asked = (options.format, options.dtype, options.adapter, options.dequantize, change)
+        if is_checkpoint(self.src) == "orbax" and asked == ("orbax", "keep", None, False, None):
             raise MixtralError(
                 f"{self.src} is converted already",
                 fix="ask for --format safetensors, another --dtype or an --adapter",
@@ -139,7 +144,9 @@ class _Conversion:
             check_companions(self.src, read_manifest(self.src).companions)
         self.companions = find_companions(self.src, note)
         self.config = read_config(self.src, note=note)
-        self.specs: Mapping[str, LeafSpec] = leaf_specs(self.config)
+        # What the model needs, and what is written: parts in place of quantized weights.
+        self.model: Mapping[str, LeafSpec] = leaf_specs(self.config)
+        self.specs = self.model
         self._progress = progress
         self._done = self._total = 0
         self._counting = threading.Lock()
@@ -148,8 +155,11 @@ class _Conversion:
         try:
             with contextlib.ExitStack() as stack:
                 head_dim = self.config.head_dim
-                self.leaves = open_leaves(self.src, self.specs, head_dim=head_dim, note=self.note)
+                self.leaves = open_leaves(self.src, self.model, head_dim=head_dim, note=self.note)
                 stack.callback(self.leaves.close)
+                self.leaves = self._changed(self.leaves)
+                self.specs = self.leaves.specs
+                self._refuse_parts()
                 self.dtypes = {leaf: self._dtype(leaf) for leaf in self.specs}
                 self.fingerprint = self._fingerprint(self.leaves)
                 self.merge = self._open_adapter(stack)
@@ -173,6 +183,23 @@ class _Conversion:
             if is_disk_full(error):
                 raise disk_full(self.work) from error
             raise
+
+    def _changed(self, leaves: Leaves) -> Leaves:
+        """What is read in place of the source as it is."""
+        if self.options.dequantize:
+            dtype = self.config.dtype if self.options.dtype == "keep" else self.options.dtype
+            leaves = DequantizedLeaves(leaves, self.model, np_dtype(dtype))
+        return leaves if self._change is None else self._change(leaves)
+
+    def _refuse_parts(self) -> None:
+        """Quantized weights are copied as they are, and only to where their parts have names."""
+        is_copy = (self.options.format, self.options.adapter) == ("orbax", None)
+        if self.specs.keys() != self.model.keys() and not is_copy:
+            raise MixtralError(
+                f"{self.src} is quantized: it can be neither exported nor merged with an adapter",
+                fix="convert the checkpoint that it was made from, or add --dequantize",
+                code=BAD_DATA,
+            )
 
     def _open_adapter(self, stack: contextlib.ExitStack) -> Merge | None:
         if self.options.adapter is None:
@@ -250,7 +277,7 @@ class _Conversion:
             self.work.rmdir()
 
     def _dtype(self, leaf: str) -> np.dtype:
-        if self.options.dtype == "keep":
+        if self.options.dtype == "keep" or leaf not in self.model:
             return self.leaves.dtype(leaf)
         return np_dtype(self.options.dtype)
 
@@ -278,7 +305,7 @@ class _Conversion:
         manifest = Manifest(
             fingerprint=self.fingerprint,
             leaves=records,
-            parameters=sum(math.prod(spec.shape) for spec in self.specs.values()),
+            parameters=sum(math.prod(spec.shape) for spec in self.model.values()),
             bytes=sum(map(self._num_bytes, self.specs)),
             source=self._source(),
         )
@@ -310,8 +337,8 @@ class _Conversion:
         """True if an earlier run finished a leaf and the disk still holds it."""
         if record is None:
             return False
-        fits = record.shape == self.specs[leaf].shape
-        intact = fits and output.is_intact(leaf, record, self.pool)
+        intact = record.shape == self.specs[leaf].shape
+        intact = intact and output.is_intact(leaf, record, self.pool)
         if intact and self.options.verify:
             intact = output.reads_back(leaf, record, self.pool)
         if not intact:
@@ -356,7 +383,8 @@ class _Conversion:
             self._progress(self._done, self._total)
 
     def _finish(self, manifest: Manifest) -> Manifest:
-        dtype = common_dtype(self.specs, self.dtypes, preferred=self.config.dtype)
+        plain = {leaf: dtype for leaf, dtype in self.dtypes.items() if leaf in self.model}
+        dtype = common_dtype(self.model, plain, preferred=self.config.dtype)
         digests = copy_companions(
             self.src, self.output_folder, self.companions, config=self.config, dtype=dtype.name
         )

@@ -96,8 +96,6 @@ class PublishedLeaves:
         folder: where the files are.
         specs: what the model needs.
         head_dim: channels per head.
-        dequantize: give quantized leaves as plain ones of this dtype. None: only those that no
-            product takes (the router, the embedding), in the dtype of the configuration.
         note: called with one line for each thing a person should know.
 
     Raises:
@@ -111,7 +109,6 @@ class PublishedLeaves:
         specs: Mapping[str, LeafSpec],
         *,
         head_dim: int,
-        dequantize: np.dtype | None = None,
         note: Note = lambda line: None,
     ):
         self.specs, self._head_dim = specs, head_dim
@@ -128,7 +125,7 @@ class PublishedLeaves:
             self._quantized = None
             if method is not None:
                 self._quantized = QuantizedMatrices(
-                    self.checkpoint, method, self.plan, specs, dequantize=dequantize, note=note
+                    self.checkpoint, method, self.plan, specs, note=note
                 )
                 self.specs = self._quantized.specs
             for what in ("rotary_emb.inv_freq buffers", "scales of the cache"):
@@ -283,8 +280,6 @@ def open_leaves(
 ) -> Leaves:
     """Opens a checkpoint folder of any known format.
 
-    Arguments as in ``PublishedLeaves``.
-
     Raises:
         MixtralError: exit code 66 if it is no checkpoint, 65 if it is not sound.
     """
@@ -292,9 +287,7 @@ def open_leaves(
     if kind == "orbax":
         return OrbaxLeaves(Path(folder), specs)
     if kind == "published":
-        return PublishedLeaves(
-            Path(folder), specs, head_dim=head_dim, dequantize=dequantize, note=note
-        )
+        return PublishedLeaves(Path(folder), specs, head_dim=head_dim, note=note)
     raise MixtralError(
         f"no checkpoint in {folder}",
         fix="name a folder that convert wrote, a Hugging Face folder, or a native Mistral folder",

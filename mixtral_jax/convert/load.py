@@ -6,6 +6,7 @@ devices piece by piece. A replicated leaf is read once per process, not once per
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import Counter
@@ -24,12 +25,23 @@ from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.leaves import Leaves, common_dtype, open_leaves
 from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
 from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
+from mixtral_jax.convert.parts import (
+    PartPath,
+    join,
+    parts_of,
+    quantized_weights,
+    split_path,
+    take_apart,
+)
 from mixtral_jax.convert.transfer import altered, sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
+from mixtral_jax.qtensor import QTensor
+from mixtral_jax.sharding.quantized import check_split, make_ready
+from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.weights import ExpertSlots, Layout, Weight
 
-ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
+ShardingOf: TypeAlias = Callable[[str], jax.sharding.NamedSharding]
 Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
 # (leaf, ids of the devices that hold what was read) -> bytes read from the checkpoint.
 Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
@@ -43,6 +55,7 @@ def load_weights(
     config: ModelConfig,
     *,
     sharding_of: ShardingOf,
+    source: Callable[[Leaves], Leaves] = lambda leaves: leaves,
     dtype: str | None = None,
     expert_shards: int = 1,
     layout: Layout = "slots",
@@ -58,6 +71,7 @@ def load_weights(
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
             dim is on the expert axis, which fits the stack and each slot.
+        source: given the opened folder, what to read instead: weights quantized on the way.
         dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
             differ, the dtype of the configuration if some have it, else that of most bytes.
         expert_shards: size of the expert axis; must divide the number of experts.
@@ -83,33 +97,79 @@ def load_weights(
     leaves = open_leaves(folder, specs, head_dim=config.head_dim, note=note)
     if verify and isinstance(leaves, OrbaxLeaves):
         check_companions(leaves.folder, leaves.manifest.companions)
+    leaves = source(leaves)
     dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
     def load(path: str) -> Weight:
         return loader.leaf(
             path,
-            specs[path].shape,
-            sharding_of(path),
+            leaves.specs[path].shape,
+            part_shardings[path],
             expert_shards=expert_shards,
             layout=layout,
         )
 
     try:
+        quantized = quantized_weights(leaves.specs, jnp.dtype(dtype))
+        part_shardings = _part_shardings(specs, quantized, sharding_of)
         with ThreadPoolExecutor(THREADS) as pool:
             # Large leaves first, so that no thread is left alone with one at the end.
-            order = sorted(specs, key=lambda path: -int(np.prod(specs[path].shape)))
+            sizes = {path: math.prod(spec.shape) for path, spec in leaves.specs.items()}
+            order = sorted(sizes, key=lambda path: -sizes[path])
             found = dict(zip(order, pool.map(load, order), strict=True))
     finally:
         leaves.close()
-    return {path: found[path] for path in specs}
+    for path, shapes in quantized.items():
+        parts = {name: found[str(part)] for name, part in parts_of(path, found).items()}
+        found[path] = _joined(shapes.scheme, parts, shapes.dtype)
+    return make_ready({path: found[path] for path in specs}, {p: sharding_of(p) for p in specs})
+
+
+def _part_shardings(
+    specs: Mapping[str, LeafSpec], quantized: Mapping[str, QTensor], sharding_of: ShardingOf
+) -> dict[str, jax.sharding.NamedSharding]:
+    """The sharding of every stored leaf; refuses parts that the mesh cannot split."""
+    found = {}
+    for path in specs:
+        sharding = sharding_of(path)
+        if path not in quantized:
+            found[path] = sharding
+            continue
+        check_split(path, quantized[path], sharding)
+        laid = take_apart(kind_specs(quantized[path], sharding.spec))
+        for name, spec in laid.items():
+            stored = (*spec, None) if name == "scale_offset" else spec  # [..., 1] on disk
+            part = str(PartPath(path, quantized[path].scheme, name))
+            found[part] = jax.sharding.NamedSharding(
+                sharding.mesh, jax.sharding.PartitionSpec(*stored)
+            )
+    return found
+
+
+def _joined(scheme: str, parts: dict[str, Any], dtype: Any) -> Weight:
+    """A QTensor of placed parts, or slots of them."""
+    if isinstance(parts["codes"], ExpertSlots):
+        columns = zip(*(part.slots for part in parts.values()), strict=True)
+        slots = [
+            _joined(scheme, dict(zip(parts, column, strict=True)), dtype) for column in columns
+        ]
+        return ExpertSlots(tuple(slots))
+    if "scale_offset" in parts:
+        parts = parts | {"scale_offset": _last_of_one(parts["scale_offset"])}
+    return join(scheme, parts, dtype)
+
+
+@jax.jit
+def _last_of_one(offset: jax.Array) -> jax.Array:
+    return offset[..., 0]
 
 
 def _one_dtype(
     leaves: Leaves, specs: Mapping[str, LeafSpec], preferred: str, note: Callable[[str], None]
 ) -> str:
     """The dtype to load in where none is asked for, with a note if tensors must be cast."""
-    stored = {leaf: leaves.dtype(leaf) for leaf in specs}
+    stored = {leaf: leaves.dtype(leaf) for leaf in specs if leaf in leaves.specs}
     dtype = common_dtype(specs, stored, preferred=preferred)
     cast = sum(found != dtype for found in stored.values())
     if cast:
@@ -179,7 +239,8 @@ class _Array:
         self.stacked = chunks[0].expert is not None
         self.chunk_shape = shape[1:] if self.stacked else shape
         self.stored = loader.leaves.dtype(chunks[0].leaf)
-        self.dtype = np.dtype(jnp.dtype(loader.dtype))
+        is_part = split_path(chunks[0].leaf) is not None  # stays as it is
+        self.dtype = self.stored if is_part else np.dtype(jnp.dtype(loader.dtype))
         # Chunks that devices share parts of, read once for all of them.
         self.shared: dict[Chunk, np.ndarray] = {}
 

@@ -128,7 +128,8 @@ IGNORED = re.compile(
     r"model\.layers\.\d+\.self_attn\."
     r"(rotary_emb\.inv_freq|kv_scale|[kv]_scale|[kv]_proj\.output_scale)"
 )
-EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)")
+# A leaf of experts, or one part of a quantized one (convert/parts.py).
+EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)(\.\w+\.\w+)?")
 
 
 class Chunk(NamedTuple):

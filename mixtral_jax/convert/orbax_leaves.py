@@ -11,13 +11,13 @@ import numpy as np
 
 from mixtral_jax.convert import manifest as manifests
 from mixtral_jax.convert.names import Chunk, chunks_of
-from mixtral_jax.convert.safetensors_file import FLOATS, bytes_of, prefetch, read_exactly
+from mixtral_jax.convert.parts import stored_specs
+from mixtral_jax.convert.safetensors_file import STORED, bytes_of, prefetch, read_exactly
 from mixtral_jax.errors import BAD_DATA, MixtralError, listing
 from mixtral_jax.json_file import read_json
 from mixtral_jax.model.transformer import LeafSpec
 
 WEIGHTS = "weights"
-_DTYPES = {dtype.name: dtype for dtype in FLOATS.values()}
 
 
 class OrbaxLeaves:
@@ -27,6 +27,8 @@ class OrbaxLeaves:
     files of its zarr v2 array (raw C-ordered bytes, no compression:
     https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html) are read directly, so that a device
     costs the rows it holds, and bytes are proved before they are used.
+
+    A quantized weight lies there in its parts (convert/parts.py), each a leaf of its own.
 
     Raises:
         MixtralError: exit code 65 listing leaves that are missing, extra, misshapen or truncated.
@@ -38,6 +40,7 @@ class OrbaxLeaves:
         self.folder = folder
         self.manifest = manifests.read_manifest(folder)
         records = self.manifest.leaves
+        self.specs = specs = stored_specs(specs, records)
         problems = [f"missing {leaf}" for leaf in specs.keys() - records.keys()]
         problems += [f"extra {leaf}" for leaf in records.keys() - specs.keys()]
         for leaf in specs.keys() & records.keys():
@@ -72,7 +75,7 @@ class OrbaxLeaves:
 
     def dtype(self, leaf: str) -> np.dtype:
         """The stored dtype of a leaf."""
-        return _DTYPES[self.manifest.leaves[leaf].dtype]
+        return STORED[self.manifest.leaves[leaf].dtype]
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """Reads rows of a chunk."""
@@ -122,7 +125,7 @@ def check_leaf(
     if tuple(record.shape) != shape:
         return [f"{leaf}: expected shape {list(shape)}, got {list(record.shape)}"]
     chunks = chunks_of(leaf, shape)
-    if record.dtype not in _DTYPES or len(record.chunks) != len(chunks):
+    if record.dtype not in STORED or len(record.chunks) != len(chunks):
         return [f"{leaf}: manifest entry is unusable"]
     path = array_folder(folder, leaf) / ".zarray"
     try:
@@ -134,7 +137,7 @@ def check_leaf(
     expected = (list(shape), list(chunk_shape), ".")
     if not raw or expected != tuple(map(array.get, ("shape", "chunks", "dimension_separator"))):
         return [f"{leaf}: {path} does not describe raw chunks {list(chunk_shape)}"]
-    num_bytes = int(np.prod(chunk_shape)) * _DTYPES[record.dtype].itemsize
+    num_bytes = int(np.prod(chunk_shape)) * STORED[record.dtype].itemsize
     problems = []
     for chunk in chunks:
         file = chunk_path(folder, chunk, len(shape))

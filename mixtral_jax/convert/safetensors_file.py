@@ -42,9 +42,20 @@ FLOATS: dict[str, np.dtype] = {
 }
 
 
+# What arrays of ours may be: weights, and the parts of quantized ones.
+STORED: dict[str, np.dtype] = {
+    dtype.name: dtype
+    for dtype in (
+        *FLOATS.values(),
+        np.dtype(ml_dtypes.float8_e4m3fn),
+        *map(np.dtype, (np.int8, np.uint8, np.int32)),
+    )
+}
+
+
 def np_dtype(name: str) -> np.dtype:
-    """The numpy dtype of ``float32``, ``bfloat16`` or ``float16``."""
-    return next(dtype for dtype in FLOATS.values() if dtype.name == name)
+    """The numpy dtype of a name in ``STORED``."""
+    return STORED[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -183,8 +183,7 @@ def _by_table(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
 
 def nest(scales: np.ndarray) -> Nested:
     """Quantizes the scales ``[O, G]`` of one matrix in blocks of 256, around their mean."""
-    offset = scales.mean(dtype=np.float32)
-    return nest_around(scales, offset)
+    return nest_around(scales, np.float32(scales.mean(dtype=np.float64)))
 
 
 def nest_around(scales: np.ndarray, offset: np.float32) -> Nested:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from mixtral_jax.model.transformer import LeafSpec, Mixtral, assemble, leaf_specs
+from mixtral_jax.sharding.quantized import check_split, make_ready
 from mixtral_jax.sharding.rules import kind_specs, partition_spec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import AXES_KEY, Layout, Weight, slots_of
@@ -55,7 +56,11 @@ def place_weight(w: Weight, sharding: NamedSharding) -> Weight:
 def place(
     model: Mixtral, mesh: Mesh, *, layout: Layout = "slots", strategy: Strategy = DEFAULT
 ) -> Mixtral:
-    """Puts a model in memory onto a mesh, its experts in the layout of the kernels to come."""
+    """Puts a model in memory onto a mesh, its experts in the layout of the kernels to come.
+
+    Raises:
+        MixtralError: exit code 78 for quantized weights that the mesh cannot split.
+    """
     shardings = weight_shardings(leaf_specs(model.config), mesh, strategy)
     placed = {}
     for path, param in nnx.to_flat_state(nnx.state(model)):
@@ -63,5 +68,6 @@ def place(
         leaf = param[...]
         if layout == "slots" and leaf.ndim == 3:
             leaf = slots_of(leaf, mesh.shape["expert"])
+        check_split(name, leaf, shardings[name])
         placed[name] = place_weight(leaf, shardings[name])
-    return assemble(model.config, placed)
+    return assemble(model.config, make_ready(placed, shardings))

@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
+from mixtral_jax.qtensor import Nested
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
 
 MeshAxes = str | tuple[str, ...] | None
@@ -90,10 +91,7 @@ def kind_specs(w: Any, spec: PartitionSpec) -> Any:
     if isinstance(w, ExpertSlots):
         return ExpertSlots(tuple(kind_specs(slot, spec) for slot in w.slots))
     if isinstance(w, QTensor):
-        *rows, summed = spec
-        one_group = w.scales.shape[-1] == 1  # every part of a row shares its only scale
-        scales = PartitionSpec(*rows, None if one_group else summed)
-        return dataclasses.replace(w, codes=spec, scales=scales)
+        return _quantized_specs(w, spec)
     if isinstance(w, Adapted):
         *stack, out, summed = spec
         return dataclasses.replace(
@@ -103,3 +101,21 @@ def kind_specs(w: Any, spec: PartitionSpec) -> Any:
             b=PartitionSpec(*stack, out, None),
         )
     return spec
+
+
+def _quantized_specs(w: QTensor, spec: PartitionSpec) -> QTensor:
+    """Scales and zero points lie with their codes; nested scales and an order are not split."""
+    *stack, out, summed = spec
+    one_group = w.scales.shape[-1] == 1  # every part of a row shares its only scale
+    groups = PartitionSpec(*stack, out, None if one_group else summed)
+    whole = PartitionSpec(*stack, None)
+    scales: Any = groups
+    if isinstance(w.scales, Nested):
+        scales = Nested(PartitionSpec(*stack, None, None), whole, PartitionSpec(*stack))
+    return dataclasses.replace(
+        w,
+        codes=spec,
+        scales=scales,
+        zeros=None if w.zeros is None else groups,
+        order=None if w.order is None else whole,
+    )

@@ -71,7 +71,9 @@ def test_every_value_is_the_nearest_that_its_group_has(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_zeros_stay_zeros(name):
-    np.testing.assert_array_equal(dequantized(quantize(np.zeros((4, 128), np.float32), RECIPES[name])), 0)
+    np.testing.assert_array_equal(
+        dequantized(quantize(np.zeros((4, 128), np.float32), RECIPES[name])), 0
+    )
 
 
 @pytest.mark.parametrize("name", RECIPES)

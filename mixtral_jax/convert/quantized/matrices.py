@@ -32,7 +32,6 @@ class QuantizedMatrices:
         method: how they are quantized.
         plan: of ``checkpoint``.
         specs: what the model needs.
-        dequantize: as in ``PublishedLeaves``.
         note: called with one line if large matrices are not quantized.
 
     Attributes:
@@ -52,11 +51,10 @@ class QuantizedMatrices:
         plan: Plan,
         specs: Mapping[str, LeafSpec],
         *,
-        dequantize: np.dtype | None,
         note: Note,
     ):
         self._checkpoint, self._method, self._plan = checkpoint, method, plan
-        self._specs, self._dequantize = specs, dequantize
+        self._specs = specs
         if not plan.modules:
             raise MixtralError(
                 f"{checkpoint.folder}: config.json says {method.name}, but no tensor is quantized",
@@ -64,9 +62,7 @@ class QuantizedMatrices:
                 code=BAD_DATA,
             )
         self.leaves = self._read_forms()
-        self.packed = {
-            leaf for leaf in self.leaves if dequantize is None and not _NEVER_PACKED.fullmatch(leaf)
-        }
+        self.packed = {leaf for leaf in self.leaves if not _NEVER_PACKED.fullmatch(leaf)}
         self.specs: dict[str, LeafSpec] = {}
         for leaf, spec in specs.items():
             self.specs |= self._part_specs(leaf, spec) if leaf in self.packed else {leaf: spec}
@@ -129,7 +125,7 @@ class QuantizedMatrices:
 
     def dtype(self, leaf: str) -> np.dtype:
         """The dtype of the weight that a leaf stands for."""
-        return self._dequantize or np.dtype(self._specs[leaf].dtype)
+        return np.dtype(self._specs[leaf].dtype)
 
     def read(self, chunk: Chunk, out: np.ndarray) -> None:
         """Decodes a part of a matrix, or the weight it stands for, rounded once.
