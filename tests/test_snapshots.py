@@ -20,7 +20,7 @@ import mixtral_jax
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-COMMANDS = ["sample", "convert", "sharding", "plan"]
+COMMANDS = ["sample", "convert", "quantize", "sharding", "plan"]
 
 
 def compare(name: str, text: str, folder: Path = SNAPSHOTS) -> None:

@@ -8,7 +8,7 @@ the digest of a checkpoint covers it, and each weight may have a scheme of its o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,14 +43,6 @@ class PartPath(NamedTuple):
         return ".".join(self)
 
 
-@runtime_checkable
-class _Record(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
-
-
 def split_path(path: str) -> PartPath | None:
     """The weight, scheme and part of a path; None if it is not that of a part."""
     pieces = path.rsplit(".", 2)
@@ -65,9 +57,7 @@ def parts_of(weight: str, paths: Iterable[str]) -> dict[str, PartPath]:
     return {path.part: path for path in found if path is not None and path.weight == weight}
 
 
-def stored_specs(
-    specs: Mapping[str, LeafSpec], records: Mapping[str, _Record]
-) -> dict[str, LeafSpec]:
+def stored_specs(specs: Mapping[str, LeafSpec], records: Mapping[str, Any]) -> dict[str, LeafSpec]:
     """What a folder holds in place of weights: those that are quantized are replaced by parts.
 
     A part whose shape or dtype does not fit its weight is given the shape that it should have, so
@@ -92,7 +82,7 @@ def stored_specs(
 
 
 def _part_specs(
-    spec: LeafSpec, parts: list[PartPath], records: Mapping[str, _Record]
+    spec: LeafSpec, parts: list[PartPath], records: Mapping[str, Any]
 ) -> dict[str, LeafSpec]:
     """The specs of a weight's parts as recorded, and of those that must be there as well."""
     weight, scheme, _ = parts[0]

@@ -1,62 +1,66 @@
-"""Sizes of quantized weights, by scheme: what they will take, exact to the scale.
+"""Sizes of quantized weights, by scheme: those of the arrays that loading makes.
 
 The matrices of attention and experts are quantized; router, norms, embeddings and head are not.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
+import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.convert.parts import part_spec, quantized_weights
 from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.model.transformer import LeafSpec
+from mixtral_jax.qtensor import Nested, QTensor
+from mixtral_jax.quantize.makers import DataFree, Recipe
+from mixtral_jax.quantize.source import is_quantized, made_specs
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.report import shard_shape, weight_report
+from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.sharding.strategy import Strategy
 
+# What `--quantize` makes at load; of gptq, what published checkpoints have.
+DOUBLE_QUANT = "nf4-double-quant"
+SCHEMES = (*get_args(DataFree), DOUBLE_QUANT, "gptq")
+GPTQ_GROUP = 128
 
-class SchemeSize(NamedTuple):
-    """Bits of one weight and of what goes with it.
 
-    Attributes:
-        bits: of a code.
-        group: consecutive inputs that share a scale; None where a whole row does.
-        group_bits: of the scale (and zero point) of a group.
-        input_bits: of what is kept once per input of a matrix (GPTQ's group index).
+def quantized_parts(leaf: str, spec: LeafSpec, scheme: str) -> QTensor:
+    """The parts of a quantized weight, with shapes in place of arrays.
+
+    GPTQ: 4 bits, groups of 128 with 16-bit scales and zero points, and an activation order.
     """
-
-    bits: int
-    group: int | None
-    group_bits: float
-    input_bits: int = 0
-
-
-_NESTED = 8 + 32 / 256  # bitsandbytes: scales in 8 bits, 256 of them under one f32
-SCHEMES: dict[str, SchemeSize] = {
-    "int8": SchemeSize(8, None, 32),
-    "fp8": SchemeSize(8, None, 32),
-    "int4": SchemeSize(4, 64, 16),
-    "nf4": SchemeSize(4, 64, _NESTED),
-    "fp4": SchemeSize(4, 64, _NESTED),
-    "gptq": SchemeSize(4, 128, 16 + 4, 32),
-}
-_QUANTIZED = {"heads", "kv_heads", "mlp"}  # a matrix with one of these axes
+    if scheme != "gptq":
+        is_double = scheme == DOUBLE_QUANT
+        recipe = Recipe(scheme="nf4" if is_double else scheme, double_quant=is_double)
+        parts = made_specs(leaf, spec, recipe)
+    else:
+        groups = spec.shape[-1] // GPTQ_GROUP
+        parts = {
+            f"{leaf}.gptq4.{part}": part_spec(spec, "gptq4", part, groups, "float16")
+            for part in ("codes", "scales", "zeros", "order")
+        }
+    return quantized_weights(parts, spec.dtype)[leaf]
 
 
-def matrix_bytes(shape: tuple[int, ...], scheme: SchemeSize) -> int:
-    """Bytes of a stack of matrices ``[..., O, I]``."""
-    *stack, inputs = shape
-    rows = math.prod(stack)
-    groups = 1 if scheme.group is None else -(-inputs // scheme.group)
-    matrices = math.prod(stack[:-1])
-    codes = rows * (-(-inputs * scheme.bits // 8))
-    return (
-        codes
-        + math.ceil(rows * groups * scheme.group_bits / 8)
-        + (matrices * inputs * scheme.input_bits // 8)
+def shard_bytes(q: QTensor, spec: PartitionSpec, mesh: MeshSpec) -> int:
+    """Bytes of one device's part of a quantized weight; nested scales only where not split."""
+    is_split = shard_shape(q.shape, spec, mesh)[-2:] != q.shape[-2:]
+    if is_split and isinstance(q.scales, Nested):
+        plain = jax.ShapeDtypeStruct(q.scales.shape, np.float32)
+        q = dataclasses.replace(q, scales=plain)
+    sizes = jax.tree.map(
+        lambda part, its: math.prod(shard_shape(part.shape, its, mesh)) * part.dtype.itemsize,
+        q,
+        kind_specs(q, spec),
     )
+    return sum(jax.tree.leaves(sizes))
 
 
 class Weights(NamedTuple):
@@ -90,13 +94,12 @@ def weight_bytes(
     """
     check_scheme(scheme)
     total = experts = embedding = 0
-    itemsize = np.dtype(dtype or config.dtype).itemsize
     for row in weight_report(config, mesh, strategy, dtype):
         size = row.bytes_per_device
-        if scheme is not None and _QUANTIZED & set(row.axes):
-            local = shard_shape(row.shape, row.spec, mesh)
-            assert math.prod(local) * itemsize * row.count == size, row
-            size = row.count * matrix_bytes(local, SCHEMES[scheme])
+        leaf = LeafSpec(row.shape, row.axes, np.dtype(dtype or config.dtype))
+        if scheme is not None and is_quantized(leaf):
+            parts = quantized_parts(row.weight, leaf, scheme)
+            size = row.count * shard_bytes(parts, row.spec, mesh)
         total += size
         if "expert" in row.axes:
             experts += size

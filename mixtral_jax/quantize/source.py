@@ -22,7 +22,7 @@ from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
 from mixtral_jax.qtensor import QTensor
 from mixtral_jax.quantize.errors import MatrixError, error_of
-from mixtral_jax.quantize.makers import Recipe, Rows, nest, quantize_rows
+from mixtral_jax.quantize.makers import Recipe, Rows, nest, quantize, quantize_rows
 
 # Bytes of the source that are quantized at a time; several arrays of that many numbers are made.
 BLOCK_BYTES = 4 << 20
@@ -33,6 +33,23 @@ QUANTIZED_AXES = frozenset({"heads", "kv_heads", "mlp"})
 def is_quantized(spec: LeafSpec) -> bool:
     """Whether a weight is among those that are quantized: chosen by its axes, not by its name."""
     return bool(QUANTIZED_AXES & set(spec.axes))
+
+
+def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]:
+    """The parts that a recipe makes of a weight, by path.
+
+    Raises:
+        MixtralError: exit code 78 for rows of no whole groups.
+    """
+    recipe.check_fits(leaf, spec.shape[-1])
+    one_row = quantize(np.zeros((1, spec.shape[-1]), np.float32), recipe)
+    groups = one_row.scales.shape[-1]
+    return {
+        str(PartPath(leaf, recipe.scheme, name)): part_spec(
+            spec, recipe.scheme, name, groups, part.dtype
+        )
+        for name, part in take_apart(one_row).items()
+    }
 
 
 class QuantizingLeaves:
@@ -70,26 +87,11 @@ class QuantizingLeaves:
                     fix="quantize the checkpoint that it was made from",
                     code=BAD_DATA,
                 )
-            self.specs |= self._part_specs(leaf, spec) if is_quantized(spec) else {leaf: spec}
+            self.specs |= made_specs(leaf, spec, recipe) if is_quantized(spec) else {leaf: spec}
         # Small parts of a matrix, from when its codes are read until they are read themselves.
         self._waiting: dict[Chunk, np.ndarray] = {}
         self._locks: dict[Chunk, threading.Lock] = {}
         self._guard = threading.Lock()
-
-    def _part_specs(self, leaf: str, spec: LeafSpec) -> dict[str, LeafSpec]:
-        """Part by part as the maker makes them; tried on one row of one group."""
-        inputs = spec.shape[-1]
-        self.recipe.check_fits(leaf, inputs)
-        row = quantize_rows(np.zeros((1, inputs), np.float32), self.recipe)
-        parts = take_apart(self._tensor(row, np.dtype(np.float32)))
-        groups = row.scales.shape[-1]
-        scheme = self.recipe.scheme
-        return {
-            str(PartPath(leaf, scheme, name)): part_spec(
-                spec, scheme, name, groups, np.asarray(part).dtype
-            )
-            for name, part in parts.items()
-        }
 
     @property
     def layout(self) -> str:

@@ -57,11 +57,12 @@ def test_published_memory_table():
     config, one = PRESETS["mixtral-8x7b"], MeshSpec()
     sizes = {
         scheme: weight_bytes(config, one, Strategy(), dtype="float16", scheme=scheme).total / 1e9
-        for scheme in (None, "int8", "nf4", "int4")
+        for scheme in (None, "int8", "nf4", "nf4-double-quant", "int4")
     }
     assert sizes[None] == pytest.approx(93.405585, abs=1e-6)
     assert 45 < sizes["int8"] == pytest.approx(47.0, abs=0.1)
-    assert 23 < sizes["nf4"] < 25
+    assert 23 < sizes["nf4-double-quant"] < 25
+    assert sizes["nf4"] == pytest.approx(26.65, abs=0.01)
     assert sizes["int4"] == pytest.approx(25.2, abs=0.1)
     assert active_parameters(config) == 12_748_853_248
 
@@ -71,7 +72,7 @@ def test_a_quantized_part_is_its_share_of_the_whole():
     whole = weight_bytes(config, MeshSpec(), Strategy(), scheme="int4")
     part = weight_bytes(config, MeshSpec(expert=8), Strategy(), scheme="int4")
     assert part.experts * 8 == whole.experts
-    with pytest.raises(MixtralError, match="--quantize: expected int8, fp8"):
+    with pytest.raises(MixtralError, match="--quantize: expected int8, int4"):
         weight_bytes(config, MeshSpec(), Strategy(), scheme="int3")
 
 
