@@ -14,6 +14,7 @@ from mixtral_jax.convert.quantized.dense import dequantize
 from mixtral_jax.convert.transfer import altered, sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
+from mixtral_jax.qtensor import QTensor
 
 
 class DequantizedLeaves:
@@ -88,18 +89,7 @@ class DequantizedLeaves:
         if chunk.leaf not in self._parts:
             self._source.read_rows(chunk, start, stop, out)
             return
-        found = {name: self._part(part) for name, part in self._chunks(chunk).items()}
-        scheme = next(iter(self._parts[chunk.leaf].values())).scheme
-        dequantize(join(scheme, found, out.dtype), out)
-
-    def _part(self, chunk: Chunk) -> np.ndarray:
-        shape = self._source.specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
-        out = np.empty(shape, self._source.dtype(chunk.leaf))
-        self._source.read_rows(chunk, 0, shape[0], out)
-        recorded = self._source.digest(chunk)
-        if recorded is not None and recorded != sha256(out):
-            raise altered(self._source, chunk)
-        return out
+        dequantize(read_matrix(self._source, chunk, self._parts[chunk.leaf], out.dtype), out)
 
     def prefetch(self, leaf: str) -> None:
         """See Leaves."""
@@ -113,3 +103,32 @@ class DequantizedLeaves:
     def close(self) -> None:
         """Closes the source."""
         self._source.close()
+
+
+def read_matrix(
+    leaves: Leaves, chunk: Chunk, parts: Mapping[str, PartPath], dtype: np.dtype
+) -> QTensor:
+    """One quantized matrix of a checkpoint, of numpy arrays.
+
+    Args:
+        leaves: the checkpoint.
+        chunk: of the weight.
+        parts: of the weight in ``leaves``, by name.
+        dtype: of the weight.
+    """
+    scheme = next(iter(parts.values())).scheme
+    found = {
+        name: read_chunk(leaves, Chunk(str(path), chunk.expert)) for name, path in parts.items()
+    }
+    return join(scheme, found, dtype)
+
+
+def read_chunk(leaves: Leaves, chunk: Chunk) -> np.ndarray:
+    """A whole chunk of what is stored, proved if a digest was recorded (exit code 65)."""
+    shape = leaves.specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
+    out = np.empty(shape, leaves.dtype(chunk.leaf))
+    leaves.read_rows(chunk, 0, shape[0], out)
+    recorded = leaves.digest(chunk)
+    if recorded is not None and recorded != sha256(out):
+        raise altered(leaves, chunk)
+    return out
