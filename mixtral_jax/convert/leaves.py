@@ -161,8 +161,11 @@ class PublishedLeaves:
 
     @property
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Identifies the content of every file by little of it."""
-        return self.checkpoint.fingerprint
+        """Identifies the content of every file by little of it, and how it is decoded."""
+        found = self.checkpoint.fingerprint
+        if self._quantized is not None:
+            found |= {"quantization": self._quantized.settings}
+        return found
 
     @property
     def whereabouts(self) -> dict[str, dict[str, Any]]:

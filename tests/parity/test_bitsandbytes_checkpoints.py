@@ -1,4 +1,4 @@
-"""Per-expert checkpoints that bitsandbytes quantized: loaded packed, with its dequantized logits."""
+"""Per-expert checkpoints of bitsandbytes: loaded packed, with the logits that it has itself."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +75,14 @@ class QuantizedMatrices:
                 f"{checkpoint.folder}: {len(plain)} of {large} leaves of attention and experts are "
                 f"not quantized: {', '.join(plain[:4])}{', ...' if len(plain) > 4 else ''}"
             )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the configuration says of them."""
+        fields = dataclasses.fields(self._method)
+        return {"method": self._method.name} | {
+            f.name: getattr(self._method, f.name) for f in fields
+        }
 
     def _read_forms(self) -> dict[str, Form]:
         problems, found = [], {}

@@ -144,6 +144,17 @@ def test_quantized_weights_are_exported_only_as_plain_ones(tmp_path):
         convert(path, tmp_path / "out", ConvertOptions(format="safetensors"))
 
 
+def test_another_quantization_config_is_another_conversion(tmp_path):
+    made = publish(published.gptq_case(4, 128, sym=False))
+    quantization = made.config["quantization_config"]
+    folder = made.write(tmp_path / "src")
+    convert(folder, tmp_path / "out")
+    config = made.config | {"quantization_config": quantization | {"checkpoint_format": "gptq_v2"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MixtralError, match="holds another conversion"):
+        convert(folder, tmp_path / "out")
+
+
 def test_nan_scales_are_refused(tmp_path):
     made = publish(CASES["awq"])
     name = "model.layers.0.block_sparse_moe.experts.5.w2.scales"
