@@ -123,13 +123,14 @@ class _Export:
 
     def _one_setting(self) -> tuple[int, int]:
         """Bits and group size (-1 for one group), which the layout has once for all weights."""
-        settings = {
-            (q.scheme, -1 if q.scales.shape[-1] == 1 else q.shape[-1] // q.scales.shape[-1])
-            for q in self.quantized.values()
-        }
-        row = SCHEMES[next(iter(settings))[0]] if len(settings) == 1 else None
-        if row is None or row.table is not None or row.is_signed:
-            schemes = sorted(f"{scheme} in groups of {size}" for scheme, size in settings)
+        found = {(q.scheme, q.shape[-1], q.scales.shape[-1]) for q in self.quantized.values()}
+        bits = {SCHEMES[scheme].bits if _is_held(scheme) else 0 for scheme, _, _ in found}
+        sizes = {inputs // groups for _, inputs, groups in found if groups > 1} or {-1}
+        size = min(sizes)
+        # One group is all inputs, or one that is not full.
+        fits = all(size == -1 or groups > 1 or inputs <= size for _, inputs, groups in found)
+        if len(bits) != 1 or 0 in bits or len(sizes) != 1 or not fits:
+            schemes = sorted(f"{s} in groups of {inputs // groups}" for s, inputs, groups in found)
             raise MixtralError(
                 f"{self.src}: the GPTQ layout",
                 expected="weights in one of gptq2, gptq3, gptq4, gptq8 and int4, in one group size",
@@ -137,7 +138,7 @@ class _Export:
                 fix="quantize with --scheme gptq or int4",
                 code=BAD_DATA,
             )
-        return row.bits, settings.pop()[1]
+        return bits.pop(), size
 
     def settings(self, made: Made) -> dict[str, Any]:
         """The fields of quantize_config.json."""
@@ -160,7 +161,7 @@ class _Export:
         if leaf not in self.quantized:
             return [_Tensor(name, piece.tensor_shape, self.leaves.dtype(leaf))]
         rows, inputs = piece.tensor_shape
-        groups = 1 if self.group_size == -1 else inputs // self.group_size
+        groups = self.quantized[leaf].scales.shape[-1]
         stem, words = name.removesuffix(".weight"), np.dtype(np.int32)
         return [
             _Tensor(f"{stem}.qweight", (inputs * self.bits // WORD_BITS, rows), words),
@@ -209,6 +210,12 @@ class _Export:
                 file.flush()
                 os.fsync(file.fileno())
         return files
+
+
+def _is_held(scheme: str) -> bool:
+    """Whether the layout has codes of a scheme: numbers with a zero point."""
+    row = SCHEMES[scheme]
+    return row.table is None and not row.is_signed
 
 
 def _header(tensors: list[_Tensor]) -> bytes:
