@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -79,10 +78,7 @@ class QuantizedMatrices:
     @property
     def settings(self) -> dict[str, Any]:
         """What the configuration says of them."""
-        fields = dataclasses.fields(self._method)
-        return {"method": self._method.name} | {
-            f.name: getattr(self._method, f.name) for f in fields
-        }
+        return {"method": self._method.name, **vars(self._method)}
 
     def _read_forms(self) -> dict[str, Form]:
         problems, found = [], {}
