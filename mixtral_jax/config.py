@@ -229,14 +229,6 @@ def _from_dict(
                 fix="only MixtralForCausalLM checkpoints are supported",
                 code=BAD_CONFIG,
             )
-    if raw.get("quantization_config") is not None:
-        raise MixtralError(
-            f"{source} field quantization_config",
-            expected="weights in f32, bf16 or f16",
-            got="a quantized checkpoint",
-            fix="use the checkpoint it was made from; quantized layouts are not read yet",
-            code=BAD_CONFIG,
-        )
     missing = [name for name in _REQUIRED if raw.get(name) is None]
     if missing:
         raise MixtralError(

@@ -350,9 +350,11 @@ def test_two_values_of_rope_theta_are_refused():
         config_from_dict(raw)
 
 
-def test_a_quantized_checkpoint_is_refused_by_name():
-    with pytest.raises(MixtralError, match="quantization_config"):
-        config_from_dict(PUBLISHED_8X7B | {"quantization_config": {"quant_method": "gptq"}})
+def test_how_weights_are_quantized_is_for_those_who_read_them():
+    notes: list[str] = []
+    quantized = PUBLISHED_8X7B | {"quantization_config": {"quant_method": "gptq"}}
+    assert config_from_dict(quantized, note=notes.append) == config_from_dict(PUBLISHED_8X7B)
+    assert notes == []
 
 
 def test_unknown_keys_are_told_once():

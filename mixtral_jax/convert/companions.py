@@ -93,6 +93,7 @@ def write_config(dst: Path, config: ModelConfig, *, dtype: str) -> dict[str, str
 def _write(
     dst: Path, contents: dict[str, bytes], fields: dict[str, Any], dtype: str
 ) -> dict[str, str]:
+    fields.pop("quantization_config", None)  # of the source's files: ours tell by their names
     for key in ("dtype", "torch_dtype"):
         if key in fields or key == "torch_dtype":
             fields[key] = dtype

@@ -26,6 +26,7 @@ from mixtral_jax.convert.companions import (
     digests_of,
     find_companions,
 )
+from mixtral_jax.convert.dequantized import DequantizedLeaves
 from mixtral_jax.convert.export import SafetensorsOutput
 from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.convert.journal import Journal, is_journal
@@ -128,10 +129,9 @@ class _Conversion:
         change: Change | None,
     ):
         self.source, self.src, self.dst = source, source.folder, dst
-        self.options, self.note, self._stop = options, note, stop
-        self._change = change
-        asked = (options.format, options.dtype, options.adapter, change)
-        if is_checkpoint(self.src) == "orbax" and asked == ("orbax", "keep", None, None):
+        self.options, self.note, self._stop, self._change = options, note, stop, change
+        asked = (options.format, options.dtype, options.adapter, options.dequantize, change)
+        if is_checkpoint(self.src) == "orbax" and asked == ("orbax", "keep", None, False, None):
             raise MixtralError(
                 f"{self.src} is converted already",
                 fix="ask for --format safetensors, another --dtype or an --adapter",
@@ -157,7 +157,7 @@ class _Conversion:
                 head_dim = self.config.head_dim
                 self.leaves = open_leaves(self.src, self.model, head_dim=head_dim, note=self.note)
                 stack.callback(self.leaves.close)
-                self.leaves = self.leaves if self._change is None else self._change(self.leaves)
+                self.leaves = self._changed(self.leaves)
                 self.specs = self.leaves.specs
                 self._refuse_parts()
                 self.dtypes = {leaf: self._dtype(leaf) for leaf in self.specs}
@@ -184,13 +184,20 @@ class _Conversion:
                 raise disk_full(self.work) from error
             raise
 
+    def _changed(self, leaves: Leaves) -> Leaves:
+        """What is read in place of the source as it is."""
+        if self.options.dequantize:
+            dtype = self.config.dtype if self.options.dtype == "keep" else self.options.dtype
+            leaves = DequantizedLeaves(leaves, self.model, np_dtype(dtype))
+        return leaves if self._change is None else self._change(leaves)
+
     def _refuse_parts(self) -> None:
         """Quantized weights are copied as they are, and only to where their parts have names."""
         is_copy = (self.options.format, self.options.adapter) == ("orbax", None)
         if self.specs.keys() != self.model.keys() and not is_copy:
             raise MixtralError(
                 f"{self.src} is quantized: it can be neither exported nor merged with an adapter",
-                fix="convert the checkpoint that it was made from",
+                fix="convert the checkpoint that it was made from, or add --dequantize",
                 code=BAD_DATA,
             )
 
@@ -330,8 +337,8 @@ class _Conversion:
         """True if an earlier run finished a leaf and the disk still holds it."""
         if record is None:
             return False
-        fits = record.shape == self.specs[leaf].shape
-        intact = fits and output.is_intact(leaf, record, self.pool)
+        intact = record.shape == self.specs[leaf].shape
+        intact = intact and output.is_intact(leaf, record, self.pool)
         if intact and self.options.verify:
             intact = output.reads_back(leaf, record, self.pool)
         if not intact:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mixtral_jax.config import CONFIG_NAME, NATIVE_NAME
 from mixtral_jax.convert.companions import COMPANIONS
+from mixtral_jax.convert.quantized.methods import FILES
 from mixtral_jax.convert.reader import INDEX_NAME, NATIVE_FILE, refuse_pickles
 from mixtral_jax.errors import INPUT_NOT_FOUND, IO_ERROR, USAGE, MixtralError
 from mixtral_jax.tokenizer import find_tokenizer
@@ -25,7 +26,7 @@ _PART = r"[A-Za-z0-9][\w.-]{0,95}"
 _NAME = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>[\w./-]{{1,100}}))?", re.ASCII)
 _NAMES = "name a checkpoint folder, tiny (the embedded model), or org/name of the Hub"
 _WEIGHTS = "*.safetensors"
-_SMALL = (CONFIG_NAME, NATIVE_NAME, INDEX_NAME, "*.model", "*.model.v*", *COMPANIONS)
+_SMALL = (CONFIG_NAME, NATIVE_NAME, INDEX_NAME, "*.model", "*.model.v*", *COMPANIONS, *FILES)
 
 
 class Source(NamedTuple):

@@ -13,6 +13,9 @@ from mixtral_jax.convert import manifest as manifests
 from mixtral_jax.convert import names, transforms
 from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.orbax_leaves import WEIGHTS, OrbaxLeaves
+from mixtral_jax.convert.parts import split_path
+from mixtral_jax.convert.quantized.matrices import QuantizedMatrices, num_rows, origin
+from mixtral_jax.convert.quantized.methods import read_method
 from mixtral_jax.convert.reader import INDEX_NAME, PICKLES, Checkpoint
 from mixtral_jax.convert.safetensors_file import FLOATS
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
@@ -96,8 +99,8 @@ class PublishedLeaves:
         note: called with one line for each thing a person should know.
 
     Raises:
-        MixtralError: as ``Checkpoint`` and ``names.plan``; exit code 65 for a manifest of ours that
-            is of other weights.
+        MixtralError: as ``Checkpoint``, ``names.plan``, ``read_method`` and ``QuantizedMatrices``;
+            exit code 65 for a manifest of ours that is of other weights.
     """
 
     def __init__(
@@ -111,14 +114,25 @@ class PublishedLeaves:
         self.specs, self._head_dim = specs, head_dim
         self.checkpoint = Checkpoint(folder)
         try:
+            method = read_method(folder, note)
             self.plan = names.plan(
                 self.checkpoint.tensors,
                 specs,
                 source=folder,
                 problems=self.checkpoint.problems,
+                method=method,
             )
-            if self.plan.ignored:
-                note(f"{folder}: {len(self.plan.ignored)} rotary_emb.inv_freq buffers are ignored")
+            self._quantized = None
+            if method is not None:
+                self._quantized = QuantizedMatrices(
+                    self.checkpoint, method, self.plan, specs, note=note
+                )
+                self.specs = self._quantized.specs
+            for what in ("rotary_emb.inv_freq buffers", "scales of the cache"):
+                is_buffer = what.startswith("rotary")
+                found = [name for name in self.plan.ignored if ("inv_freq" in name) == is_buffer]
+                if found:
+                    note(f"{folder}: {len(found)} {what} are ignored")
             if self.checkpoint.unread:
                 note(f"{folder}: not read: {', '.join(self.checkpoint.unread)}")
             if self.plan.tied_head:
@@ -132,7 +146,11 @@ class PublishedLeaves:
             raise
 
     def dtype(self, leaf: str) -> np.dtype:
-        """The stored dtype of a leaf."""
+        """The stored dtype of a leaf; of one that is decoded, what it is decoded to."""
+        if split_path(leaf) is not None:
+            return np.dtype(self.specs[leaf].dtype)
+        if self._quantized is not None and leaf in self._quantized.leaves:
+            return self._quantized.dtype(leaf)
         chunk = chunks_of(leaf, self.specs[leaf].shape)[0]
         return FLOATS[self.checkpoint.tensors[self.source_name(chunk)].dtype]
 
@@ -143,8 +161,11 @@ class PublishedLeaves:
 
     @property
     def fingerprint(self) -> dict[str, dict[str, Any]]:
-        """Identifies the content of every file by little of it."""
-        return self.checkpoint.fingerprint
+        """Identifies the content of every file by little of it, and how it is decoded."""
+        found = self.checkpoint.fingerprint
+        if self._quantized is not None:
+            found |= {"quantization": self._quantized.settings}
+        return found
 
     @property
     def whereabouts(self) -> dict[str, dict[str, Any]]:
@@ -156,12 +177,20 @@ class PublishedLeaves:
         self.checkpoint.check_unchanged()
 
     def unit(self, chunk: Chunk) -> int:
-        """More than 1 where rows are permuted or transposed."""
+        """More than 1 where rows are permuted, transposed or decoded together."""
         shape = self.specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
+        if self._is_decoded(chunk):
+            return shape[0]
         return transforms.unit(self.plan.sources[chunk].transform, shape, self._head_dim)
+
+    def _is_decoded(self, chunk: Chunk) -> bool:
+        return self._quantized is not None and origin(chunk).leaf in self._quantized.leaves
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """Reads rows of a chunk."""
+        if self._quantized is not None and self._is_decoded(chunk):
+            self._quantized.read(chunk, out)
+            return
         piece = self.plan.sources[chunk]
         name, first, _ = piece.rows
 
@@ -171,13 +200,22 @@ class PublishedLeaves:
         transforms.read(piece.transform, rows, start, stop, out, head_dim=self._head_dim)
 
     def source_name(self, chunk: Chunk) -> str:
-        """The published tensor that a chunk lies in."""
-        return self.plan.sources[chunk].rows.tensor
+        """The published tensor that a chunk lies in, or that its matrix stands for."""
+        return self.plan.sources[origin(chunk)].rows.tensor
 
     def prefetch(self, leaf: str) -> None:
-        """Asks for the rows of every chunk."""
+        """Asks for the rows of every chunk; with the codes of a matrix, for all of its parts."""
+        part = split_path(leaf)
+        if part is not None and part.part != "codes":
+            return
         for chunk in chunks_of(leaf, self.specs[leaf].shape):
-            self.checkpoint.prefetch(*self.plan.sources[chunk].rows)
+            piece = self.plan.sources[origin(chunk)]
+            module = self.plan.modules.get(piece.rows.tensor)
+            if module is None:
+                self.checkpoint.prefetch(*piece.rows)
+                continue
+            for tensor in module.parts.values():
+                self.checkpoint.prefetch(tensor.name, 0, num_rows(tensor))
 
     def digest(self, chunk: Chunk) -> str | None:
         """The sha256 that the conversion recorded, if one wrote these files."""
@@ -240,6 +278,7 @@ def open_leaves(
     specs: Mapping[str, LeafSpec],
     *,
     head_dim: int,
+    dequantize: np.dtype | None = None,
     note: Note = lambda line: None,
 ) -> Leaves:
     """Opens a checkpoint folder of any known format.

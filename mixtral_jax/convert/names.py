@@ -1,8 +1,9 @@
 """The names of weights: one table between published tensors and canonical leaves, read both ways.
 
 ``original`` is what every published Mixtral has on disk at Hugging Face; ``fused`` is the in-memory
-layout of transformers 5, on disk with ``save_pretrained(save_original_format=False)``; ``native``
-and ``native_stacked`` are Mistral's own files, of mistral-inference and of the first release. The
+layout of transformers 5, on disk with ``save_pretrained(save_original_format=False)``; ``unfused``
+has those names with a tensor per expert and matrix, as GPTQModel writes them; ``native`` and
+``native_stacked`` are Mistral's own files, of mistral-inference and of the first release. The
 layout is told by the keys of the files, never by the name of the model. See docs/formats.md.
 """
 
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixtral_jax.convert.quantized.form import Method
+from mixtral_jax.convert.quantized.modules import Module, gather
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
 from mixtral_jax.convert.transforms import Transform
 from mixtral_jax.errors import BAD_DATA, MixtralError, listing
@@ -79,6 +82,13 @@ LAYOUTS: dict[str, tuple[Row, ...]] = {
         Row(_LAYER + "mlp.experts.gate_up_proj", "layers.{i}.moe.experts.up", (1, 2)),
         Row(_LAYER + "mlp.experts.down_proj", "layers.{i}.moe.experts.down"),
     ),
+    "unfused": (
+        *_COMMON,
+        Row(_LAYER + "mlp.gate.weight", "layers.{i}.moe.router.weight"),
+        Row(_LAYER + "mlp.experts.{e}.gate_proj.weight", "layers.{i}.moe.experts.gate"),
+        Row(_LAYER + "mlp.experts.{e}.up_proj.weight", "layers.{i}.moe.experts.up"),
+        Row(_LAYER + "mlp.experts.{e}.down_proj.weight", "layers.{i}.moe.experts.down"),
+    ),
     "native": (
         *_NATIVE_COMMON,
         Row(_NATIVE_MOE + "gate.weight", "layers.{i}.moe.router.weight"),
@@ -109,11 +119,15 @@ QUANTIZED = {
         ".weight.quant_state.bitsandbytes__fp4",
     ),
     "bitsandbytes 8-bit": (".SCB", ".weight_format"),
+    "FP8": (".weight_scale", ".weight_scale_inv", ".input_scale"),
 }
 
 _ROWS = {layout: {row.leaf: row for row in rows} for layout, rows in LAYOUTS.items()}
-# Buffers of old checkpoints that are recomputed, not weights.
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Buffers of old checkpoints that are recomputed, and scales of an 8-bit cache: no weights.
+IGNORED = re.compile(
+    r"model\.layers\.\d+\.self_attn\."
+    r"(rotary_emb\.inv_freq|kv_scale|[kv]_scale|[kv]_proj\.output_scale)"
+)
 # A leaf of experts, or one part of a quantized one (convert/parts.py).
 EXPERT_LEAF = re.compile(r"layers\.\d+\.moe\.experts\.(gate|up|down)(\.\w+\.\w+)?")
 
@@ -141,6 +155,7 @@ class Plan:
         layout: a key of ``LAYOUTS``.
         sources: one entry per chunk of every leaf.
         ignored: tensors that are known not to be weights.
+        modules: the quantized matrices by the name of the weight they stand for.
         tied_head: the embedding and the head, where the file repeats the one as the other.
     """
 
@@ -148,6 +163,7 @@ class Plan:
     sources: Mapping[Chunk, Piece]
     ignored: tuple[str, ...]
     tied_head: tuple[str, str] | None
+    modules: Mapping[str, Module] = dataclasses.field(default_factory=dict)
 
 
 def chunks_of(leaf: str, shape: tuple[int, ...]) -> list[Chunk]:
@@ -206,6 +222,7 @@ def plan(
     *,
     source: str | Path,
     problems: list[str] | None = None,
+    method: Method | None = None,
 ) -> Plan:
     """Accounts for every tensor and every leaf exactly once.
 
@@ -214,30 +231,36 @@ def plan(
         specs: what the model needs.
         source: the checkpoint's name, for the error line.
         problems: what was already found wrong; reported together with what is found here.
+        method: how matrices are quantized, where the configuration says that some are.
 
     Raises:
         MixtralError: exit code 65, listing all that is missing, extra, misshapen or mistyped.
     """
-    _refuse_quantized(tensors, source)
-    layout = detect_layout(tensors)
-    _refuse_far_more(layout, tensors, specs, source)
+    plain, modules = gather(tensors, method)
+    _refuse_quantized(plain, method, source)
+    named = {**plain, **modules}
+    layout = detect_layout(named)
+    _refuse_far_more(layout, named, specs, source)
     wanted = list(pieces(layout, specs))
     shapes = {piece.rows.tensor: piece.tensor_shape for piece in wanted}
-    ignored = tuple(name for name in tensors if IGNORED.fullmatch(name))
+    ignored = tuple(name for name in plain if IGNORED.fullmatch(name))
     embedding, head = (row_of(layout, leaf).tensor for leaf in ("embed_tokens", "lm_head"))
-    tied_head = (embedding, head) if "lm_head" not in specs and head in tensors else None
+    tied_head = (embedding, head) if "lm_head" not in specs and head in plain else None
     if tied_head:
         shapes[head] = shapes[embedding]
     found = [*(problems or ())]
-    found += [f"missing {name}" for name in shapes if name not in tensors]
-    found += [f"extra {name}" for name in tensors.keys() - shapes.keys() - set(ignored)]
-    for name in shapes.keys() & tensors.keys():
-        tensor = tensors[name]
+    found += [f"missing {name}" for name in shapes if name not in named]
+    found += [f"extra {name}" for name in named.keys() - shapes.keys() - set(ignored)]
+    found += [f"extra {name}, which is also quantized" for name in plain.keys() & modules.keys()]
+    for name in shapes.keys() & plain.keys():
+        tensor = plain[name]
         if tensor.shape != tuple(shapes[name]):
             found.append(f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)}")
         if tensor.dtype not in FLOATS:
             found.append(f"{name}: expected dtype {' or '.join(FLOATS)}, got {tensor.dtype}")
-    found += _mixed(wanted, tensors)
+    if method is not None:
+        found += _unsound(wanted, modules, method)
+    found += _mixed(wanted, named)
     _exactly_once(wanted, specs)
     if found:
         raise MixtralError(
@@ -246,7 +269,9 @@ def plan(
             code=BAD_DATA,
         )
     sources = {piece.chunk: piece for piece in wanted}
-    return Plan(layout=layout, sources=sources, ignored=ignored, tied_head=tied_head)
+    return Plan(
+        layout=layout, sources=sources, ignored=ignored, tied_head=tied_head, modules=modules
+    )
 
 
 _TOGETHER = "use the config.json and every file that were published together"
@@ -285,24 +310,46 @@ def _pattern(row: Row) -> str:
     return re.escape(row.tensor).replace(r"\{i\}", r"\d+").replace(r"\{e\}", r"\d+")
 
 
-def _refuse_quantized(tensors: Mapping[str, Any], source: str | Path) -> None:
+def _refuse_quantized(
+    tensors: Mapping[str, Any], method: Method | None, source: str | Path
+) -> None:
+    """Refuses parts of quantized matrices that the configuration does not tell how to read."""
     for scheme, endings in QUANTIZED.items():
         found = next((name for name in tensors if name.endswith(endings)), None)
         if found is not None:
+            expected = "weights in f32, bf16 or f16" if method is None else f"{method.name} weights"
             raise MixtralError(
                 f"{source}: {found}",
-                expected="weights in f32, bf16 or f16",
+                expected=f"{expected}, as config.json has it",
                 got=f"a {scheme} checkpoint",
-                fix="use the checkpoint it was made from; quantized layouts are not read yet",
+                fix="use the config.json that was published with it (its quantization_config)",
                 code=BAD_DATA,
             )
 
 
-def _mixed(wanted: list[Piece], tensors: Mapping[str, Tensor]) -> list[str]:
+def _unsound(wanted: list[Piece], modules: Mapping[str, Module], method: Method) -> list[str]:
+    """What is wrong with quantized matrices, by the headers of their parts."""
+    found = []
+    for piece in wanted:
+        module = modules.get(piece.rows.tensor)
+        if module is None:
+            continue
+        shape = piece.tensor_shape
+        if len(shape) != 2 or piece.transform != "as_is":
+            found.append(f"{module.name}: quantized, which is not read there")
+        else:
+            problems = method.problems(module.parts, (shape[0], shape[1]))
+            found += [f"{module.name} ({method.name}): {problem}" for problem in problems]
+    return found
+
+
+def _mixed(wanted: list[Piece], named: Mapping[str, Tensor | Module]) -> list[str]:
     dtypes: dict[str, set[str]] = {}
     for piece in wanted:
-        if piece.rows.tensor in tensors:
-            dtypes.setdefault(piece.chunk.leaf, set()).add(tensors[piece.rows.tensor].dtype)
+        tensor = named.get(piece.rows.tensor)
+        if tensor is not None:
+            dtype = tensor.dtype if isinstance(tensor, Tensor) else "quantized"
+            dtypes.setdefault(piece.chunk.leaf, set()).add(dtype)
     return [
         f"{leaf}: expected one dtype for all experts, got {' and '.join(sorted(found))}"
         for leaf, found in dtypes.items()

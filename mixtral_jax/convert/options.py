@@ -22,6 +22,8 @@ class ConvertOptions:
     """Store the weights in this dtype."""
     adapter: str | None = None
     """A folder with a PEFT LoRA adapter, merged into the weights."""
+    dequantize: bool = False
+    """Store quantized weights as plain ones, of the config's dtype unless --dtype says another."""
     max_shard_size: str | None = None
     """With safetensors: most bytes of tensors in one file, as 500MB (5GB unless given)."""
     verify: bool = False

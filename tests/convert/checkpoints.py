@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def fused(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Tensors:
         found[f"{new}.gate.weight"] = tensors[f"{old}.gate.weight"]
         found[f"{new}.experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
         found[f"{new}.experts.down_proj"] = w2
+    return found
+
+
+def unfused(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """The same weights under the names of transformers 5, with each expert's matrices apart."""
+    matrices = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+    found = {}
+    for name, w in tensors.items():
+        for old, new in matrices.items():
+            name = re.sub(rf"(\.experts\.\d+)\.{old}\.", rf"\1.{new}.", name)  # noqa: PLW2901
+        found[name.replace(".block_sparse_moe.", ".mlp.")] = w
     return found
 
 

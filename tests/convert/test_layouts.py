@@ -34,7 +34,11 @@ SAFETENSORS = ConvertOptions(format="safetensors")
 def write(layout, folder, config, tensors, *, num_files=1) -> Path:
     if layout in NATIVE:
         return native.write_layout(layout, folder, config, tensors, num_files=num_files)
-    written = tensors if layout == "original" else checkpoints.fused(tensors, config)
+    written = {
+        "original": tensors,
+        "fused": checkpoints.fused(tensors, config),
+        "unfused": checkpoints.unfused(tensors),
+    }[layout]
     return checkpoints.write(folder, config, written, num_files=num_files)
 
 
@@ -208,7 +212,8 @@ def test_quantized_files_are_refused_by_what_they_are(tmp_path, config, tensors,
     src = checkpoints.write(tmp_path / "q", config, tensors | {name: np.ones(3, np.int32)})
     error = refusal(src, tmp_path / "out")
     assert error.code == BAD_DATA
-    assert f"{name}: expected weights in f32, bf16 or f16, got a" in str(error)
+    expected = "expected weights in f32, bf16 or f16, as config.json has it, got a"
+    assert f"{name}: {expected}" in str(error)
 
 
 @pytest.mark.parametrize(("num_files", "size"), [(1, "9KB"), (2, None), (19, "40KB")])

@@ -1,0 +1,1 @@
+"""Published quantized checkpoints: how each method lays a matrix out, decoded into QTensors."""
