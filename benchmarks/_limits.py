@@ -21,7 +21,7 @@ def _best(call: Callable[[], Any], rounds: int = 7) -> float:
 
 
 def read_bandwidth(num_bytes: int) -> float:
-    """Bytes per second at which the device reads memory: the best of three ways, of seven runs each.
+    """Bytes per second at which the device reads memory: the best of three ways, seven runs each.
 
     A sum of all elements, and products of a matrix with one row and with eight.
     """

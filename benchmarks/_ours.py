@@ -17,6 +17,8 @@ from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.model.cache import init_cache
 from mixtral_jax.model.placement import LOCAL, Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.quantize.makers import Recipe, quantize
+from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.sharding.report import find_config
 from mixtral_jax.weights import slots_of
 
@@ -59,8 +61,11 @@ def std_of(path: str, shape: tuple[int, ...]) -> float:
     return 1.0 if path == "embed_tokens" else 1 / math.sqrt(shape[-1])
 
 
-def random_model(config: ModelConfig, dtype: str) -> Mixtral:
-    """Gaussian weights, drawn on the device leaf by leaf; experts laid out as ``load`` does."""
+def random_model(config: ModelConfig, dtype: str, scheme: str | None = None) -> Mixtral:
+    """Gaussian weights, drawn on the device leaf by leaf; experts laid out as ``load`` does.
+
+    With a scheme the matrices of attention and experts are quantized, as ``--quantize`` does.
+    """
 
     @functools.partial(jax.jit, static_argnames=("shape", "std"))
     def draw(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
@@ -72,7 +77,11 @@ def random_model(config: ModelConfig, dtype: str) -> Mixtral:
             leaves[path] = jnp.ones(spec.shape, dtype)
             continue
         leaf = draw(jax.random.key(seed), spec.shape, std_of(path, spec.shape))
-        leaves[path] = slots_of(leaf, 1) if leaf.ndim == 3 else leaf
+        if scheme is not None and is_quantized(spec):
+            leaf = jax.tree.map(
+                jnp.asarray, quantize(np.asarray(leaf), Recipe(scheme=scheme), dtype=dtype)
+            )
+        leaves[path] = slots_of(leaf, 1) if len(leaf.shape) == 3 else leaf
     return assemble(config, leaves)
 
 

@@ -2,8 +2,9 @@
 
 Random Gaussian weights of one model, in both; distinct random tokens (equal rows would choose equal
 experts); interleaved A B A B in one run. The peer's experts run in each of its implementations that
-comes within twice its fastest in a short trial, and the fastest counts. The limits are measured in the same run: reading memory for decode, one large
-product for prefill. Decode is greedy; prefill gives the logits of the last position.
+comes within twice its fastest in a short trial, and the fastest counts. The limits are measured in
+the same run: reading memory for decode, one large product for prefill. Decode is greedy; prefill
+gives the logits of the last position.
 
     python benchmarks/vs_transformers.py --plot docs/vs_transformers.svg
 """
