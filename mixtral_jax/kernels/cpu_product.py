@@ -37,7 +37,8 @@ def cpu_product(x: Float[Array, "N I"], w: jax.Array | QTensor) -> Float[Array, 
             return int8_product(x, w)
         w = w.dequantize()
     if x.dtype != jnp.float32 and x.shape[0] <= FEW_16_BIT_ROWS:
-        return rows_first(x, w)
+        # For one row alone the compiler would widen the whole weight.
+        return rows_first(jnp.pad(x, ((0, 1), (0, 0))), w)[:1] if len(x) == 1 else rows_first(x, w)
     return weight_first(w, x, jnp.float32)
 
 
