@@ -21,6 +21,7 @@ from mixtral_jax.qtensor import Nested, QTensor
 from mixtral_jax.quantize.makers import DataFree, Recipe
 from mixtral_jax.quantize.source import is_quantized, made_specs
 from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.quantized import check_groups
 from mixtral_jax.sharding.report import shard_shape, weight_report
 from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.sharding.strategy import Strategy
@@ -41,7 +42,8 @@ def quantized_parts(leaf: str, spec: LeafSpec, scheme: str) -> QTensor:
         recipe = Recipe(scheme="nf4" if is_double else scheme, double_quant=is_double)
         parts = made_specs(leaf, spec, recipe)
     else:
-        groups = spec.shape[-1] // GPTQ_GROUP
+        inputs = spec.shape[-1]
+        groups = 1 if inputs % GPTQ_GROUP else inputs // GPTQ_GROUP
         parts = {
             f"{leaf}.gptq4.{part}": part_spec(spec, "gptq4", part, groups, "float16")
             for part in ("codes", "scales", "zeros", "order")
@@ -90,7 +92,7 @@ def weight_bytes(
     """What the weights at rest cost a device, quantized or not.
 
     Raises:
-        MixtralError: exit code 64 for an unknown scheme.
+        MixtralError: exit code 64 for an unknown scheme, 78 for groups that the mesh would cut.
     """
     check_scheme(scheme)
     total = experts = embedding = 0
@@ -99,6 +101,8 @@ def weight_bytes(
         leaf = LeafSpec(row.shape, row.axes, np.dtype(dtype or config.dtype))
         if scheme is not None and is_quantized(leaf):
             parts = quantized_parts(row.weight, leaf, scheme)
+            local = shard_shape(row.shape, row.spec, mesh)
+            check_groups(row.weight, parts, row.shape[-1] // local[-1])
             size = row.count * shard_bytes(parts, row.spec, mesh)
         total += size
         if "expert" in row.axes:

@@ -43,7 +43,11 @@ def check_split(path: str, w: Any, sharding: NamedSharding) -> None:
         w = w.base
     if not isinstance(w, QTensor):
         return
-    parts = ways(sharding.mesh, sharding.spec[-1])
+    check_groups(path, w, ways(sharding.mesh, sharding.spec[-1]))
+
+
+def check_groups(path: str, w: QTensor, parts: int) -> None:
+    """``check_split`` for rows in so many parts."""
     groups, inputs = w.scales.shape[-1], w.shape[-1]
     unit = SCHEMES[w.scheme].unit[0] if SCHEMES[w.scheme].is_packed else 1
     if inputs % (parts * unit) or (groups > 1 and groups % parts):

@@ -15,7 +15,7 @@ from mixtral_jax.config import PRESETS
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.generate import Generation, Request
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
-from mixtral_jax.errors import MixtralError
+from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.plan import devices
 from mixtral_jax.plan.bill import active_parameters, make_bill, memory_of
 from mixtral_jax.plan.programs import Workload, compile_programs
@@ -74,6 +74,9 @@ def test_a_quantized_part_is_its_share_of_the_whole():
     assert part.experts * 8 == whole.experts
     with pytest.raises(MixtralError, match="--quantize: expected int8, int4"):
         weight_bytes(config, MeshSpec(), Strategy(), scheme="int3")
+    with pytest.raises(MixtralError, match="a smaller tensor axis") as refusal:
+        weight_bytes(config, MeshSpec(tensor=128), Strategy(), scheme="nf4")
+    assert refusal.value.code == BAD_CONFIG
 
 
 @pytest.mark.parametrize(

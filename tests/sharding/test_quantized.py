@@ -16,9 +16,9 @@ from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place, weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
-from mixtral_jax.sharding.quantized import make_ready, take_rows
+from mixtral_jax.sharding.quantized import check_groups, make_ready, take_rows
 from mixtral_jax.sharding.strategy import Strategy
-from mixtral_jax.weights import Layout
+from mixtral_jax.weights import Adapted, Layout
 from tests.models import forward, random_leaves, random_tokens
 
 F32 = 2e-4
@@ -162,24 +162,23 @@ def test_an_order_is_kept_where_nothing_is_split(config, leaves):
     np.testing.assert_array_equal(down.order, made["layers.0.moe.experts.down"].order)
 
 
-@pytest.mark.parametrize(("name", "text"), [("nf4", "1x1x8"), ("gptq3", "1x1x64")])
-def test_groups_that_would_be_cut_are_refused(config, leaves, name, text):
-    made = quantized(name, leaves, config)
-    path = "layers.0.moe.experts.down"
-    mesh = jax.sharding.AbstractMesh(MeshSpec.parse(text).shape, ("data", "expert", "tensor"))
-    from mixtral_jax.sharding.quantized import check_split
-
-    sharding = weight_shardings(leaf_specs(config), mesh)[path]
+@pytest.mark.parametrize(("name", "parts"), [("nf4", 8), ("int4", 16), ("gptq3", 64)])
+def test_groups_that_would_be_cut_are_refused(config, leaves, name, parts):
+    down = quantized(name, leaves, config)["layers.0.moe.experts.down"]
     with pytest.raises(MixtralError, match="a smaller group size, or int8") as refusal:
-        check_split(path, made[path], sharding)
+        check_groups("down", down, parts)
     assert refusal.value.code == BAD_CONFIG
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("expert", None, None))
-    check_split(path, made[path], whole)
+    check_groups("down", down, 4)
+    check_groups("down", quantized("int8", leaves, config)["layers.0.moe.experts.down"], parts)
+
+
+def test_a_mesh_that_would_cut_groups_is_refused(config, leaves):
+    model = assemble(config, quantized("nf4", leaves, config))
+    with pytest.raises(MixtralError, match="whole groups in each of 8 parts"):
+        place(model, MeshSpec.parse("1x1x8").build())
 
 
 def test_an_order_under_an_adapter_is_refused(config, leaves):
-    from mixtral_jax.weights import Adapted
-
     made = quantized("gptq4", leaves, config)
     mesh = MeshSpec.parse("1x2x2").build()
     path = "layers.0.moe.experts.down"
