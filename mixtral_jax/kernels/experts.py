@@ -32,9 +32,14 @@ class ExpertWeights(NamedTuple):
 
 def feed_forward(x: Float[Array, "N D"], gate: Matrix, up: Matrix, down: Matrix) -> jax.Array:
     """One expert applied to every row; f32 ``[N, D]``."""
+    return contract("NF,DF->ND", gated(x, gate, up), down, dtype=jnp.float32)
+
+
+def gated(x: Float[Array, "N D"], gate: Matrix, up: Matrix) -> Float[Array, "N F"]:
+    """What ``down`` reads: silu(gate(x)) * up(x), computed in f32, in the dtype of ``x``."""
     hidden = jax.nn.silu(contract("ND,FD->NF", x, gate, dtype=jnp.float32))
     hidden = hidden * contract("ND,FD->NF", x, up, dtype=jnp.float32)
-    return contract("NF,DF->ND", hidden.astype(x.dtype), down, dtype=jnp.float32)
+    return hidden.astype(x.dtype)
 
 
 def _matrices(experts: ExpertWeights) -> list[tuple[Matrix, Matrix, Matrix]]:

@@ -17,6 +17,7 @@ from mixtral_jax.tokenizer import Tokenizer
 SUFFIXES = (".jsonl", ".txt")
 # A line longer than this is no text of people; it is refused before it fills the memory.
 MAX_LINE_BYTES = 64 << 20
+BLOCK_CHARACTERS = 1 << 16
 
 
 def read_windows(
@@ -25,7 +26,7 @@ def read_windows(
     """The first windows of a text, each of at most ``length`` token ids with <s> first.
 
     Text (.txt) is one document; a .jsonl file has one in each line, ``{"text": ...}`` or
-    ``{"messages": [...]}`` (a conversation that ends with an answer, in the model's chat format).
+    ``{"messages": [...]}`` (a conversation, put into the model's chat format).
     A window holds tokens of one document only, so that what it attends to belongs together.
 
     Args:
@@ -103,8 +104,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _text(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[int]]:
     def tokens() -> Iterator[int]:
+        block = ""  # of many lines: SentencePiece puts a space before whatever it is given
         for _, line in _lines(path):
-            yield from tokenizer.encode(line, bos=False)
+            block += line
+            if len(block) >= BLOCK_CHARACTERS:
+                yield from tokenizer.encode(block, bos=False)
+                block = ""
+        if block.strip():
+            yield from tokenizer.encode(block, bos=False)
 
     yield tokens()
 
@@ -124,10 +131,18 @@ def _document(path: Path, number: int, line: str, tokenizer: Tokenizer) -> list[
         return tokenizer.encode(entry["text"], bos=False)
     if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
         try:
-            return encode_chat(tokenizer, entry["messages"])[1:]
+            return _conversation(entry["messages"], tokenizer)
         except MixtralError as error:
             raise MixtralError(f"{path} line {number}: {error}", code=error.code) from None
     raise _bad(path, number, "an object with 'text' or 'messages'", "something else")
+
+
+def _conversation(messages: list[Any], tokenizer: Tokenizer) -> list[int]:
+    last = messages[-1] if messages else None
+    if not (isinstance(last, dict) and last.get("role") == "assistant"):
+        return encode_chat(tokenizer, messages)[1:]
+    answered = encode_chat(tokenizer, messages, continue_final_message=True)
+    return [*answered[1:], tokenizer.eos_id]
 
 
 def _bad(path: Path, number: int, expected: str, got: str) -> MixtralError:

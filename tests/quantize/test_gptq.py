@@ -146,9 +146,7 @@ def test_uncorrelated_inputs_leave_nothing_to_make_up_for():
     w32 = jnp.asarray(w, jnp.float32)
     how = {"bits": 3, "group": 32, "symmetric": True, "scale_dtype": "bfloat16"}
     made = solve(w32, jnp.eye(128), act_order=False, damp=jnp.float32(0), **how)
-    np.testing.assert_allclose(
-        dequantized(made, 32, 128), round_to_nearest(w32, **how), atol=1e-6
-    )
+    np.testing.assert_allclose(dequantized(made, 32, 128), round_to_nearest(w32, **how), atol=1e-6)
 
 
 def test_rows_of_weight_zero_do_not_count():
