@@ -151,7 +151,7 @@ class LayerPass:
 
         o = self.matrices.matrix(Chunk(self._path("attention.o_proj"), None), read_by_o)
         for x, m in zip(hidden, mixed, strict=True):
-            x += np.asarray(_project(m, o))
+            np.add(x, np.asarray(_project(m, o)), out=x)
 
     def _routed(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         router, top_k = jnp.asarray(self.others.router), self.config.num_experts_per_tok

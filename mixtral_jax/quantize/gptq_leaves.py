@@ -186,4 +186,3 @@ class GptqLeaves(DerivedLeaves):
                 code=BAD_DATA,
             )
         return value
-

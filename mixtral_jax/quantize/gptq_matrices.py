@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mixtral_jax.quantize.gptq_report import OutputError
 Sum = Callable[[], jax.Array]
 
 
+@runtime_checkable
 class Matrices(Protocol):
     """Gives each matrix of a layer as the quantized model will have it."""
 

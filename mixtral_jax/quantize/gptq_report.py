@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +60,21 @@ class LayerReport:
     def total(self) -> OutputError:
         """Of all weights."""
         return sum(self.outputs.values(), OutputError())
+
+
+def as_dict(report: LayerReport) -> dict[str, Any]:
+    """For JSON."""
+    outputs = {
+        leaf: {"relative": error.relative, "rounded_to_nearest": error.relative_nearest}
+        for leaf, error in report.outputs.items()
+    }
+    return {
+        "layer": report.layer,
+        "tokens": report.tokens,
+        "few_tokens": report.few_tokens,
+        "threshold": report.threshold,
+        "output_errors": outputs,
+    }
 
 
 def told(report: LayerReport) -> str:
