@@ -35,9 +35,17 @@ def feed_forward(
     x: Float[Array, "N D"], gate: Matrix, up: Matrix, down: Matrix, *, product: Product
 ) -> Float[Array, "N D"]:
     """One expert applied to every row; f32."""
+    hidden = gated(x, gate, up, product=product)
+    return contract("NF,DF->ND", hidden, down, dtype=jnp.float32, product=product)
+
+
+def gated(
+    x: Float[Array, "N D"], gate: Matrix, up: Matrix, *, product: Product = rows_first
+) -> Float[Array, "N F"]:
+    """What ``down`` reads: silu(gate(x)) * up(x), computed in f32, in the dtype of ``x``."""
     f32 = functools.partial(contract, dtype=jnp.float32, product=product)
     hidden = jax.nn.silu(f32("ND,FD->NF", x, gate)) * f32("ND,FD->NF", x, up)
-    return f32("NF,DF->ND", hidden.astype(x.dtype), down)
+    return hidden.astype(x.dtype)
 
 
 def _matrices(experts: ExpertWeights) -> list[tuple[Matrix, Matrix, Matrix]]:

@@ -58,6 +58,19 @@ class Attention(nnx.Module):
         Returns:
             The layer's output and the cache with the tokens' keys and values.
         """
+        out, cache = self.mix(x, by=by, window=window, cache=cache, placement=placement)
+        return placement.contract("BTO,DO->BTD", out, self.o_proj[...]), cache
+
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        by: Rotation,
+        window: Window,
+        cache: LayerKV | None,
+        placement: Placement,
+    ) -> tuple[Float[Array, "B T O"], LayerKV | None]:
+        """What the last projection reads: the heads' values, mixed and joined. As ``__call__``."""
 
         def heads(w: nnx.Param, name: str) -> jax.Array:
             flat = placement.contract("BTD,OD->BTO", x, w[...])
@@ -74,5 +87,4 @@ class Attention(nnx.Module):
         out = placement.attention(
             q, k, v, window.positions, window.key_positions, window=self.sliding_window
         )
-        out = out.reshape(*out.shape[:2], -1)
-        return placement.contract("BTO,DO->BTD", out, self.o_proj[...]), cache
+        return out.reshape(*out.shape[:2], -1), cache

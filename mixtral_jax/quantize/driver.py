@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
 from mixtral_jax.config import read_config
-from mixtral_jax.convert.driver import convert
-from mixtral_jax.convert.leaves import Leaves
+from mixtral_jax.convert.driver import OUTPUT_NAME, WORK_SUFFIX, convert
+from mixtral_jax.convert.hub import resolve
+from mixtral_jax.convert.leaves import Leaves, is_checkpoint
 from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
 from mixtral_jax.convert.parts import quantized_weights, stored_specs
 from mixtral_jax.convert.safetensors_file import np_dtype
+from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.qtensor import SCHEMES
+from mixtral_jax.quantize.calibration import read_windows
 from mixtral_jax.quantize.coverage import Row, check_experts, coverage
 from mixtral_jax.quantize.errors import MatrixError, by_weight
+from mixtral_jax.quantize.gptq_leaves import GptqLeaves
+from mixtral_jax.quantize.gptq_recipe import GptqRecipe
+from mixtral_jax.quantize.gptq_report import LayerReport
 from mixtral_jax.quantize.makers import Recipe
 from mixtral_jax.quantize.source import QuantizingLeaves
+from mixtral_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,11 +39,13 @@ class QuantizeReport:
         converted: of the folder, as ``convert`` reports it.
         coverage: of what was written.
         errors: of each weight that this call quantized; an interrupted call's are not kept.
+        layers: of GPTQ, what calibration saw; of the layers that this call quantized.
     """
 
     converted: ConvertReport
     coverage: list[Row]
     errors: dict[str, MatrixError]
+    layers: list[LayerReport] = dataclasses.field(default_factory=list)
 
 
 def quantize_checkpoint(
@@ -78,6 +88,92 @@ def quantize_checkpoint(
         converted=converted,
         coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
         errors=by_weight(sources[0].errors),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which text GPTQ reads.
+
+    Attributes:
+        path: a .txt or .jsonl file (``calibration.read_windows``).
+        samples: windows at most.
+        length: tokens of a window at most.
+    """
+
+    path: str | Path | None = None
+    samples: int = 128
+    length: int = 2048
+
+    def __post_init__(self):
+        for name, least in (("samples", 1), ("length", 2)):
+            got = getattr(self, name)
+            if got < least:
+                raise MixtralError(f"--{name}", expected=f"at least {least}", got=got, code=USAGE)
+
+
+def quantize_gptq(
+    src: str | Path,
+    dst: str | Path,
+    recipe: GptqRecipe,
+    calibration: Calibration,
+    *,
+    verify: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> QuantizeReport:
+    """``quantize_checkpoint`` with GPTQ, which fits codes to what the layers read and write.
+
+    Everything that ``quantize_checkpoint`` promises holds but the bound of memory: there are one
+    layer in few bits, two matrices and two Hessians in float32, and three copies of the residual
+    stream of the text. The digest is the same on the same machine only: sums differ between
+    devices.
+
+    Args:
+        src: as for ``convert``; it must have a tokenizer.
+        dst: the folder to make.
+        recipe: how.
+        calibration: text like that which the model will read.
+        verify: read every leaf back; a finished folder is quantized again and compared.
+        note: as for ``convert``; one line for each layer too.
+        say: called with what is being done, often.
+        progress: as for ``convert``.
+        stop: as for ``convert``, asked before each matrix too.
+
+    Raises:
+        MixtralError: as ``quantize_checkpoint`` and ``calibration.read_windows``; exit code 66
+            without a tokenizer, 65 if a Hessian cannot be factored.
+    """
+    folder = resolve(src, note).folder
+    is_checkpoint(folder)  # before anything is said of its tokenizer
+    tokenizer = Tokenizer.from_folder(folder)
+    windows = read_windows(
+        calibration.path, tokenizer, samples=calibration.samples, length=calibration.length
+    )
+    config = read_config(folder, note=lambda line: None)
+    count = sum(map(len, windows))
+    note(f"calibration: {len(windows)} windows, {count:,} tokens of {calibration.path}")
+    if len(windows) < calibration.samples:
+        note(f"the text has fewer windows than --samples {calibration.samples}: all are used")
+    sources: list[GptqLeaves] = []
+    written = Path(f"{os.path.abspath(dst)}{WORK_SUFFIX}") / OUTPUT_NAME
+
+    def change(leaves: Leaves) -> Leaves:
+        made = GptqLeaves(
+            leaves, config, recipe, windows, written=written, note=note, say=say, stop=stop
+        )
+        sources.append(made)
+        return made
+
+    options = ConvertOptions(verify=verify)
+    converted = convert(src, dst, options, progress=progress, note=note, stop=stop, change=change)
+    return QuantizeReport(
+        converted=converted,
+        coverage=_coverage(Path(dst), recipe.bits),
+        errors=by_weight(sources[0].errors),
+        layers=[report for _, report in sorted(sources[0].reports.items())],
     )
 
 

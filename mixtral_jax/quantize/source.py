@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,32 +53,21 @@ def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]
     }
 
 
-class QuantizingLeaves:
-    """The leaves of ``source`` with attention and experts in few bits.
+class DerivedLeaves:
+    """The leaves of ``source`` with parts in place of attention and experts.
 
     Args:
         source: a checkpoint of plain weights.
-        recipe: how to quantize.
-        verify: prove the source against its digests, where it has some.
-        measure: compute the error of each matrix.
-
-    Attributes:
-        specs: as for ``Leaves``.
-        errors: of each matrix that was quantized, where measured.
+        made: the parts of a weight that is quantized, by path.
 
     Raises:
-        MixtralError: exit code 65 if the source is quantized already, 78 if its rows are no whole
-            groups.
+        MixtralError: exit code 65 if the source is quantized already.
     """
 
     manifest = None
 
-    def __init__(
-        self, source: Leaves, recipe: Recipe, *, verify: bool = True, measure: bool = False
-    ):
-        self.source, self.recipe = source, recipe
-        self._verify, self._measure = verify, measure
-        self.errors: dict[Chunk, MatrixError] = {}
+    def __init__(self, source: Leaves, made: Callable[[str, LeafSpec], Mapping[str, LeafSpec]]):
+        self.source = source
         self.specs: dict[str, LeafSpec] = {}
         for leaf, spec in source.specs.items():
             part = split_path(leaf)
@@ -87,21 +77,12 @@ class QuantizingLeaves:
                     fix="quantize the checkpoint that it was made from",
                     code=BAD_DATA,
                 )
-            self.specs |= made_specs(leaf, spec, recipe) if is_quantized(spec) else {leaf: spec}
-        # Small parts of a matrix, from when its codes are read until they are read themselves.
-        self._waiting: dict[Chunk, np.ndarray] = {}
-        self._locks: dict[Chunk, threading.Lock] = {}
-        self._guard = threading.Lock()
+            self.specs |= made(leaf, spec) if is_quantized(spec) else {leaf: spec}
 
     @property
     def layout(self) -> str:
         """That of the source."""
         return self.source.layout
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Of the source, and the recipe."""
-        return {"source": self.source.fingerprint, "quantize": dataclasses.asdict(self.recipe)}
 
     @property
     def whereabouts(self) -> Any:
@@ -120,7 +101,7 @@ class QuantizingLeaves:
 
     def source_name(self, chunk: Chunk) -> str:
         """See Leaves."""
-        return self.source.source_name(_origin(chunk))
+        return self.source.source_name(origin_of(chunk))
 
     def dtype(self, leaf: str) -> np.dtype:
         """See Leaves."""
@@ -142,6 +123,42 @@ class QuantizingLeaves:
         """Closes the source."""
         self.source.close()
 
+
+class QuantizingLeaves(DerivedLeaves):
+    """The leaves of ``source`` with attention and experts in few bits.
+
+    Args:
+        source: a checkpoint of plain weights.
+        recipe: how to quantize.
+        verify: prove the source against its digests, where it has some.
+        measure: compute the error of each matrix.
+
+    Attributes:
+        specs: as for ``Leaves``.
+        errors: of each matrix that was quantized, where measured.
+
+    Raises:
+        MixtralError: exit code 65 if the source is quantized already, 78 if its rows are no whole
+            groups.
+    """
+
+    def __init__(
+        self, source: Leaves, recipe: Recipe, *, verify: bool = True, measure: bool = False
+    ):
+        super().__init__(source, lambda leaf, spec: made_specs(leaf, spec, recipe))
+        self.recipe = recipe
+        self._verify, self._measure = verify, measure
+        self.errors: dict[Chunk, MatrixError] = {}
+        # Small parts of a matrix, from when its codes are read until they are read themselves.
+        self._waiting: dict[Chunk, np.ndarray] = {}
+        self._locks: dict[Chunk, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Of the source, and the recipe."""
+        return {"source": self.source.fingerprint, "quantize": dataclasses.asdict(self.recipe)}
+
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """See Leaves; of parts, all rows."""
         part = split_path(chunk.leaf)
@@ -149,7 +166,7 @@ class QuantizingLeaves:
             self.source.read_rows(chunk, start, stop, out)
             return
         with self._guard:
-            lock = self._locks.setdefault(_origin(chunk), threading.Lock())
+            lock = self._locks.setdefault(origin_of(chunk), threading.Lock())
         with lock:
             found = self._waiting.pop(chunk, None)
             if found is None:
@@ -158,7 +175,7 @@ class QuantizingLeaves:
 
     def _make(self, part: PartPath, chunk: Chunk) -> np.ndarray:
         """Quantizes a matrix and gives the part asked for; the other small ones will wait."""
-        rows = self._quantize(_origin(chunk))
+        rows = self._quantize(origin_of(chunk))
         made = take_apart(self._tensor(rows, self.source.dtype(part.weight)))
         for name, value in made.items():
             if name not in ("codes", part.part):
@@ -220,7 +237,7 @@ class QuantizingLeaves:
             raise MixtralError(f"{name}: {error}", code=error.code) from None
 
 
-def _origin(chunk: Chunk) -> Chunk:
+def origin_of(chunk: Chunk) -> Chunk:
     """The matrix that a part is made of."""
     part = split_path(chunk.leaf)
     return chunk if part is None else Chunk(part.weight, chunk.expert)

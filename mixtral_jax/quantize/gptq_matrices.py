@@ -1,0 +1,139 @@
+"""One layer's matrices on their way to few bits, or back from an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mixtral_jax.convert.names import Chunk
+from mixtral_jax.convert.parts import take_apart
+from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.qtensor import QTensor, pack
+from mixtral_jax.quantize.errors import MatrixError, error_of
+from mixtral_jax.quantize.gptq import Solved, output_error, round_to_nearest, solve
+from mixtral_jax.quantize.gptq_recipe import SCALES, GptqRecipe
+from mixtral_jax.quantize.gptq_report import OutputError
+
+Sum = Callable[[], jax.Array]
+
+
+@runtime_checkable
+class Matrices(Protocol):
+    """Gives each matrix of a layer as the quantized model will have it."""
+
+    def matrix(self, chunk: Chunk, hessian: Sum) -> jax.Array:
+        """The dequantized matrix, f32 ``[O, I]``.
+
+        Args:
+            chunk: which.
+            hessian: computes 2 X X^T of its inputs ``[I, I]``; called where it is needed.
+        """
+        ...
+
+
+class NewMatrices:
+    """Quantizes matrices.
+
+    Args:
+        read: the float matrix of a chunk.
+        recipe: how.
+        heed: called before each matrix; may raise to end the work there.
+
+    Attributes:
+        parts: what was made, by part and expert.
+        errors: of each matrix against its source.
+        outputs: of each weight.
+    """
+
+    def __init__(
+        self, read: Callable[[Chunk], np.ndarray], recipe: GptqRecipe, heed: Callable[[], None]
+    ):
+        self._read, self._recipe, self._heed = read, recipe, heed
+        self.parts: dict[tuple[Chunk, str], np.ndarray] = {}
+        self.errors: dict[Chunk, MatrixError] = {}
+        self.outputs: dict[str, OutputError] = {}
+        # gate and up of an expert, or q, k and v, read the same inputs.
+        self._last: tuple[Sum, jax.Array] | None = None
+
+    def matrix(self, chunk: Chunk, hessian: Sum) -> jax.Array:
+        """See Matrices."""
+        self._heed()
+        if self._last is None or self._last[0] is not hessian:
+            self._last = None  # its memory, before more is asked for
+            self._last = hessian, hessian()
+        sums, recipe = self._last[1], self._recipe
+        w = jnp.asarray(self._read(chunk).astype(np.float32))
+        grid = {"bits": recipe.bits, "group": recipe.group, "symmetric": recipe.symmetric}
+        grid["scale_dtype"] = SCALES
+        damp = jnp.float32(recipe.damp)
+        solved = solve(w, sums, act_order=recipe.act_order, damp=damp, **grid)
+        if not np.isfinite(np.asarray(solved.scales)).all():
+            raise MixtralError(
+                f"{_named(chunk)}: the Hessian of its inputs cannot be factored",
+                fix=f"a larger --damp than {recipe.damp}, or more calibration text",
+                code=BAD_DATA,
+            )
+        q = tensor_of(solved, recipe)
+        found = q.dequantize()
+        self._measure(chunk, w, found, round_to_nearest(w, **grid), sums)
+        self.errors[chunk] = _error(np.asarray(w), q)
+        for name, part in take_apart(q).items():
+            self.parts[chunk, name] = np.asarray(part)
+        return found
+
+    def _measure(
+        self, chunk: Chunk, w: jax.Array, made: jax.Array, nearest: jax.Array, sums: jax.Array
+    ) -> None:
+        squares = (output_error(change, sums) for change in (w - made, w - nearest, w))
+        error = OutputError(*map(float, squares))
+        self.outputs[chunk.leaf] = self.outputs.get(chunk.leaf, OutputError()) + error
+
+
+class OldMatrices:
+    """Matrices that an earlier run has written.
+
+    Args:
+        weights: the quantized weights of the layer, by path.
+    """
+
+    def __init__(self, weights: dict[str, QTensor]):
+        self._weights = weights
+
+    def matrix(self, chunk: Chunk, hessian: Sum) -> jax.Array:
+        """See Matrices."""
+        del hessian
+        q: Any = self._weights[chunk.leaf]
+        if chunk.expert is not None:
+            q = jax.tree.map(lambda part: part[chunk.expert], q)
+        return dataclasses.replace(q, dtype=jnp.dtype("float32")).dequantize()
+
+
+def tensor_of(solved: Solved, recipe: GptqRecipe) -> QTensor:
+    """A solved matrix as numpy parts; it stands for f32."""
+    codes, order = np.asarray(solved.codes), np.asarray(solved.order)
+    if not recipe.keeps_order:
+        codes = codes[:, np.argsort(order)]
+    return QTensor(
+        pack(recipe.scheme, codes),
+        np.asarray(solved.scales).astype(jnp.dtype(SCALES)),
+        recipe.scheme,
+        jnp.dtype("float32"),
+        zeros=None if recipe.symmetric else np.asarray(solved.zeros),
+        order=order if recipe.keeps_order else None,
+    )
+
+
+def _error(w: np.ndarray, q: QTensor) -> MatrixError:
+    """Of a matrix against its source, both with columns in the order of the groups."""
+    if q.order is None:
+        return error_of(w, q)
+    return error_of(w[:, q.order], dataclasses.replace(q, order=None))
+
+
+def _named(chunk: Chunk) -> str:
+    return chunk.leaf if chunk.expert is None else f"{chunk.leaf}[{chunk.expert}]"
