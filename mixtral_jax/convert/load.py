@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ from mixtral_jax.sharding.quantized import check_split, make_ready
 from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.weights import ExpertSlots, Layout, Weight
 
-ShardingOf: TypeAlias = Callable[[str], jax.sharding.NamedSharding]
+ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
 Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
 # (leaf, ids of the devices that hold what was read) -> bytes read from the checkpoint.
 Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
@@ -70,7 +70,8 @@ def load_weights(
         folder: a folder that ``convert`` wrote, or one of published files in any layout.
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
-            dim is on the expert axis, which fits the stack and each slot.
+            dim is on the expert axis, which fits the stack and each slot. Of a quantized weight, a
+            NamedSharding.
         source: given the opened folder, what to read instead: weights quantized on the way.
         dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
             differ, the dtype of the configuration if some have it, else that of most bytes.
@@ -123,19 +124,24 @@ def load_weights(
     for path, shapes in quantized.items():
         parts = {name: found[str(part)] for name, part in parts_of(path, found).items()}
         found[path] = _joined(shapes.scheme, parts, shapes.dtype)
-    return make_ready({path: found[path] for path in specs}, {p: sharding_of(p) for p in specs})
+    weights = {path: found[path] for path in specs}
+    if not quantized:
+        return weights
+    shardings = {path: sharding_of(path) for path in specs}
+    return make_ready(weights, cast(Mapping[str, jax.sharding.NamedSharding], shardings))
 
 
 def _part_shardings(
     specs: Mapping[str, LeafSpec], quantized: Mapping[str, QTensor], sharding_of: ShardingOf
-) -> dict[str, jax.sharding.NamedSharding]:
+) -> dict[str, jax.sharding.Sharding]:
     """The sharding of every stored leaf; refuses parts that the mesh cannot split."""
-    found = {}
+    found: dict[str, jax.sharding.Sharding] = {}
     for path in specs:
         sharding = sharding_of(path)
         if path not in quantized:
             found[path] = sharding
             continue
+        assert isinstance(sharding, jax.sharding.NamedSharding), path
         check_split(path, quantized[path], sharding)
         laid = take_apart(kind_specs(quantized[path], sharding.spec))
         for name, spec in laid.items():

@@ -168,13 +168,13 @@ def test_temporaries_of_few_layers_are_those_of_all(small_config):
 
 @pytest.mark.parametrize("train", ["full", "lora", "qlora"])
 def test_training_state_is_the_arithmetic(small_config, train):
-    config = small_config(num_hidden_layers=4)
+    config = small_config(num_hidden_layers=4, hidden_size=64, head_dim=16)
     work = Workload(config=config, mesh=MeshSpec.parse("2x2"), batch=8, context=32, train=train)
     scheme = "nf4" if train == "qlora" else None
     frozen = weight_bytes(config, work.mesh, Strategy(), dtype="bfloat16", scheme=scheme)
     memory = memory_of(work, frozen, 7)
     weights = arithmetic(config, work.mesh, 2) // 2
-    D, queries, keys, R, L = 32, 32, 16, 16, 4
+    D, queries, keys, R, L = 64, 64, 32, 16, 4
     adapters = L * R * (2 * (D + queries) + 2 * (D + keys))
     trained, size = (weights, 2) if train == "full" else (adapters, 4)
     assert memory.gradient_bytes == trained * size
