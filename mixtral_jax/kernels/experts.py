@@ -32,7 +32,7 @@ class ExpertWeights(NamedTuple):
 
 
 def feed_forward(
-    x: Float[Array, "N D"], gate: Matrix, up: Matrix, down: Matrix, *, product: Product
+    x: Float[Array, "N D"], gate: Matrix, up: Matrix, down: Matrix, *, product: Product = rows_first
 ) -> Float[Array, "N D"]:
     """One expert applied to every row; f32."""
     hidden = gated(x, gate, up, product=product)
@@ -77,7 +77,7 @@ def dense_experts(
     for e, expert in enumerate(_matrices(experts)):
         chosen = (expert_ids == e) & valid[:, None]
         share = jnp.where(chosen, expert_weights, 0.0).sum(axis=-1)
-        out = out + share[:, None] * feed_forward(x, *expert, product=rows_first)
+        out = out + share[:, None] * feed_forward(x, *expert)
     return out
 
 

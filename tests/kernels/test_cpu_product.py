@@ -45,7 +45,7 @@ def test_arrays_as_the_reference(rows: int, dtype: str, tolerance: float):
 
 
 def test_digits_keep_what_f32_keeps_of_the_largest():
-    x = numbers(2, 5, I) * np.float32([[1e-30], [1e-3], [1], [1e4], [1e30]])
+    x = numbers(2, 5, I) * np.array([[1e-30], [1e-3], [1], [1e4], [1e30]], np.float32)
     digits, unit = split_digits(jnp.asarray(x), 3)
     parts = np.asarray(digits, np.float64)
     back = (parts / 254.0 ** np.arange(3)[:, None, None]).sum(0) * np.asarray(unit, np.float64)

@@ -207,7 +207,7 @@ def test_the_pass_through_layers_is_that_of_the_model(text):
         layer.run(hidden)
     model = assemble(config, {path: jnp.asarray(w) for path, w in leaves.items()})
     for batch, x in zip(batches, hidden, strict=True):
-        want = model.hidden(batch.ids, batch.valid).x
+        want = model.hidden(jnp.asarray(batch.ids), jnp.asarray(batch.valid)).x
         got = model.norm(jnp.asarray(x))
         np.testing.assert_allclose(got[batch.valid], want[batch.valid], atol=2e-3)
     rows = np.concatenate([leaves["embed_tokens"][batch.ids[batch.valid]] for batch in batches])

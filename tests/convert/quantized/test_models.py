@@ -46,7 +46,7 @@ def expected_logits(made) -> np.ndarray:
     return reference.logits(weights, config, TOKENS)
 
 
-def kinds(lm) -> dict[str, str]:
+def kinds(lm) -> dict[str, int]:
     is_kind = lambda w: isinstance(w, QTensor)  # noqa: E731
     leaves = jax.tree.leaves(nnx.state(lm.model), is_leaf=is_kind)
     return {"packed": sum(map(is_kind, leaves)), "all": len(leaves)}
