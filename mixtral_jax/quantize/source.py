@@ -26,7 +26,7 @@ from mixtral_jax.quantize.errors import MatrixError, error_of
 from mixtral_jax.quantize.makers import Recipe, Rows, nest, quantize, quantize_rows
 
 # Bytes of the source that are quantized at a time; several arrays of that many numbers are made.
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 1 << 20
 # A matrix with one of these axes is quantized: the projections of attention, and experts.
 QUANTIZED_AXES = frozenset({"heads", "kv_heads", "mlp"})
 
