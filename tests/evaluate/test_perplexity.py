@@ -17,6 +17,7 @@ from mixtral_jax.evaluate.routing import expert_load
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.language_model import LanguageModel
 from tests.reference import mixtral as reference
+from tests.slow import mostly_slow
 
 RELATIVE = 2e-6  # of a mean of f32 log-probabilities, beside f64
 CONFIG = reference.small_config(max_position_embeddings=64)
@@ -113,8 +114,8 @@ def test_odd_ends(lm, tokens, num_tokens):
     assert found.nll == pytest.approx(nll, rel=RELATIVE)
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "1x8", "2x2x2"])
-@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("mesh", mostly_slow(["1x1", "1x8", "2x2x2"], ["1x8"]))
+@pytest.mark.parametrize("batch", mostly_slow([1, 3, 64], [3]))
 def test_neither_batch_nor_mesh_matters(folder, lm, tokens, mesh, batch):
     windowing = Windowing(context=16, stride=5)
     wanted = perplexity(lm, tokens, windowing=windowing)

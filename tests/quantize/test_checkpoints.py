@@ -32,6 +32,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import ExpertSlots
 from tests.convert import checkpoints
+from tests.slow import mostly_slow
 
 RECIPES = {
     "int8": Recipe(scheme="int8"),
@@ -92,7 +93,7 @@ def tokens(lm) -> list:
     return [completion.token_ids for completion in found]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", mostly_slow(RECIPES, ["int8", "nf4 nested"]))
 def test_tokens_are_the_same_on_every_mesh(made, name):
     folder, _ = made(name)
     rows = [tokens(mj.load(folder, mesh=text, dtype="float32")) for text in MESHES]
@@ -100,7 +101,7 @@ def test_tokens_are_the_same_on_every_mesh(made, name):
     assert len(rows[0][0]) == 8
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", mostly_slow(RECIPES, ["int8", "nf4 nested"]))
 def test_a_folder_holds_what_the_maker_makes_and_a_copy_of_the_rest(made, name):
     folder, report = made(name)
     lm, plain = mj.load(folder, mesh="1x2"), mj.load("tiny", mesh="1x1", dtype="bfloat16")
@@ -122,7 +123,7 @@ def test_a_folder_holds_what_the_maker_makes_and_a_copy_of_the_rest(made, name):
     assert len(report.errors) == 7 * config.num_hidden_layers
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp8", "fp4"])
+@pytest.mark.parametrize("scheme", mostly_slow(["int8", "int4", "nf4", "fp8", "fp4"], ["int4"]))
 def test_load_makes_the_same_and_tells_the_bytes_that_are_there(made, scheme):
     lines: list[str] = []
     lm = mj.load("tiny", mesh="1x8", dtype="bfloat16", quantize=scheme, note=lines.append)
@@ -161,8 +162,8 @@ def _keyed(shards):
     return [Keyed(shard) for shard in shards]
 
 
-@pytest.mark.parametrize("text", ["1x2x2", "1x4x2"])
-@pytest.mark.parametrize("name", ["nf4 nested", "int4", "int8"])
+@pytest.mark.parametrize("text", mostly_slow(["1x2x2", "1x4x2"], ["1x2x2"]))
+@pytest.mark.parametrize("name", mostly_slow(["nf4 nested", "int4", "int8"], ["nf4 nested"]))
 def test_a_tensor_axis_gives_the_same_logits(made, name, text):
     folder, _ = made(name)
     want = mj.load(folder, mesh="1x1", dtype="float32").logits([PROMPTS[1]])
@@ -290,7 +291,7 @@ def test_values_that_are_no_numbers_are_refused_by_tensor(tmp_path, small_config
     assert not (tmp_path / "q.partial").exists()
 
 
-@pytest.mark.parametrize("cut", [0, 3, 8, 20])
+@pytest.mark.parametrize("cut", mostly_slow([0, 3, 8, 20], [8]))
 def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, cut):
     recipe = Recipe(scheme="nf4", double_quant=True)
     whole = quantize_checkpoint(small, tmp_path / "whole", recipe).converted

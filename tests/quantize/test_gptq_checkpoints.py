@@ -125,7 +125,7 @@ def perplexity(model: Mixtral, batches: list[Batch]) -> float:
     return float(np.exp(-np.concatenate(found).mean()))
 
 
-@pytest.mark.parametrize("bits", RECIPES)
+@pytest.mark.parametrize("bits", mostly_slow(RECIPES, [3]))
 def test_every_layer_is_nearer_than_rounded_to_nearest(made, bits):
     _, report = made(bits)
     assert [layer.layer for layer in report.layers] == [0, 1, 2, 3]
@@ -138,7 +138,7 @@ def test_every_layer_is_nearer_than_rounded_to_nearest(made, bits):
     assert rows["experts"].scheme == rows["attention"].scheme == f"gptq{bits}"
 
 
-@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("bits", mostly_slow([3, 2], [3]))
 def test_perplexity_of_other_text_is_lower_than_rounded_to_nearest(tmp_path, made, bits):
     other = write_text(tmp_path / "other.jsonl", 60, seed=2)
     tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
@@ -235,7 +235,7 @@ def test_an_expert_of_few_tokens_is_named_and_fitted_to_all(tmp_path, small, tex
     assert routed.digest != everything.digest
 
 
-@pytest.mark.parametrize("cut", [0, 9, 20, 40])
+@pytest.mark.parametrize("cut", mostly_slow([0, 9, 20, 40], [20]))
 def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, text, cut):
     """Between leaves and inside a layer; finished layers are not made again."""
     recipe = GptqRecipe(bits=3, group=32, act_order=True)
@@ -261,6 +261,8 @@ import os, signal, sys
 import jax; jax.config.update("jax_platforms", "cpu")
 from mixtral_jax.quantize.driver import Calibration, quantize_gptq
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
+from tests.slow import mostly_slow
+from tests.slow import mostly_slow
 def note(line):
     if line.startswith(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -20,6 +20,7 @@ from mixtral_jax.sharding.quantized import check_groups, make_ready, take_rows
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import Adapted, Layout
 from tests.models import forward, random_leaves, random_tokens
+from tests.slow import mostly_slow
 
 F32 = 2e-4
 MESHES = ["1x8", "2x4", "1x4x2"]
@@ -85,8 +86,10 @@ def leaves(config):
     return random_leaves(config)
 
 
-@pytest.mark.parametrize("layout", ["slots", "stacked"])
-@pytest.mark.parametrize("name", [*DATA_FREE, *GPTQ])
+@pytest.mark.parametrize("layout", mostly_slow(["slots", "stacked"], ["slots"]))
+@pytest.mark.parametrize(
+    "name", mostly_slow([*DATA_FREE, *GPTQ], ["int8", "int4 asymmetric", "nf4", "gptq3"])
+)
 def test_logits_equal_those_of_the_dequantized_on_every_mesh(config, leaves, name, layout: Layout):
     made = quantized(name, leaves, config)
     assert sum(isinstance(w, QTensor) for w in made.values()) == 7
@@ -102,7 +105,9 @@ def test_logits_equal_those_of_the_dequantized_on_every_mesh(config, leaves, nam
         np.testing.assert_allclose(got, want, atol=F32)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4 asymmetric", "nf4", "gptq4"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["int8", "int4 asymmetric", "nf4", "gptq4"], ["gptq4"])
+)
 def test_attention_split_over_heads_and_weights_over_data(config, leaves, name):
     made = quantized(name, leaves, config)
     tokens = random_tokens(config, (16, 8))

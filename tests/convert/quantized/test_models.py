@@ -21,6 +21,7 @@ from tests.convert import checkpoints
 from tests.convert.quantized import published
 from tests.convert.quantized.published import CASES, publish
 from tests.reference import mixtral as reference
+from tests.slow import mostly_slow
 
 TOKENS = np.arange(24).reshape(2, 12) * 7 % 64
 F32 = 2e-3  # products in f32 in another order than numpy's
@@ -30,7 +31,11 @@ def assert_close(found, expected) -> None:
     np.testing.assert_allclose(found, expected, rtol=F32, atol=F32)
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Each kind of codes and every oddity of a layout once.
+KEPT = ("gptq4 32 order unfused", "gptq2 64 v2 asym", "awq", "fp8 channel", "nf4 nested router")
+
+
+@pytest.fixture(scope="module", params=mostly_slow(CASES, KEPT))
 def folder(request, tmp_path_factory):
     made = publish(CASES[request.param])
     return made, made.write(tmp_path_factory.mktemp("quantized") / "src")
