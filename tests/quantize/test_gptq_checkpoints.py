@@ -56,14 +56,14 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "calibration.jsonl", 220, seed=1)
+    return write_text(tmp_path_factory.mktemp("text") / "calibration.jsonl", 120, seed=1)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, text):
     """Folder and report of the embedded model in so many bits, made once each."""
     folder, found = tmp_path_factory.mktemp("made"), {}
-    calibration = Calibration(path=text, samples=220, length=256)
+    calibration = Calibration(path=text, samples=120, length=256)
 
     def make(bits: int):
         if bits not in found:
@@ -167,7 +167,7 @@ def test_tokens_are_the_same_on_every_mesh(made):
 def test_every_token_goes_to_two_experts(made, text):
     _, report = made(4)
     tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
-    count = sum(map(len, read_windows(text, tokenizer, samples=220, length=256)))
+    count = sum(map(len, read_windows(text, tokenizer, samples=120, length=256)))
     for layer in report.layers:
         assert sum(layer.tokens) == 2 * count
         assert layer.few_tokens == ()
@@ -218,7 +218,7 @@ def test_the_pass_through_layers_is_that_of_the_model(text):
 
 
 def test_an_expert_of_few_tokens_is_named_and_fitted_to_all(tmp_path, small, text):
-    few, notes = Calibration(path=text, samples=3, length=32), []
+    few, notes = Calibration(path=text, samples=2, length=20), []
     recipe = GptqRecipe(group=32)
     report = quantize_gptq(small, tmp_path / "q", recipe, few, note=notes.append)
     assert all(layer.few_tokens == (0, 1, 2, 3) for layer in report.layers)
