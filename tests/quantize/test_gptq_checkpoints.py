@@ -45,6 +45,7 @@ from mixtral_jax.quantize.gptq_recipe import SCALES, GptqRecipe
 from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.tokenizer import Tokenizer
 from tests.quantize.gptq_text import small_checkpoint, write_text
+from tests.slow import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
@@ -261,8 +262,6 @@ import os, signal, sys
 import jax; jax.config.update("jax_platforms", "cpu")
 from mixtral_jax.quantize.driver import Calibration, quantize_gptq
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
-from tests.slow import mostly_slow
-from tests.slow import mostly_slow
 def note(line):
     if line.startswith(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
