@@ -139,7 +139,7 @@ def test_every_layer_is_nearer_than_rounded_to_nearest(made, bits):
     assert rows["experts"].scheme == rows["attention"].scheme == f"gptq{bits}"
 
 
-@pytest.mark.parametrize("bits", mostly_slow([3, 2], [3]))
+@pytest.mark.parametrize("bits", mostly_slow([3, 2], []))
 def test_perplexity_of_other_text_is_lower_than_rounded_to_nearest(tmp_path, made, bits):
     other = write_text(tmp_path / "other.jsonl", 60, seed=2)
     tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
@@ -152,6 +152,7 @@ def test_perplexity_of_other_text_is_lower_than_rounded_to_nearest(tmp_path, mad
     assert plain * 0.99 < ours < theirs
 
 
+@pytest.mark.slow
 def test_tokens_are_the_same_on_every_mesh(made):
     folder, _ = made(3)  # with groups in activation order, and zero points
     prompts = [[1, 7, 300, 41], [1, 90, 12, 5, 1200, 33, 8, 2, 77]]
@@ -188,6 +189,7 @@ class Plain:
         return jnp.asarray(w)
 
 
+@pytest.mark.slow
 def test_the_pass_through_layers_is_that_of_the_model(text):
     """With windows of unequal length; and the Hessians of q, k and v are of what q, k, v read."""
     config, leaves = read_config(EMBEDDED_FOLDER), plain_leaves(EMBEDDED_FOLDER)
