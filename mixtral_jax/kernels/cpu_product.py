@@ -87,9 +87,9 @@ def int8_product(x: Float[Array, "N I"], w: QTensor) -> Float[Array, "N O"]:
     parts = sums[: digits.shape[0] * x.shape[0]].reshape(digits.shape[0], x.shape[0], -1)
     powers = (2.0 * _HALF) ** -jnp.arange(digits.shape[0], dtype=jnp.float32)
     total = (parts.astype(jnp.float32) * powers[:, None, None]).sum(axis=0)
-    # max may skip NaN in compiled CPU code; a sum does not
-    is_finite = jnp.isfinite(x.astype(jnp.float32).sum(axis=-1, keepdims=True))
-    return jnp.where(is_finite, total * unit * w.scales.astype(jnp.float32).T, jnp.nan)
+    is_finite = jnp.isfinite(x).all(axis=-1, keepdims=True)
+    factors = unit * w.scales.astype(jnp.float32).T  # first: the sums are large
+    return jnp.where(is_finite, total * factors, jnp.nan)
 
 
 def _forward(x: jax.Array, w: QTensor) -> tuple[jax.Array, tuple[jax.Array, QTensor]]:

@@ -93,6 +93,14 @@ def test_zero_rows_and_rows_that_are_not_finite():
     assert np.isfinite(got[3]).all()
 
 
+def test_a_row_whose_sum_overflows_is_no_row_of_nan():
+    x = np.full((1, I), 3e37, np.float32)  # their sum is beyond f32
+    w = int8(numbers(14, O, I) * np.float32(1e-3))
+    got = np.asarray(jax.jit(cpu_product)(jnp.asarray(x), w))
+    want = exact(x, w)
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
 def test_gradients_pass_through_the_rounding():
     x, w, g = jnp.asarray(numbers(9, 2, I)), int8(numbers(10, O, I)), numbers(11, 2, O)
     got = jax.grad(lambda x: (int8_product(x, w) * g).sum())(x)
