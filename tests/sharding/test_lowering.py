@@ -107,7 +107,8 @@ def test_programs_lower_for_accelerators(model, tmp_path, platform, text, strate
         least = layers * each + (layers * 2 if name == "gradient_step" else 0)
         assert len(re.findall(operation, written)) >= least, name
         if method != "ragged":
-            assert "ragged" not in written
+            # The operation, not the word: locations name whoever traced a cached function first.
+            assert not re.search(METHODS["ragged"][0], written)
     files = {"prefill", "decode_step", "gradient_step"}
     assert {path.stem for path in tmp_path.glob(f"*.{platform}.mlir")} == {
         f"{name}.{platform}" for name in files
