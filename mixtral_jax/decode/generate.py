@@ -19,7 +19,8 @@ from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.decode.speculation import Speculated, Speculator
 from mixtral_jax.decode.timing import Stopwatch
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
-from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
+from mixtral_jax.kernels.scaled_kv import KVDtype
+from mixtral_jax.kernels.table import cache_dtype
 from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
@@ -174,7 +175,8 @@ class Generation:
         self._largest_chunk = max(prefill_chunk, 1 + (speculate or 0))  # that the cache takes
         self._total = max(len(r.prompt_ids) + r.options.max_new_tokens for r in requests)
         self._speculate = speculate
-        self._kv_dtype = storage_dtype(kv_dtype, model.embed_tokens.get_value().dtype)
+        activations = model.embed_tokens.get_value().dtype
+        self._kv_dtype = cache_dtype(placement.kernels, kv_dtype, activations)
         self._stopped = np.zeros((self.rows,), np.bool_)
 
     def stop(self, row: int) -> None:

@@ -42,6 +42,8 @@ SHORTEST_NGRAM = 2  # looked for where there is no longer one
 TRIAL_STEPS = 8
 # It is off after so many verdicts against it in a row.
 LOSSES = 2
+# A verdict against it needs this many times the seconds of plain steps: clocks are noisy.
+MARGIN = 1.05
 
 
 class Memory(NamedTuple):
@@ -243,10 +245,11 @@ class Payoff:
     """Decides, call by call, whether speculation is worth its wider steps: by the clock.
 
     What is compared is seconds per token of a row, so that rows which have ended do not matter. The
-    second call is a trial without drafts. A call with drafts that was slower than the last trial is
-    confirmed by another pair of calls; a second verdict of that kind, with none to the contrary
-    between, switches off for good. Until a verdict in favour calls are short, so that few steps
-    are lost where drafts do not pay.
+    call after the first with a draft is a trial without. A call with drafts that was slower than
+    the last trial by ``MARGIN`` is confirmed by another pair of calls; a second verdict of that
+    kind, with none to the contrary between, switches off for good. A call in which nothing was
+    drafted says nothing: the text may begin to repeat later. Until a verdict in favour calls are
+    short, so that few steps are lost where drafts do not pay.
 
     Attributes:
         is_on: false once it was switched off.
@@ -269,9 +272,9 @@ class Payoff:
         """Whether the next call should have ``TRIAL_STEPS``."""
         return self.wants_trial or (self.is_on and not self._has_won)
 
-    def add(self, seconds: float, *, steps: int, row_steps: int, tokens: int) -> None:
+    def add(self, seconds: float, *, steps: int, row_steps: int, drafted: int, tokens: int) -> None:
         """Takes what the last call took, compilation apart, and what it did (see Tally)."""
-        if not self.is_on or tokens == 0:
+        if not self.is_on or tokens == 0 or (drafted == 0 and not self.wants_trial):
             return
         per_token = seconds / steps * row_steps / tokens
         if self.wants_trial:
@@ -283,10 +286,10 @@ class Payoff:
         self._has_won = self._drafted <= self._plain
         if self._has_won:
             self._losses = 0
-            return
-        self._losses += 1
-        self.is_on = self._losses < LOSSES
-        self._drafted = self._plain = None
+        elif self._drafted > MARGIN * self._plain:
+            self._losses += 1
+            self.is_on = self._losses < LOSSES
+            self._drafted = self._plain = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -366,7 +369,7 @@ class Speculator:
         steps, row_steps, drafted, accepted = map(int, hosts.fetch(self._tally))
         # Every process must come to one verdict, or their programs would part.
         seconds = hosts.of_first(seconds)
-        self._payoff.add(seconds, steps=steps, row_steps=row_steps, tokens=tokens)
+        self._payoff.add(seconds, steps=steps, row_steps=row_steps, drafted=drafted, tokens=tokens)
         report = self.report
         report.drafted += drafted
         report.accepted += accepted

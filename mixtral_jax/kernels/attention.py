@@ -67,6 +67,8 @@ def _mix(shares: Float[Array, "B K G T S"], v: KV, dtype: jnp.dtype) -> Float[Ar
         shares = shares * _by_head(v.scales)
         # A share of a scale is too small a number for float16.
         v = v.widened(jnp.float32 if dtype == jnp.float16 else dtype)
+    else:
+        shares = shares.astype(dtype)  # also where a cache of such numbers is held in f32
     return jnp.einsum(
         "BKGTS,BKSC->BKGTC",
         shares.astype(v.dtype),

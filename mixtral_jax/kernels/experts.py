@@ -18,9 +18,14 @@ from mixtral_jax.weights import Matrix, Weight, expert_matrices
 
 # Branches of `visit_experts` between no rows and all rows. A branch computes all of its rows,
 # taken or not, so large blocks have many; small ones are bound by reading weights.
-FEW_RUNGS = (1.5,)  # in rows of a balanced expert
-RUNG_ROWS = 32  # a multiple that matrix libraries like
+ONE_RUNG = 1.5  # in rows of a balanced expert, where that is less than LEAST_STEPPED
+LEAST_STEPPED = 16
+RUNG_ROWS = 8  # a multiple that matrix libraries like
 RUNGS_PER_EXPECTED = 4
+
+# Up to so many rows the experts' outputs are summed at the end, so that experts may run side by
+# side; beyond, one after another, so that no more than one output is held.
+SIDE_BY_SIDE_ROWS = 64
 
 
 class ExpertWeights(NamedTuple):
@@ -85,8 +90,8 @@ def ladder(num_rows: int, expected: float) -> tuple[int, ...]:
     """Rows that the branches of ``visit_experts`` hold, ascending; the last holds all."""
     if expected >= num_rows:  # every row chooses every expert
         return (num_rows,)
-    if expected < 2 * RUNG_ROWS:
-        sizes = {min(num_rows, 8 * math.ceil(rung * expected / 8)) for rung in FEW_RUNGS}
+    if expected < LEAST_STEPPED:
+        sizes = {min(num_rows, RUNG_ROWS * math.ceil(ONE_RUNG * expected / RUNG_ROWS))}
     else:
         step = RUNG_ROWS * max(1, round(expected / RUNGS_PER_EXPECTED / RUNG_ROWS))
         first, last = math.floor(expected / 2 / step), math.ceil(2 * expected / step)
@@ -134,21 +139,27 @@ def visit_experts(
     # Rows that chose an expert first. Sorted once, not in every branch: sorts compile slowly.
     orders = jnp.argsort(~is_chosen, axis=0, stable=True) if len(sizes) > 1 else is_chosen
 
-    def none(share: jax.Array, order: jax.Array) -> jax.Array:
+    def none(start: jax.Array, share: jax.Array, order: jax.Array) -> jax.Array:
         del share, order
-        return jnp.zeros_like(out)
+        return start
 
-    def visit(size: int, expert: tuple, share: jax.Array, order: jax.Array) -> jax.Array:
+    def visit(
+        size: int, expert: tuple, start: jax.Array, share: jax.Array, order: jax.Array
+    ) -> jax.Array:
         if size == num_rows:
-            return share[:, None] * run(x, *expert)
+            return start + share[:, None] * run(x, *expert)
         rows = order[:size]
         part = share[rows, None] * run(x[rows], *expert)
-        return jnp.zeros_like(out).at[rows].set(part, unique_indices=True)
+        return start.at[rows].add(part, unique_indices=True)
 
     parts = []
     for e, expert in enumerate(_matrices(experts)):
         visits = [functools.partial(visit, size, expert) for size in sizes]
-        parts.append(jax.lax.switch(branch[e], [none, *visits], shares[:, e], orders[:, e]))
+        operands = shares[:, e], orders[:, e]
+        if num_rows > SIDE_BY_SIDE_ROWS:
+            out = jax.lax.switch(branch[e], [none, *visits], out, *operands)
+        else:
+            parts.append(jax.lax.switch(branch[e], [none, *visits], jnp.zeros_like(out), *operands))
     for part in parts:
         out = out + part
     return out

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mixtral_jax.kernels.accelerator import (
     gpu_attention,
@@ -19,6 +21,7 @@ from mixtral_jax.kernels.contract import contract
 from mixtral_jax.kernels.cpu_product import cpu_product
 from mixtral_jax.kernels.experts import dense_experts, expert_blocks, visit_experts
 from mixtral_jax.kernels.rows import lookup, lookup_in_place
+from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.weights import Layout
 
 
@@ -26,7 +29,9 @@ from mixtral_jax.weights import Layout
 class Kernels:
     """One function per operation; every row of the table computes the same numbers.
 
-    ``layout`` is how experts are to be laid out at load; other layouts work, with copies.
+    ``layout`` is how experts are to be laid out at load; other layouts work, with copies. With
+    ``wide_cache`` keys and values of 16 bits are held in f32: the CPU's compiler writes to an array
+    of 16-bit floats by widening and narrowing all of it.
     """
 
     contract: Callable[..., jax.Array]
@@ -35,6 +40,7 @@ class Kernels:
     routed_experts: Callable[..., jax.Array]
     expert_blocks: Callable[..., jax.Array]
     layout: Layout
+    wide_cache: bool = False
 
 
 KERNELS: dict[str, Kernels] = {
@@ -46,6 +52,7 @@ KERNELS: dict[str, Kernels] = {
         functools.partial(visit_experts, product=cpu_product),
         functools.partial(expert_blocks, product=cpu_product),
         "slots",
+        wide_cache=True,
     ),
     "gpu": Kernels(contract, lookup, gpu_attention, gpu_routed_experts, stacked_blocks, "stacked"),
     "tpu": Kernels(
@@ -59,3 +66,16 @@ def kernels_for(platform: str) -> str:
     """The row for a JAX platform: gpu (also spelled cuda or rocm), tpu, else the CPU's."""
     rows = {"gpu": "gpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
     return rows.get(platform, DEFAULT_KERNELS)
+
+
+def cache_dtype(kernels: str, kv_dtype: KVDtype | None, activations: Any) -> Any:
+    """The dtype that keys and values have in the cache where that row of the table reads them.
+
+    Args:
+        kernels: a row of the table.
+        kv_dtype: of codes, or None for plain arrays.
+        activations: their dtype, whose numbers the cache holds without codes.
+    """
+    dtype = storage_dtype(kv_dtype, activations)
+    is_wider = kv_dtype is None and KERNELS[kernels].wide_cache and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if is_wider else dtype

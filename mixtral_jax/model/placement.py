@@ -43,6 +43,11 @@ class Routed(NamedTuple):
 class Placement(Protocol):
     """Where operations run. Implementations are hashable: they are static arguments of jit."""
 
+    @property
+    def kernels(self) -> str:
+        """The row of the kernels table."""
+        ...
+
     def contract(self, einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
         """A product with one weight, ``kernels/contract.py``."""
         ...

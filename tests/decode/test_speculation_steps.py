@@ -192,7 +192,7 @@ def verdicts(payoff: Payoff, calls: list[tuple[float, float]]) -> list[bool]:
         trials.append(is_trial)
         tokens = 8 if is_trial or not payoff.is_on else 24
         seconds = tokens * (plain if is_trial else drafted)
-        payoff.add(seconds, steps=8, row_steps=8, tokens=tokens)
+        payoff.add(seconds, steps=8, row_steps=8, drafted=0 if is_trial else 16, tokens=tokens)
     return trials
 
 
@@ -224,12 +224,29 @@ def test_the_first_call_may_be_slow_but_not_the_later_ones():
     assert not payoff.is_on
 
 
+def test_calls_without_a_draft_settle_nothing():
+    """A text that repeats nothing yet: noise alone must not switch off what may pay later."""
+    payoff, noise = Payoff(), np.random.default_rng(0)
+    for _ in range(500):
+        assert not payoff.wants_trial
+        payoff.add(1 + 0.03 * noise.normal(), steps=8, row_steps=8, drafted=0, tokens=8)
+    assert payoff.is_on
+    verdicts(payoff, [(1.0, 1.1)] * 6)
+    assert payoff.is_on
+
+
+def test_a_difference_within_the_noise_switches_nothing_off():
+    payoff = Payoff()
+    verdicts(payoff, [(1.0 + 0.02 * (-1) ** k, 1.0) for k in range(200)])
+    assert payoff.is_on
+
+
 def test_rows_that_have_ended_do_not_count():
     """The same seconds per step and tokens per row, in a call with half of the rows."""
     payoff = Payoff()
-    payoff.add(8.0, steps=8, row_steps=16, tokens=48)  # two rows, 3 tokens a step
-    payoff.add(4.0, steps=8, row_steps=8, tokens=8)  # one row, plain, half as long
-    payoff.add(8.0, steps=8, row_steps=8, tokens=24)  # one row, 3 tokens a step
+    payoff.add(8.0, steps=8, row_steps=16, drafted=32, tokens=48)  # two rows, 3 tokens a step
+    payoff.add(4.0, steps=8, row_steps=8, drafted=0, tokens=8)  # one row, plain, half as long
+    payoff.add(8.0, steps=8, row_steps=8, drafted=16, tokens=24)  # one row, 3 tokens a step
     assert payoff.is_on
     assert not payoff.wants_trial, "2/3 of the seconds per token: no doubt to settle"
 

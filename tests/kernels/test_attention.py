@@ -52,6 +52,16 @@ def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, dtype):
     np.testing.assert_allclose(got[sees], want[sees], atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("kernel", [attention, blocked_attention])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cache_of_16_bits_may_be_held_in_f32(kernel, dtype):
+    q, k, v, *places = operands(2, 3, 300, 4, 2, 16, dtype)
+    wide = (q, k.astype("float32"), v.astype("float32"), *places)
+    got, want = kernel(*wide, window=None), kernel(q, k, v, *places, window=None)
+    assert got.dtype == want.dtype == jnp.dtype(dtype)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=1e-2)
+
+
 def test_scores_are_never_held_whole():
     """Of 32,768 keys a block at a time; the plain path, the control, holds all of them."""
     shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 512, 8, 64), (1, 2, 32768, 64))]

@@ -16,7 +16,7 @@ from mixtral_jax.kernels import accelerator
 from mixtral_jax.kernels.decode_experts import decode_experts
 from mixtral_jax.kernels.experts import ExpertWeights, dense_experts
 from mixtral_jax.kernels.flash_attention import flash_attention
-from mixtral_jax.kernels.table import KERNELS, kernels_for
+from mixtral_jax.kernels.table import KERNELS, cache_dtype, kernels_for
 from mixtral_jax.model.placement import LocalPlacement
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec
@@ -35,6 +35,13 @@ def test_rows_by_platform():
     }
     layouts = {name: row.layout for name, row in KERNELS.items()}
     assert layouts == {"reference": "slots", "visit": "slots", "gpu": "stacked", "tpu": "stacked"}
+
+
+def test_what_the_cache_holds():
+    held = {name: cache_dtype(name, None, "bfloat16") for name in KERNELS}
+    assert held == dict.fromkeys(KERNELS, jnp.bfloat16) | {"visit": jnp.float32}
+    assert cache_dtype("visit", None, "float32") == jnp.float32
+    assert cache_dtype("visit", "int8", "bfloat16") == jnp.int8
 
 
 def test_the_table_comes_without_pallas():
