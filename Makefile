@@ -63,7 +63,7 @@ evaluate: $(STAMP)-test
 	  --schemes float32,bfloat16 --data "$$folder/questions.jsonl" --chat; \
 	$(PY) -m mixtral_jax.evaluate routing --text "$$folder/text.txt" --context 256
 
-bench: $(STAMP)-core
+bench: $(STAMP)-parity
 	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \
 	  echo "== $$script"; $(PY) $$script --quick; \
 	done

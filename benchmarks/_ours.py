@@ -14,13 +14,14 @@ import numpy as np
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode.generate import Generation, Request, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
+from mixtral_jax.kernels.table import KERNELS, cache_dtype, kernels_for
 from mixtral_jax.model.cache import init_cache
-from mixtral_jax.model.placement import LOCAL, Placement
+from mixtral_jax.model.placement import LocalPlacement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.quantize.makers import Recipe, quantize
 from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.sharding.report import find_config
-from mixtral_jax.weights import slots_of
+from mixtral_jax.weights import ExpertSlots, Weight, slots_of
 
 _BENCH = ModelConfig(
     vocab_size=32000,
@@ -56,9 +57,21 @@ def config_of(model: str, layers: int | None = None) -> ModelConfig:
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 
 
+@functools.cache
+def placement() -> LocalPlacement:
+    """One device, with the kernels that ``load`` chooses for it."""
+    return LocalPlacement(kernels_for(jax.default_backend()))
+
+
 def std_of(path: str, shape: tuple[int, ...]) -> float:
     """Of a Gaussian matrix, so that activations stay near one."""
     return 1.0 if path == "embed_tokens" else 1 / math.sqrt(shape[-1])
+
+
+def laid_out(leaf: Weight) -> Weight | ExpertSlots:
+    """A weight as ``load`` lays it out for the kernels of this device."""
+    is_slots = len(leaf.shape) == 3 and KERNELS[placement().kernels].layout == "slots"
+    return slots_of(leaf, 1) if is_slots else leaf
 
 
 def random_model(config: ModelConfig, dtype: str, scheme: str | None = None) -> Mixtral:
@@ -81,7 +94,7 @@ def random_model(config: ModelConfig, dtype: str, scheme: str | None = None) -> 
             leaf = jax.tree.map(
                 jnp.asarray, quantize(np.asarray(leaf), Recipe(scheme=scheme), dtype=dtype)
             )
-        leaves[path] = slots_of(leaf, 1) if len(leaf.shape) == 3 else leaf
+        leaves[path] = laid_out(leaf)
     return assemble(config, leaves)
 
 
@@ -91,13 +104,11 @@ def random_prompts(config: ModelConfig, rows: int, length: int) -> np.ndarray:
     return draw.integers(3, config.vocab_size, (rows, length)).astype(np.int32)
 
 
-def generation(
-    model: Mixtral, prompts: np.ndarray, steps: int, placement: Placement = LOCAL
-) -> Generation:
+def generation(model: Mixtral, prompts: np.ndarray, steps: int) -> Generation:
     """Greedy, past any end of text."""
     asked = SamplingOptions(max_new_tokens=steps, ignore_eos=True)
     requests = [Request(prompt_ids=tuple(map(int, row)), options=asked) for row in prompts]
-    return Generation(model, requests, placement=placement)
+    return Generation(model, requests, placement=placement())
 
 
 def decoder(
@@ -121,11 +132,12 @@ def read(model: Mixtral, tokens: jax.Array) -> jax.Array:
     """Reads prompts into a cache; logits of the last position."""
     B, T = tokens.shape
     slots = slot_bucket(model.config, T)
-    dtype = model.embed_tokens.get_value().dtype
+    dtype = cache_dtype(placement().kernels, None, model.embed_tokens.get_value().dtype)
     cache = init_cache(model.config, rows=B, slots=slots, dtype=dtype)
-    hidden = model.hidden(tokens, cache=cache)
+    hidden = model.hidden(tokens, cache=cache, placement=placement())
     # The cache is a result here too, else the compiler would leave it out.
-    logits, _ = jax.lax.optimization_barrier((model.unembed(hidden.x[:, -1]), hidden.cache))
+    logits = model.unembed(hidden.x[:, -1], placement())
+    logits, _ = jax.lax.optimization_barrier((logits, hidden.cache))
     return logits
 
 
@@ -136,7 +148,7 @@ def experts_hit(model: Mixtral, tokens: jax.Array) -> jax.Array:
     E = model.config.num_local_experts
     layers = [
         jax.nn.one_hot(routing.expert_ids, E, dtype=bool).any(1).reshape(B, T, E).any(0).sum(-1)
-        for routing in model.hidden(tokens).routing
+        for routing in model.hidden(tokens, placement=placement()).routing
     ]
     return jnp.stack(layers)
 

@@ -41,6 +41,8 @@ class Options:
     """Repeats in each process."""
     steps: int = 64
     """Tokens decoded per row and repeat."""
+    quick: bool = False
+    """The small model and one turn: does it still run?"""
     json: bool = False
     """Print one JSON line instead of a table."""
 
@@ -76,6 +78,10 @@ def theirs(options: Options) -> dict[tuple[str, int], float]:
 
 def main(options: Options) -> int:
     """Runs and prints."""
+    if options.quick:
+        options = dataclasses.replace(
+            options, model="small", batches=(1,), lengths=(32,), steps=4, rounds=1, turns=1
+        )
     ours_rates, their_rates, facts = [], [], {}
     for _ in range(options.turns):
         rates, facts = ours(options)

@@ -15,27 +15,24 @@ import functools
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _common import report, run_script
+from _common import interleaved, report, run_script, spread
 from _ours import config_of
-from rich.console import Console
-from rich.progress import track
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.experts import ExpertWeights
-from mixtral_jax.kernels.table import KERNELS
+from mixtral_jax.kernels.table import KERNELS, kernels_for
 from mixtral_jax.model.placement import Routing
 from mixtral_jax.model.router import route
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
 from mixtral_jax.sharding.rules import WEIGHT_RULES, partition_spec
-from mixtral_jax.weights import ExpertSlots
+from mixtral_jax.weights import ExpertSlots, Weight
 
 METHODS = ("replicated", "gathered", "all_to_all", "all_to_all_once", "ragged")
 
@@ -64,27 +61,35 @@ class Options:
     """Show tracebacks."""
 
 
-def random_experts(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> ExpertWeights:
-    """Gaussian experts, born on their devices."""
-    E, F, D = config.num_local_experts, config.intermediate_size, config.hidden_size
-    shards = mesh.shape["expert"]
+def kernels_of(mesh: jax.sharding.Mesh) -> str:
+    """The row of the kernels table that ``load`` chooses for these devices."""
+    return kernels_for(mesh.devices.flat[0].platform)
 
-    def leaf(axes: tuple[str, ...], O: int, I: int, seed: int) -> ExpertSlots:  # noqa: E741
+
+def random_experts(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> ExpertWeights:
+    """Gaussian experts, born on their devices, as ``load`` lays them out there."""
+    E, F, D = config.num_local_experts, config.intermediate_size, config.hidden_size
+    is_slots = KERNELS[kernels_of(mesh)].layout == "slots"
+    count = mesh.shape["expert"] if is_slots else E  # experts of one array
+
+    def leaf(axes: tuple[str, ...], O: int, I: int, seed: int) -> Weight:  # noqa: E741
         sharding = jax.NamedSharding(mesh, partition_spec(axes, WEIGHT_RULES))
-        shape = (shards, O, I)
         draw = jax.jit(
-            lambda key: (jax.random.normal(key, shape) / math.sqrt(I)).astype(dtype),
+            lambda key: (jax.random.normal(key, (count, O, I)) / math.sqrt(I)).astype(dtype),
             out_shardings=sharding,
         )
-        keys = jax.random.split(jax.random.key(seed), E // shards)
-        return ExpertSlots(tuple(draw(key) for key in keys))
+        keys = jax.random.split(jax.random.key(seed), E // count)
+        arrays = tuple(draw(key) for key in keys)
+        return ExpertSlots(arrays) if is_slots else arrays[0]
 
     into, back = ("expert", "mlp", "embed"), ("expert", "embed", "mlp")
     return ExpertWeights(leaf(into, F, D, 1), leaf(into, F, D, 2), leaf(back, D, F, 3))
 
 
-def yardstick(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: Any) -> Callable:
-    """One product per device with the FLOPs that the layer needs there."""
+def yardsticks(
+    config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: Any
+) -> dict[str, Callable]:
+    """One product per device with the FLOPs that the layer needs there, weight or rows first."""
     D, F, A = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     devices = mesh.size
     n = max(1, rows * A // devices)
@@ -93,17 +98,32 @@ def yardstick(config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: An
     w = jnp.ones((devices * 3 * F, D), dtype)
     x, w = (jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in (x, w))
 
-    def product(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum("ND,FD->NF", x, w, preferred_element_type=jnp.float32).sum(axis=1)
+    def product(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            einsum, *((x, w) if einsum[0] == "N" else (w, x)), preferred_element_type=jnp.float32
+        )
 
-    run = jax.jit(jax.shard_map(product, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
-    return functools.partial(run, x, w)
+    return {
+        f"one product, {name}": functools.partial(
+            jax.jit(
+                jax.shard_map(
+                    functools.partial(product, einsum),
+                    mesh=mesh,
+                    in_specs=(spec, spec),
+                    out_specs=spec,
+                )
+            ),
+            x,
+            w,
+        )
+        for name, einsum in {"rows first": "ND,FD->NF", "weight first": "FD,ND->FN"}.items()
+    }
 
 
 def stacked(weights: ExpertWeights) -> list[jax.Array]:
     """Of one device: ``[E, I, O]``, as ragged_dot takes them."""
-    stacks = (jnp.concatenate(leaf.slots) for leaf in weights if isinstance(leaf, ExpertSlots))
-    return [stack.swapaxes(1, 2) for stack in stacks]
+    stacks = (jnp.concatenate(w.slots) if isinstance(w, ExpertSlots) else w for w in weights)
+    return [jnp.asarray(stack).swapaxes(1, 2) for stack in stacks]
 
 
 @jax.jit
@@ -140,15 +160,14 @@ def measure(options: Options) -> list[dict[str, Any]]:
         key_x, key_r = jax.random.split(jax.random.key(count))
         x = jax.random.normal(key_x, (count, D)).astype(dtype)
         routing = route(jax.random.normal(key_r, (count, E)), jnp.ones((count,), bool), top_k=A)
-        calls: dict[str, Callable] = {"one product": yardstick(config, mesh, count, dtype)}
+        calls = yardsticks(config, mesh, count, dtype)
         facts: dict[str, tuple[int, int]] = {}
         if mesh.size == 1:
             calls["ragged_dot"] = functools.partial(ragged, x, routing, stacked(weights))
         for method in METHODS if mesh.size > 1 else METHODS[:1]:
             asked = DispatchOptions(method=method, capacity_factor=options.capacity_factor)  # type: ignore[arg-type]
-            run = jax.jit(
-                functools.partial(dispatch, mesh=mesh, options=asked, kernels=KERNELS["visit"])
-            )
+            kernels = KERNELS[kernels_of(mesh)]
+            run = jax.jit(functools.partial(dispatch, mesh=mesh, options=asked, kernels=kernels))
             call = functools.partial(run, x, routing, weights)
             facts[method] = int(call().dropped), int(call().overflowed)
             calls[method] = call
@@ -163,17 +182,14 @@ def timed(
     count: int,
     flops: float,
 ) -> list[dict[str, Any]]:
-    """Interleaved medians."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    """Interleaved medians, and the share of the faster yardstick."""
     for call in calls.values():
         jax.block_until_ready(call())
     rounds = 1 if options.quick else options.rounds
-    for k in track(range(rounds), f"{count} rows", console=Console(stderr=True), transient=True):
-        for name, call in list(calls.items())[:: 1 if k % 2 else -1]:
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    dense = statistics.median(times["one product"])
+    times = dict(
+        zip(calls, interleaved(list(calls.values()), rounds, f"{count} rows"), strict=True)
+    )
+    dense = min(statistics.median(times[name]) for name in times if name.startswith("one product"))
     rows = []
     for name, seconds in times.items():
         median = statistics.median(seconds)
@@ -182,7 +198,7 @@ def timed(
                 "tokens": count,
                 "method": name,
                 "ms": round(1e3 * median, 3),
-                "spread": round((max(seconds) - min(seconds)) / median, 3),
+                "spread": spread(seconds),
                 "GFLOP/s per device": round(flops / median / 1e9, 1),
                 "share of one product": round(dense / median, 3),
                 "overflowed": facts.get(name, (0, 0))[1],

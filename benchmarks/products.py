@@ -1,7 +1,8 @@
-"""Which operand first? Products of a few rows with one weight after another, in a chain.
+"""Which operand first? Some rows through one expert after another.
 
-The orders that `kernels/cpu_product.py` chooses between; the weights are more than any cache holds,
-and each product waits for the one before, as in a step of decode.
+The orders that `kernels/cpu_product.py` chooses between. Whole experts, because what reads a
+product decides how its result must lie; they are more than any cache holds, and each waits for the
+one before, as in a step of decode.
 
     python benchmarks/products.py --rows 2 4 8 32 128
 """
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from _common import interleaved, report, run_script, spread
 
-from mixtral_jax.kernels.contract import rows_first
+from mixtral_jax.kernels.contract import Product, rows_first
 from mixtral_jax.kernels.cpu_product import weight_first
+from mixtral_jax.kernels.experts import feed_forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,13 +29,13 @@ class Options:
     """Times both orders of operands."""
 
     rows: tuple[int, ...] = (2, 4, 8, 32, 128)
-    """Rows of a product."""
+    """Rows of an expert."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     """Of rows and weights."""
     shape: tuple[int, ...] = (3584, 1024)
-    """Of a weight: outputs, inputs."""
-    weights: int = 32
-    """Weights in a chain."""
+    """Of an expert: hidden and model width."""
+    experts: int = 12
+    """In a chain."""
     rounds: int = 7
     """Repeats of each, in turn; the median counts."""
     quick: bool = False
@@ -42,47 +44,55 @@ class Options:
     """Print one JSON line instead of a table."""
 
 
-ORDERS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+ORDERS: dict[str, Product] = {
     "rows first": rows_first,
     "weight first": lambda x, w: weight_first(w, x, jnp.float32),
 }
 
 
-def chain(product: Callable, x: jax.Array, weights: list[jax.Array]) -> Callable[[], jax.Array]:
-    """A call of all products, each after the one before."""
+def chain(product: Product, x: jax.Array, experts: list[list[jax.Array]]) -> Callable:
+    """A call of all experts, each after the one before."""
 
     @jax.jit
-    def run(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
-        for w in weights:
-            x = x + (product(x, w).sum() * 1e-9).astype(x.dtype)
+    def run(x: jax.Array, experts: list[list[jax.Array]]) -> jax.Array:
+        for gate, up, down in experts:
+            x = x + (feed_forward(x, gate, up, down, product=product) * 1e-3).astype(x.dtype)
         return x
 
-    return lambda: jax.block_until_ready(run(x, weights))
+    return lambda: jax.block_until_ready(run(x, experts))
 
 
 def main(options: Options) -> int:
     """Runs and prints."""
     if options.quick:
-        options = dataclasses.replace(options, rows=(2,), shape=(64, 32), weights=2, rounds=1)
+        options = dataclasses.replace(options, rows=(2,), shape=(64, 32), experts=2, rounds=1)
     rows: list[dict[str, Any]] = []
     for dtype in options.dtypes:
-        keys = jax.random.split(jax.random.key(0), options.weights)
-        weights = [jax.random.normal(key, options.shape).astype(dtype) for key in keys]
+        F, D = options.shape
+        keys = jax.random.split(jax.random.key(0), (options.experts, 3))
+        experts = [
+            [
+                (jax.random.normal(key, shape) / shape[1] ** 0.5).astype(dtype)
+                for key, shape in zip(each, ((F, D), (F, D), (D, F)), strict=True)
+            ]
+            for each in keys
+        ]
+        size = sum(w.nbytes for w in experts[0])
         for count in options.rows:
-            x = jnp.ones((count, options.shape[1]), dtype)
-            calls = [chain(product, x, weights) for product in ORDERS.values()]
+            x = jax.random.normal(jax.random.key(1), (count, D)).astype(dtype)
+            calls = [chain(product, x, experts) for product in ORDERS.values()]
             for call in calls:
                 call()
             times = interleaved(calls, options.rounds, f"{dtype}, {count} rows")
             for name, seconds in zip(ORDERS, times, strict=True):
-                each = statistics.median(seconds) / options.weights
+                each = statistics.median(seconds) / options.experts
                 rows.append(
                     {
                         "dtype": dtype,
                         "rows": count,
                         "order": name,
                         "us": round(1e6 * each),
-                        "GB/s": round(weights[0].nbytes / each / 1e9, 1),
+                        "GB/s": round(size / each / 1e9, 1),
                         "spread": spread(seconds),
                     }
                 )
