@@ -278,7 +278,6 @@ def open_leaves(
     specs: Mapping[str, LeafSpec],
     *,
     head_dim: int,
-    dequantize: np.dtype | None = None,
     note: Note = lambda line: None,
 ) -> Leaves:
     """Opens a checkpoint folder of any known format.

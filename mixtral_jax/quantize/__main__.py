@@ -89,7 +89,8 @@ class Options:
             self.text()
             return
         for name in _GPTQ:
-            if getattr(self, name) not in (None, False):
+            value = getattr(self, name)
+            if value is not None and value is not False:  # 0 is asked for, too
                 option, fix = name.replace("_", "-"), "leave it out, or choose gptq"
                 raise MixtralError(f"--{option} is not for {self.scheme}", fix=fix, code=USAGE)
         self.recipe()

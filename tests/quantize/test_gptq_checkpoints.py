@@ -339,7 +339,8 @@ def test_refusals_are_one_line(tmp_path, small, text, capfd, options, code, word
 
 
 def test_options_of_gptq_are_refused_elsewhere(tmp_path, small, capfd):
-    for option in (("--bits", "4"), ("--act-order",), ("--calibration", "x.txt")):
+    zeros = (("--damp", "0"), ("--samples", "0"), ("--length", "0"))
+    for option in (("--bits", "4"), ("--act-order",), ("--calibration", "x.txt"), *zeros):
         assert run(str(small), str(tmp_path / "q"), "--scheme", "int8", *option) == USAGE
         assert f"{option[0]} is not for int8" in capfd.readouterr().err
 

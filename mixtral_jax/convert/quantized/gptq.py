@@ -53,7 +53,7 @@ class GPTQ:
     marks: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
     def num_groups(self, num_inputs: int) -> int:
-        """G, the last group perhaps not full."""
+        """G; a single group need not be full."""
         return -(-num_inputs // (self.group_size or num_inputs))
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
@@ -61,9 +61,9 @@ class GPTQ:
         rows, inputs = shape
         if inputs * self.bits % WORD_BITS or rows * self.bits % WORD_BITS:
             return [f"{self.bits} bits: {rows} x {inputs} codes do not fill whole words"]
-        if inputs % self.num_groups(inputs):
-            return [f"group_size {self.group_size} does not divide {inputs} inputs"]
         groups = self.num_groups(inputs)
+        if groups > 1 and inputs != groups * (self.group_size or 0):
+            return [f"group_size {self.group_size} does not divide {inputs} inputs"]
         wanted = {
             "qweight": Part((inputs * self.bits // WORD_BITS, rows), ("I32",)),
             "qzeros": Part((groups, rows * self.bits // WORD_BITS), ("I32",)),
