@@ -126,10 +126,11 @@ def quantize_gptq(
 ) -> QuantizeReport:
     """``quantize_checkpoint`` with GPTQ, which fits codes to what the layers read and write.
 
-    Everything that ``quantize_checkpoint`` promises holds but the bound of memory: there are one
-    layer in few bits, two matrices and two Hessians in float32, and three copies of the residual
-    stream of the text. The digest is the same on the same machine only: sums differ between
-    devices.
+    ``dst`` is absent or complete, and an interrupted call is resumed by the same call, which makes
+    the layer again that was not finished. The source is read once before the first layer, so that
+    damage shows early. In memory there are one layer in few bits; a matrix, its Hessian and 3.6
+    times the Hessian beside them in float32 on the device; and three copies of the residual stream
+    of the text. The digest is the same on the same machine only: sums differ between devices.
 
     Args:
         src: as for ``convert``; it must have a tokenizer.
@@ -144,7 +145,7 @@ def quantize_gptq(
 
     Raises:
         MixtralError: as ``quantize_checkpoint`` and ``calibration.read_windows``; exit code 66
-            without a tokenizer, 65 if a Hessian cannot be factored.
+            without a tokenizer, 65 if no damping lets a Hessian be factored.
     """
     folder = resolve(src, note).folder
     is_checkpoint(folder)  # before anything is said of its tokenizer

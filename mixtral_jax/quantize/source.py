@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.leaves import Leaves
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.convert.parts import PartPath, part_spec, split_path, take_apart
@@ -119,6 +120,12 @@ class DerivedLeaves:
         """None for parts: nothing recorded them, and their source is proved while it is read."""
         return self.source.digest(chunk) if split_path(chunk.leaf) is None else None
 
+    def _read_plain(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
+        """Rows of what stays as it is."""
+        self.source.read_rows(chunk, start, stop, out)
+        if not all_finite(out):
+            raise not_finite(self.source.source_name(chunk))
+
     def close(self) -> None:
         """Closes the source."""
         self.source.close()
@@ -163,7 +170,7 @@ class QuantizingLeaves(DerivedLeaves):
         """See Leaves; of parts, all rows."""
         part = split_path(chunk.leaf)
         if part is None:
-            self.source.read_rows(chunk, start, stop, out)
+            self._read_plain(chunk, start, stop, out)
             return
         with self._guard:
             lock = self._locks.setdefault(origin_of(chunk), threading.Lock())
@@ -235,6 +242,13 @@ class QuantizingLeaves(DerivedLeaves):
         except MixtralError as error:
             name = self.source.source_name(origin)
             raise MixtralError(f"{name}: {error}", code=error.code) from None
+
+
+def not_finite(name: str) -> MixtralError:
+    """The error of a tensor that nobody should quantize, or keep beside what is quantized."""
+    return MixtralError(
+        f"{name} has NaN or infinite values", fix="download the checkpoint again", code=BAD_DATA
+    )
 
 
 def origin_of(chunk: Chunk) -> Chunk:

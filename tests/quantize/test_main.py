@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import mixtral_jax as mj
 from mixtral_jax import cli
 from mixtral_jax.convert import ConvertOptions, convert
 from mixtral_jax.convert.manifest import read_manifest
-from mixtral_jax.errors import BAD_CONFIG, OK, USAGE
+from mixtral_jax.errors import BAD_CONFIG, OK, OUTPUT_EXISTS, USAGE
 from mixtral_jax.quantize.__main__ import Options, main
 from tests.convert import checkpoints
 
@@ -65,6 +67,7 @@ def test_it_prints_coverage_and_errors(tmp_path, small, capfd):
         (("--scheme", "int4", "--symmetric", "--asymmetric"), USAGE, "choose one"),
         (("--scheme", "int8", "--asymmetric"), USAGE, "not for int8"),
         (("--scheme", "fp8", "--double-quant"), USAGE, "not for fp8"),
+        (("--scheme", "nf4", "--format", "gptq"), USAGE, "choose gptq or int4"),
         (("--scheme", "int4", "--group-size", "128"), BAD_CONFIG, "--group-size 64"),
     ],
 )
@@ -74,6 +77,29 @@ def test_refusals_are_one_line(tmp_path, small, capfd, options, code, words):
     assert words in err
     assert err.count("\n") == 1
     assert not (tmp_path / "q").exists()
+
+
+def test_it_writes_the_published_layout(tmp_path, small, capfd):
+    dst = tmp_path / "q"
+    arguments = (str(small), str(dst), "--scheme", "int4", "--group-size", "32", "--format", "gptq")
+    assert run(*arguments, "--json") == OK
+    report = json.loads(capfd.readouterr().out)
+    assert run(str(small), str(tmp_path / "ours"), "--scheme", "int4", "--group-size", "32") == OK
+    assert report["digest"] == read_manifest(tmp_path / "ours").digest
+    raw = json.loads((dst / "config.json").read_text())["quantization_config"]
+    assert (raw["quant_method"], raw["bits"], raw["group_size"]) == ("gptq", 4, 32)
+    tokens = [[1, 5, 9]]
+    ours, theirs = (
+        mj.load(folder, mesh="1x1", dtype="float32").logits(tokens)
+        for folder in (tmp_path / "ours", dst)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours", "q"]
+    capfd.readouterr()
+    assert run(*arguments) == OUTPUT_EXISTS
+    (tmp_path / "q.quantized").mkdir()
+    assert run(*arguments) == OUTPUT_EXISTS
+    assert "q.quantized is of no more use" in capfd.readouterr().err
 
 
 KILLED = """
