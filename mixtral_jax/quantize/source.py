@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mixtral_jax.convert.finite import all_finite
-from mixtral_jax.convert.leaves import Leaves
+from mixtral_jax.convert.leaves import Leaves, LeavesOf
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.convert.parts import PartPath, part_spec, split_path, take_apart
 from mixtral_jax.convert.safetensors_file import bytes_of
@@ -54,7 +54,7 @@ def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]
     }
 
 
-class DerivedLeaves:
+class DerivedLeaves(LeavesOf):
     """The leaves of ``source`` with parts in place of attention and experts.
 
     Args:
@@ -65,10 +65,8 @@ class DerivedLeaves:
         MixtralError: exit code 65 if the source is quantized already.
     """
 
-    manifest = None
-
     def __init__(self, source: Leaves, made: Callable[[str, LeafSpec], Mapping[str, LeafSpec]]):
-        self.source = source
+        super().__init__(source)
         self.specs: dict[str, LeafSpec] = {}
         for leaf, spec in source.specs.items():
             part = split_path(leaf)
@@ -79,20 +77,6 @@ class DerivedLeaves:
                     code=BAD_DATA,
                 )
             self.specs |= made(leaf, spec) if is_quantized(spec) else {leaf: spec}
-
-    @property
-    def layout(self) -> str:
-        """That of the source."""
-        return self.source.layout
-
-    @property
-    def whereabouts(self) -> Any:
-        """Of the source."""
-        return self.source.whereabouts
-
-    def check_unchanged(self) -> None:
-        """See Leaves."""
-        self.source.check_unchanged()
 
     def unit(self, chunk: Chunk) -> int:
         """Parts are read whole."""
@@ -125,10 +109,6 @@ class DerivedLeaves:
         self.source.read_rows(chunk, start, stop, out)
         if not all_finite(out):
             raise not_finite(self.source.source_name(chunk))
-
-    def close(self) -> None:
-        """Closes the source."""
-        self.source.close()
 
 
 class QuantizingLeaves(DerivedLeaves):

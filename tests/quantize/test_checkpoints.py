@@ -20,6 +20,7 @@ from mixtral_jax.convert.load import THREADS
 from mixtral_jax.convert.manifest import LeafRecord, read_manifest
 from mixtral_jax.convert.orbax import read_leaf, write_leaf
 from mixtral_jax.convert.orbax_leaves import WEIGHTS
+from mixtral_jax.convert.output import OrbaxOutput
 from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INTERRUPTED, OUTPUT_EXISTS, MixtralError
 from mixtral_jax.language_model import EMBEDDED_FOLDER
@@ -214,6 +215,22 @@ def test_an_expert_that_is_not_quantized_fails_the_load(tmp_path, small, asked):
         mj.load(tmp_path / "q", mesh="1x1", quantize=asked, note=lines.append)
     assert error.value.code == BAD_DATA
     assert any(line.startswith("experts") for line in lines)
+
+
+def test_coverage_is_counted_from_the_files(tmp_path, small, monkeypatch):
+    """A part that was lost on its way to the disk is not counted because it was meant to be."""
+    write = OrbaxOutput.write
+    lost = "layers.0.moe.experts.up.int8.codes"
+
+    def lose(self, leaf, value):
+        write(self, leaf, value)
+        if leaf == lost:
+            next((self.folder / WEIGHTS / leaf).rglob("1.0.0")).unlink()
+
+    monkeypatch.setattr(OrbaxOutput, "write", lose)
+    with pytest.raises(MixtralError, match=r"up.int8.codes: 1.0.0: .* no file") as refusal:
+        quantize_checkpoint(small, tmp_path / "q", Recipe(scheme="int8"))
+    assert refusal.value.code == BAD_DATA
 
 
 def test_experts_of_more_bits_than_asked_fail():

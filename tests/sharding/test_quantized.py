@@ -191,8 +191,8 @@ def test_an_order_moves_the_factors_of_an_adapter_too(config, leaves, layout: La
         path = f"layers.0.moe.experts.{name}"
         *_, outputs, inputs = made[path].shape
         a, b = draw.normal(size=(8, 4, inputs)), draw.normal(size=(8, outputs, 4))
-        factors = (jnp.asarray(part * 0.1, jnp.float32) for part in (a, b))
-        made[path] = Adapted(made[path], *factors, 1.0)
+        a, b = (jnp.asarray(part * 0.1, jnp.float32) for part in (a, b))
+        made[path] = Adapted(made[path], a, b, 1.0)
     model, tokens = assemble(config, made), random_tokens(config, (16, 8))
     want = forward(model, tokens)
     mesh = MeshSpec.parse("1x2x2").build()
