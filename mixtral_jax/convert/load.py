@@ -105,25 +105,16 @@ def load_weights(
     dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
-    def load(paths: list[str]) -> dict[str, Weight]:
-        return {
-            path: loader.leaf(
-                path,
-                leaves.specs[path].shape,
-                part_shardings[path],
-                expert_shards=expert_shards,
-                layout=layout,
-            )
-            for path in paths
-        }
+    def load(paths: list[str]) -> dict[str, Any]:
+        shapes, how = leaves.specs, {"expert_shards": expert_shards, "layout": layout}
+        return {p: loader.leaf(p, shapes[p].shape, part_shardings[p], **how) for p in paths}
 
     try:
         quantized = quantized_weights(leaves.specs, jnp.dtype(dtype))
         part_shardings = _part_shardings(specs, quantized, sharding_of)
         with ThreadPoolExecutor(THREADS) as pool:
-            found: dict[str, Any] = {}
-            for part in pool.map(load, _in_order(leaves.specs)):
-                found |= part
+            loaded = pool.map(load, _in_order(leaves.specs))
+            found = {path: w for part in loaded for path, w in part.items()}
     finally:
         leaves.close()
     for path, shapes in quantized.items():

@@ -6,13 +6,11 @@ that round in another way on another machine: parts of one matrix must then come
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from mixtral_jax.convert.journal import Journal
-from mixtral_jax.convert.leaves import Leaves
 from mixtral_jax.convert.manifest import LeafRecord
-from mixtral_jax.model.transformer import LeafSpec
 
 
 @runtime_checkable
@@ -32,8 +30,8 @@ class MadeTogether(Protocol):
 
 def resume(
     journal: Journal,
-    leaves: Leaves,
-    specs: Mapping[str, LeafSpec],
+    source: object,
+    leaves: Collection[str],
     is_intact: Callable[[str, LeafRecord], bool],
     note: Callable[[str], None],
 ) -> None:
@@ -41,29 +39,29 @@ def resume(
 
     Args:
         journal: of this and earlier runs.
-        leaves: the source.
-        specs: of all leaves.
+        source: what leaves are read from, perhaps ``MadeTogether``.
+        leaves: the paths of all.
         is_intact: whether the disk still holds what was recorded.
         note: called with one line for each leaf that was changed meanwhile, and if this is another
             machine than the one before.
     """
-    lost = {leaf for leaf in specs if leaf not in journal.finished}
+    lost = {leaf for leaf in leaves if leaf not in journal.finished}
     for leaf, record in journal.finished.items():
         if not is_intact(leaf, record):
             note(f"{leaf} is no longer as it was written, and is converted again")
             lost.add(leaf)
-    if isinstance(leaves, MadeTogether):
-        groups = {leaves.together(leaf) for leaf in lost}
-        lost |= {leaf for leaf in specs if leaves.together(leaf) in groups}
+    if isinstance(source, MadeTogether):
+        groups = {source.together(leaf) for leaf in lost}
+        lost |= {leaf for leaf in leaves if source.together(leaf) in groups}
     stale = sorted(lost & journal.finished.keys())
     if stale:
         journal.forget(stale)
     if journal.finished:
-        note(f"resuming: {len(journal.finished)} of {len(specs)} leaves are finished")
-    if isinstance(leaves, MadeTogether):
-        before = journal.work_on(leaves.machine)
-        others = [key for key, value in leaves.machine.items() if before.get(key) != value]
-        is_mixed = any(leaves.together(leaf) != leaf for leaf in journal.finished)
+        note(f"resuming: {len(journal.finished)} of {len(leaves)} leaves are finished")
+    if isinstance(source, MadeTogether):
+        before = journal.work_on(source.machine)
+        others = [key for key, value in source.machine.items() if before.get(key) != value]
+        is_mixed = any(source.together(leaf) != leaf for leaf in journal.finished)
         if is_mixed and before and others:
             was = ", ".join(f"{key} {before.get(key)}" for key in others)
             note(f"begun on another machine ({was}): the digest will be that of neither alone")
