@@ -45,6 +45,12 @@ class MixtralError(ValueError):
         self.code = code
 
 
+def interrupted() -> MixtralError:
+    """The error of work that was stopped, and that the same command takes up again."""
+    fix = "run the same command again to resume"
+    return MixtralError("interrupted", fix=fix, code=INTERRUPTED)
+
+
 def printable(text: str) -> str:
     """A text from anywhere as one harmless line: names in files may hold newlines or escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

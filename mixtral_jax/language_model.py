@@ -93,11 +93,18 @@ def load(
     kernels = asked.kernels or kernels_for(mesh.devices.flat[0].platform)
     adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
     shardings = weight_shardings(leaf_specs(config), mesh, strategy)
+
+    def adapt(leaves: dict[str, Any]) -> dict[str, Any]:
+        for line in adapter.notes if adapter else ():
+            note(line)
+        return adapter.attach(leaves, shardings.__getitem__) if adapter else leaves
+
     leaves = load_weights(
         folder,
         config,
         sharding_of=lambda path: shardings[path],
         source=quantizing(asked.quantize, verify=asked.verify),
+        adapt=adapt,
         dtype=dtype,
         expert_shards=spec.expert,
         layout=KERNELS[kernels].layout,
@@ -106,10 +113,6 @@ def load(
         note=note,
     )
     report(leaves, leaf_specs(config), asked.quantize, note)
-    if adapter is not None:
-        for line in adapter.notes:
-            note(line)
-        leaves = adapter.attach(leaves, lambda path: shardings[path])
     hosts.barrier("loaded")
     has_tokenizer = find_tokenizer(folder) is not None
     return LanguageModel(

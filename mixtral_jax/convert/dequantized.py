@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_jax.convert.leaves import Leaves
+from mixtral_jax.convert.leaves import Leaves, LeavesOf
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.convert.parts import PartPath, join, parts_of
 from mixtral_jax.convert.quantized.dense import dequantize
@@ -17,7 +17,7 @@ from mixtral_jax.model.transformer import LeafSpec
 from mixtral_jax.qtensor import QTensor
 
 
-class DequantizedLeaves:
+class DequantizedLeaves(LeavesOf):
     """The leaves of ``source``, every quantized one as the plain weight that it stands for.
 
     Args:
@@ -29,10 +29,9 @@ class DequantizedLeaves:
         MixtralError: exit code 65 if nothing in ``source`` is quantized.
     """
 
-    manifest = None
-
     def __init__(self, source: Leaves, specs: Mapping[str, LeafSpec], dtype: np.dtype):
-        self._source, self.specs, self._dtype = source, specs, dtype
+        super().__init__(source)
+        self.specs, self._dtype = specs, dtype
         self._parts = {
             leaf: parts
             for leaf in specs
@@ -46,33 +45,19 @@ class DequantizedLeaves:
             )
 
     @property
-    def layout(self) -> str:
-        """That of the source."""
-        return self._source.layout
-
-    @property
     def fingerprint(self) -> dict[str, Any]:
         """Of the source, and what was done."""
-        return {"source": self._source.fingerprint, "dequantized": True}
-
-    @property
-    def whereabouts(self) -> Any:
-        """Of the source."""
-        return self._source.whereabouts
-
-    def check_unchanged(self) -> None:
-        """See Leaves."""
-        self._source.check_unchanged()
+        return {"source": self.source.fingerprint, "dequantized": True}
 
     def unit(self, chunk: Chunk) -> int:
         """Quantized matrices are read whole."""
         if chunk.leaf not in self._parts:
-            return self._source.unit(chunk)
+            return self.source.unit(chunk)
         return self.specs[chunk.leaf].shape[0 if chunk.expert is None else 1]
 
     def source_name(self, chunk: Chunk) -> str:
         """See Leaves."""
-        return self._source.source_name(next(iter(self._chunks(chunk).values())))
+        return self.source.source_name(next(iter(self._chunks(chunk).values())))
 
     def _chunks(self, chunk: Chunk) -> dict[str, Chunk]:
         """The chunks of the source that a chunk is made of, by part; itself if it is plain."""
@@ -82,27 +67,23 @@ class DequantizedLeaves:
 
     def dtype(self, leaf: str) -> np.dtype:
         """See Leaves."""
-        return self._dtype if leaf in self._parts else self._source.dtype(leaf)
+        return self._dtype if leaf in self._parts else self.source.dtype(leaf)
 
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """See Leaves; of a quantized matrix, all rows."""
         if chunk.leaf not in self._parts:
-            self._source.read_rows(chunk, start, stop, out)
+            self.source.read_rows(chunk, start, stop, out)
             return
-        dequantize(read_matrix(self._source, chunk, self._parts[chunk.leaf], out.dtype), out)
+        dequantize(read_matrix(self.source, chunk, self._parts[chunk.leaf], out.dtype), out)
 
     def prefetch(self, leaf: str) -> None:
         """See Leaves."""
         for part in self._chunks(Chunk(leaf, None)).values():
-            self._source.prefetch(part.leaf)
+            self.source.prefetch(part.leaf)
 
     def digest(self, chunk: Chunk) -> str | None:
         """None for what was quantized: its parts are proved while it is read."""
-        return None if chunk.leaf in self._parts else self._source.digest(chunk)
-
-    def close(self) -> None:
-        """Closes the source."""
-        self._source.close()
+        return None if chunk.leaf in self._parts else self.source.digest(chunk)
 
 
 def read_matrix(

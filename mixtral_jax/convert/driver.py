@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -49,15 +50,17 @@ from mixtral_jax.convert.preflight import (
     check_work_folder,
     refuse_existing,
 )
+from mixtral_jax.convert.quantized.export import export_gptq
+from mixtral_jax.convert.resume import resume
 from mixtral_jax.convert.safetensors_file import np_dtype
 from mixtral_jax.convert.transfer import fetch_leaf
 from mixtral_jax.convert.verify import verify_output
 from mixtral_jax.errors import (
     BAD_DATA,
-    INTERRUPTED,
     IO_ERROR,
     OUTPUT_EXISTS,
     MixtralError,
+    interrupted,
 )
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 
@@ -83,14 +86,14 @@ def convert(
     """Converts a checkpoint in any layout to Orbax, or to the safetensors of Hugging Face.
 
     Works in ``<dst>.partial`` and renames when all is done, so ``dst`` is absent or complete. After
-    any interruption the same call resumes and redoes at most one leaf. Memory stays below twice
-    the largest leaf plus 512 MB.
+    any interruption the same call resumes and redoes at most one leaf, or what is made in one go
+    with it. Memory stays below twice the largest leaf plus 512 MB.
 
     Args:
         src: a Hugging Face folder (original or fused names), a native Mistral folder, a folder
             that ``convert`` wrote, or the name of a repository on the Hub, ``org/name[@revision]``.
         dst: the folder to make.
-        options: how; the defaults keep the dtype.
+        options: how; the defaults keep the dtype. The format gptq: see ``export_gptq``.
         note: called with one line for each thing a person should know.
         progress: called with bytes done and bytes in all.
         stop: asked before each leaf is converted or proved; True ends the work there, to be
@@ -103,6 +106,9 @@ def convert(
             folder is of another conversion), 74 (disk), 75 (stopped), 78 (config.json).
     """
     source, dst = resolve(src, note), Path(os.path.abspath(dst))
+    if options is not None and options.format == "gptq":
+        size, how = options.max_shard_bytes, {"note": note, "progress": progress, "stop": stop}
+        return export_gptq(source.folder, dst, max_shard_bytes=size, **how)
     started = time.monotonic()
     with PeakMemory() as memory:
         work = _Conversion(source, dst, options or ConvertOptions(), note, progress, stop, change)
@@ -256,8 +262,7 @@ class _Conversion:
     def _heed(self) -> None:
         """Ends the work here if that was asked."""
         if self._stop():
-            fix = "run the same command again to resume"
-            raise MixtralError("interrupted", fix=fix, code=INTERRUPTED)
+            raise interrupted()
 
     def _refuse_nonfinite(self, records: Mapping[str, LeafRecord]) -> None:
         """What an earlier run was asked to keep, this one must be asked as well."""
@@ -292,8 +297,8 @@ class _Conversion:
         self._buffer = np.empty(0, np.uint8)
         self._total = sum(map(self._source_bytes, self.specs))
         self._refuse_nonfinite(journal.finished)
-        if journal.finished:
-            self.note(f"resuming: {len(journal.finished)} of {len(self.specs)} leaves are finished")
+        is_intact = functools.partial(self._is_intact, output)
+        resume(journal, self.leaves, self.specs, is_intact, self.note)
         try:
             records = self._convert_leaves(output, journal)
         except MixtralError as error:
@@ -317,7 +322,7 @@ class _Conversion:
         following = dict(itertools.pairwise([*self.specs, None]))
         for leaf in self.specs:
             self._heed()
-            if self._is_finished(output, leaf, journal.finished.get(leaf)):
+            if leaf in journal.finished:
                 records[leaf] = journal.finished[leaf]
                 self._advance(self._source_bytes(leaf))
                 continue
@@ -333,17 +338,12 @@ class _Conversion:
             found["revision"] = self.source.revision
         return found
 
-    def _is_finished(self, output: Output, leaf: str, record: LeafRecord | None) -> bool:
-        """True if an earlier run finished a leaf and the disk still holds it."""
-        if record is None:
-            return False
+    def _is_intact(self, output: Output, leaf: str, record: LeafRecord) -> bool:
+        """True if the disk still holds a leaf that an earlier run finished."""
+        self._heed()
         intact = record.shape == self.specs[leaf].shape
         intact = intact and output.is_intact(leaf, record, self.pool)
-        if intact and self.options.verify:
-            intact = output.reads_back(leaf, record, self.pool)
-        if not intact:
-            self.note(f"{leaf} is no longer as it was written, and is converted again")
-        return intact
+        return intact and (not self.options.verify or output.reads_back(leaf, record, self.pool))
 
     def _fetch(self, leaf: str, value: np.ndarray, **kwargs: Any) -> LeafRecord:
         return fetch_leaf(

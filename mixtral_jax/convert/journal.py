@@ -1,7 +1,8 @@
 """The journal of a conversion: which leaves are finished, in a form that survives kill -9.
 
 One JSON object per line, each made durable before the work goes on: first the fingerprint of the
-source and options, then one line per finished leaf. A torn last line is an unfinished leaf.
+source and options, then one line per finished leaf. A torn last line is an unfinished leaf. Other
+lines tell of finished leaves that must be made again, and of the machine that goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any]):
+        self._machine: dict[str, Any] = {}
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._lock(path)
@@ -81,6 +83,11 @@ class Journal:
                 break
             if end == 0:
                 _same(entry.get("fingerprint"), fingerprint, path)
+            elif isinstance(entry.get("forgotten"), list):
+                for leaf in entry["forgotten"]:
+                    finished.pop(str(leaf), None)
+            elif isinstance(entry.get("machine"), dict):
+                self._machine = entry["machine"]
             else:
                 try:
                     finished[str(entry["leaf"])] = LeafRecord.of(entry)
@@ -98,6 +105,19 @@ class Journal:
     def record(self, leaf: str, record: LeafRecord) -> None:
         """Notes a finished leaf, durably."""
         self._append({"leaf": leaf, **dataclasses.asdict(record)})
+
+    def forget(self, leaves: Sequence[str]) -> None:
+        """Notes that finished leaves must be made again, durably."""
+        self._append({"forgotten": list(leaves)})
+        for leaf in leaves:
+            del self.finished[leaf]
+
+    def work_on(self, machine: Mapping[str, Any]) -> dict[str, Any]:
+        """Notes the machine that leaves are made on from here; tells which it was before."""
+        before, self._machine = self._machine, dict(machine)
+        if before != self._machine:
+            self._append({"machine": self._machine})
+        return before
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"

@@ -87,6 +87,37 @@ class Leaves(Protocol):
         ...
 
 
+class LeavesOf:
+    """What leaves that are made of those of a ``source`` have in common with it.
+
+    Args:
+        source: an open checkpoint.
+    """
+
+    manifest = None  # of the source alone
+
+    def __init__(self, source: Leaves):
+        self.source = source
+
+    @property
+    def layout(self) -> str:
+        """That of the source."""
+        return self.source.layout
+
+    @property
+    def whereabouts(self) -> Any:
+        """Of the source."""
+        return self.source.whereabouts
+
+    def check_unchanged(self) -> None:
+        """See Leaves."""
+        self.source.check_unchanged()
+
+    def close(self) -> None:
+        """Closes the source."""
+        self.source.close()
+
+
 class PublishedLeaves:
     """The leaves of a folder of published files, in any layout of ``names.LAYOUTS``.
 
@@ -278,7 +309,6 @@ def open_leaves(
     specs: Mapping[str, LeafSpec],
     *,
     head_dim: int,
-    dequantize: np.dtype | None = None,
     note: Note = lambda line: None,
 ) -> Leaves:
     """Opens a checkpoint folder of any known format.

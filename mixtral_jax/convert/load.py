@@ -56,6 +56,7 @@ def load_weights(
     *,
     sharding_of: ShardingOf,
     source: Callable[[Leaves], Leaves] = lambda leaves: leaves,
+    adapt: Callable[[dict[str, Weight]], dict[str, Weight]] = lambda weights: weights,
     dtype: str | None = None,
     expert_shards: int = 1,
     layout: Layout = "slots",
@@ -73,6 +74,8 @@ def load_weights(
             dim is on the expert axis, which fits the stack and each slot. Of a quantized weight, a
             NamedSharding.
         source: given the opened folder, what to read instead: weights quantized on the way.
+        adapt: given the weights on the mesh, what to load instead: with an adapter's factors,
+            whose channels are still in the checkpoint's order then.
         dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
             differ, the dtype of the configuration if some have it, else that of most bytes.
         expert_shards: size of the expert axis; must divide the number of experts.
@@ -102,33 +105,39 @@ def load_weights(
     dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
-    def load(path: str) -> Weight:
-        return loader.leaf(
-            path,
-            leaves.specs[path].shape,
-            part_shardings[path],
-            expert_shards=expert_shards,
-            layout=layout,
-        )
+    def load(paths: list[str]) -> dict[str, Any]:
+        shapes, how = leaves.specs, {"expert_shards": expert_shards, "layout": layout}
+        return {p: loader.leaf(p, shapes[p].shape, part_shardings[p], **how) for p in paths}
 
     try:
         quantized = quantized_weights(leaves.specs, jnp.dtype(dtype))
         part_shardings = _part_shardings(specs, quantized, sharding_of)
         with ThreadPoolExecutor(THREADS) as pool:
-            # Large leaves first, so that no thread is left alone with one at the end.
-            sizes = {path: math.prod(spec.shape) for path, spec in leaves.specs.items()}
-            order = sorted(sizes, key=lambda path: -sizes[path])
-            found = dict(zip(order, pool.map(load, order), strict=True))
+            loaded = pool.map(load, _in_order(leaves.specs))
+            found = {path: w for part in loaded for path, w in part.items()}
     finally:
         leaves.close()
     for path, shapes in quantized.items():
         parts = {name: found[str(part)] for name, part in parts_of(path, found).items()}
         found[path] = _joined(shapes.scheme, parts, shapes.dtype)
-    weights = {path: found[path] for path in specs}
+    weights = adapt({path: found[path] for path in specs})
     if not quantized:
         return weights
     shardings = {path: sharding_of(path) for path in specs}
     return make_ready(weights, cast(Mapping[str, jax.sharding.NamedSharding], shardings))
+
+
+def _in_order(specs: Mapping[str, LeafSpec]) -> list[list[str]]:
+    """Weights by their leaves, codes first: what is quantized on the way has small parts, which
+    wait in memory from when the codes are read until they are read themselves.
+
+    Large weights first, so that no thread is left alone with one at the end.
+    """
+    found: dict[str, list[str]] = {}
+    for path in specs:
+        part = split_path(path)
+        found.setdefault(path if part is None else part.weight, []).append(path)
+    return sorted(found.values(), key=lambda paths: -max(math.prod(specs[p].shape) for p in paths))
 
 
 def _part_shardings(
@@ -199,7 +208,7 @@ class _Loader:
     ):
         self.leaves = leaves
         self.dtype = dtype
-        self.verify = verify and leaves.manifest is not None
+        self.verify = verify
         self.progress = progress
         self.reads = reads
         self._counting = threading.Lock()
@@ -223,17 +232,22 @@ class _Loader:
         slots = (_Array(self, shape, experts[i::num_slots]) for i in range(num_slots))
         return ExpertSlots(tuple(slot.place(sharding) for slot in slots))
 
+    def recorded(self, chunk: Chunk) -> str | None:
+        """The digest to prove a chunk by; None where none was recorded, or none is asked for."""
+        return self.leaves.digest(chunk) if self.verify else None
+
     def read(
         self, chunk: Chunk, start: int, stop: int, out: np.ndarray, devices: list[Device]
     ) -> None:
-        """Reads rows of a chunk for ``devices``; when verifying, the rows are always all rows."""
+        """Reads rows of a chunk for ``devices``: all rows, where there is a digest."""
         self.leaves.read_rows(chunk, start, stop, out)
         with self._counting:
             if self.reads is not None:
                 self.reads[chunk.leaf, tuple(sorted(d.id for d in devices))] += out.nbytes
             if self.progress is not None:
                 self.progress(out.nbytes)
-        if self.verify and sha256(out) != self.leaves.digest(chunk):
+        recorded = self.recorded(chunk)
+        if recorded is not None and recorded != sha256(out):
             raise altered(self.leaves, chunk)
 
 
@@ -281,7 +295,7 @@ class _Array:
         end, unit = self.chunk_shape[0], self.loader.leaves.unit(chunk)
         whole = whole_rows and (start, stop) == (0, end)
         aligned = whole_rows and start % unit == 0 and (stop % unit == 0 or stop == end)
-        if whole or (aligned and not self.loader.verify):
+        if whole or (aligned and self.loader.recorded(chunk) is None):
             rows = out if self.stored == self.dtype else np.empty(out.shape, self.stored)
             self.loader.read(chunk, start, stop, rows, devices)
         else:

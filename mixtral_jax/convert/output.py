@@ -6,8 +6,14 @@ prove a leaf that an earlier run wrote.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
-from collections.abc import Mapping
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,9 +21,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mixtral_jax.convert import orbax
-from mixtral_jax.convert.manifest import LeafRecord
+from mixtral_jax.convert.manifest import LeafRecord, sync_folder
 from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.orbax_leaves import WEIGHTS, OrbaxLeaves, check_leaf, chunk_path
+from mixtral_jax.convert.preflight import check_disk
 from mixtral_jax.convert.transfer import digest_leaf
 from mixtral_jax.model.transformer import LeafSpec
 
@@ -101,3 +108,58 @@ class OrbaxOutput:
     def num_tensors(self) -> int:
         """One per leaf."""
         return len(self._specs)
+
+
+_SAVING = ".saving"
+
+
+@contextlib.contextmanager
+def new_folder(dst: Path, num_bytes: int) -> Iterator[Path]:
+    """An empty folder beside ``dst`` that becomes ``dst`` when the block ends without an error.
+
+    ``dst`` is absent until all is written. After an error nothing is left; what a killed process
+    left behind is removed by the next one that makes the same ``dst``.
+
+    Args:
+        dst: an absolute path, absent or an empty folder (``check_absent``).
+        num_bytes: that will be written.
+
+    Raises:
+        MixtralError: exit code 74 if the disk has no room for so many, or fills up.
+    """
+    _remove_abandoned(dst)
+    check_disk(dst.parent, num_bytes, dst)
+    work = Path(tempfile.mkdtemp(prefix=f"{dst.name}.", suffix=_SAVING, dir=dst.parent))
+    lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does
+        os.chmod(work, 0o755)  # of mkdtemp: for nobody else
+        yield work
+        sync_folder(work)
+        with contextlib.suppress(FileNotFoundError):
+            dst.rmdir()
+        os.rename(work, dst)
+        sync_folder(dst.parent)
+    except OSError as error:
+        if orbax.is_disk_full(error):
+            raise orbax.disk_full(dst.parent) from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(dst: Path) -> None:
+    """Removes folders of ``new_folder`` that no living process holds."""
+    name = re.compile(re.escape(dst.name) + r"\.\w{8}" + re.escape(_SAVING))
+    for path in dst.parent.iterdir():
+        if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+            continue
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)

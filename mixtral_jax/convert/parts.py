@@ -91,6 +91,8 @@ def _part_specs(
     scales = "scale_codes" if "scale_codes" in names else "scales"
     record = records.get(str(PartPath(weight, scheme, scales)))
     groups = record.shape[-1] if record is not None and record.shape else 1
+    if not groups or spec.shape[-1] % groups:
+        groups = 1  # what was recorded cannot be, so it must differ from what is told here
     found = {}
     for name in PARTS:
         if name in names:

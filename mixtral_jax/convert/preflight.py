@@ -27,6 +27,13 @@ def check_destination(dst: Path, src: Path | None = None) -> None:
         )
 
 
+def check_absent(dst: Path, src: Path | None = None) -> None:
+    """``check_destination``, and refuses a folder that holds something."""
+    check_destination(dst, src)
+    if dst.exists() and any(dst.iterdir()):
+        raise refuse_existing(dst)
+
+
 def check_work_folder(work: Path, journal: Path) -> None:
     """Refuses a work folder that no conversion made: it is never written to, nor removed."""
     if work.is_symlink() or (work.exists() and not work.is_dir()):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +14,9 @@ import numpy as np
 from flax import nnx
 
 from mixtral_jax.convert.companions import copy_companions, find_companions, write_config
-from mixtral_jax.convert.manifest import LeafRecord, Manifest, sync_folder
-from mixtral_jax.convert.orbax import disk_full, is_disk_full
-from mixtral_jax.convert.output import OrbaxOutput
-from mixtral_jax.convert.preflight import check_destination, check_disk, refuse_existing
+from mixtral_jax.convert.manifest import LeafRecord, Manifest
+from mixtral_jax.convert.output import OrbaxOutput, new_folder
+from mixtral_jax.convert.preflight import check_absent
 from mixtral_jax.convert.transfer import digest_leaf
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import Mixtral, leaf_specs
@@ -52,9 +48,7 @@ def save_model(
             (``dst`` exists), 74 (disk).
     """
     dst = Path(os.path.abspath(dst))
-    check_destination(dst)
-    if dst.exists() and any(dst.iterdir()):
-        raise refuse_existing(dst)
+    check_absent(dst)
     leaves = {
         ".".join(map(str, path)): param.get_value()
         for path, param in nnx.to_flat_state(nnx.state(model))
@@ -62,28 +56,14 @@ def save_model(
     for leaf, weight in leaves.items():
         _check(leaf, weight)
     num_bytes = sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values())
-    check_disk(dst.parent, num_bytes, dst)
     names = () if companions is None else find_companions(companions, note)
-    work = Path(tempfile.mkdtemp(prefix=f"{dst.name}.", suffix=".saving", dir=dst.parent))
-    try:
-        manifest = _write(model, leaves, work, companions, names)
-        with contextlib.suppress(FileNotFoundError):
-            dst.rmdir()
-        os.rename(work, dst)
-        sync_folder(dst.parent)
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full(dst.parent) from error
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return manifest
+    with new_folder(dst, num_bytes) as work:
+        return _write(model, leaves, work, companions, names)
 
 
 def _write(
     model: Mixtral, leaves: dict[str, Any], work: Path, source: Path | None, names: tuple[str, ...]
 ) -> Manifest:
-    os.chmod(work, 0o755)  # of mkdtemp: for nobody else
     output = OrbaxOutput(work, leaf_specs(model.config))
     output.prepare()
     records: dict[str, LeafRecord] = {}
@@ -108,7 +88,6 @@ def _write(
         source={"name": "save_model", "layout": "orbax"},
     )
     manifest.write(work)
-    sync_folder(work)
     return manifest
 
 

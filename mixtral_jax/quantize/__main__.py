@@ -22,6 +22,7 @@ from mixtral_jax.quantize.driver import (
 )
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
 from mixtral_jax.quantize.makers import DataFree, Recipe
+from mixtral_jax.quantize.published import SCHEMES, published
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
 
@@ -68,6 +69,9 @@ class Options:
     """Of gptq: fit every expert to all tokens, not to those routed to it."""
     double_quant: bool = False
     """Of nf4 and fp4: the scales are quantized as well."""
+    format: Literal["orbax", "gptq"] = "orbax"
+    """gptq: the published GPTQ layout, for other tools, of gptq and int4; DST.quantized holds the
+    work until DST is written."""
     verify: bool = False
     """Read every leaf back, of a finished output too."""
     json: bool = False
@@ -81,6 +85,9 @@ class Options:
     def __post_init__(self):
         if self.symmetric and self.asymmetric:
             raise MixtralError("--symmetric with --asymmetric", fix="choose one", code=USAGE)
+        if self.format == "gptq" and self.scheme not in SCHEMES:
+            fix = f"leave it out, or choose {' or '.join(SCHEMES)}"
+            raise MixtralError(f"--format gptq is not for {self.scheme}", fix=fix, code=USAGE)
         if self.scheme == "gptq":
             if self.double_quant:
                 fix = "leave it out, or choose nf4 or fp4"
@@ -89,7 +96,8 @@ class Options:
             self.text()
             return
         for name in _GPTQ:
-            if getattr(self, name) not in (None, False):
+            value = getattr(self, name)
+            if value is not None and value is not False:  # 0 is asked for, too
                 option, fix = name.replace("_", "-"), "leave it out, or choose gptq"
                 raise MixtralError(f"--{option} is not for {self.scheme}", fix=fix, code=USAGE)
         self.recipe()
@@ -148,12 +156,18 @@ def main(options: Options) -> int:
             "progress": lambda done, total: bar.update(task, completed=done, total=total),
             "stop": stop,
         }
-        if options.scheme == "gptq":
+
+        def quantize(dst: Path) -> QuantizeReport:
+            if options.scheme != "gptq":
+                return quantize_checkpoint(options.src, dst, options.recipe(), **how)
             how["say"] = lambda doing: bar.update(task, description=doing)
             recipe, text = options.gptq_recipe(), options.text()
-            report = quantize_gptq(options.src, options.dst, recipe, text, **how)
+            return quantize_gptq(options.src, dst, recipe, text, **how)
+
+        if options.format == "gptq":
+            report = published(options.dst, quantize, note=how["note"], stop=stop)
         else:
-            report = quantize_checkpoint(options.src, options.dst, options.recipe(), **how)
+            report = quantize(options.dst)
     hosts.barrier("quantized", may_wait_for_first=True)
     print(json.dumps(_as_dict(report)) if options.json else _text(report))
     return OK

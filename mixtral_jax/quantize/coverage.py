@@ -54,8 +54,10 @@ def _kind(w: Any) -> str:
 
 
 def _bytes(w: Any) -> int:
-    """Of a weight of any kind; an adapter counts with its base."""
-    arrays = jax.tree.leaves(w)
+    """Of a weight of any kind, without the factors of an adapter."""
+    if isinstance(w, ExpertSlots):
+        return sum(map(_bytes, w.slots))
+    arrays = jax.tree.leaves(w.base if isinstance(w, Adapted) else w)
     return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
 
 

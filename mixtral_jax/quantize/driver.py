@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -12,11 +13,9 @@ import jax
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.driver import OUTPUT_NAME, WORK_SUFFIX, convert
 from mixtral_jax.convert.hub import resolve
-from mixtral_jax.convert.leaves import Leaves, is_checkpoint
-from mixtral_jax.convert.manifest import read_manifest
+from mixtral_jax.convert.leaves import Leaves, is_checkpoint, open_leaves
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
-from mixtral_jax.convert.parts import quantized_weights, stored_specs
-from mixtral_jax.convert.safetensors_file import np_dtype
+from mixtral_jax.convert.parts import quantized_weights
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.qtensor import SCHEMES
@@ -126,10 +125,11 @@ def quantize_gptq(
 ) -> QuantizeReport:
     """``quantize_checkpoint`` with GPTQ, which fits codes to what the layers read and write.
 
-    Everything that ``quantize_checkpoint`` promises holds but the bound of memory: there are one
-    layer in few bits, two matrices and two Hessians in float32, and three copies of the residual
-    stream of the text. The digest is the same on the same machine only: sums differ between
-    devices.
+    ``dst`` is absent or complete, and an interrupted call is resumed by the same call, which makes
+    the layer again that was not finished. The source is read once before the first layer, so that
+    damage shows early. In memory there are one layer in few bits; a matrix, its Hessian and 3.6
+    times the Hessian beside them in float32 on the device; and three copies of the residual stream
+    of the text. The digest is the same on the same machine only: sums differ between devices.
 
     Args:
         src: as for ``convert``; it must have a tokenizer.
@@ -144,7 +144,7 @@ def quantize_gptq(
 
     Raises:
         MixtralError: as ``quantize_checkpoint`` and ``calibration.read_windows``; exit code 66
-            without a tokenizer, 65 if a Hessian cannot be factored.
+            without a tokenizer, 65 if no damping lets a Hessian be factored.
     """
     folder = resolve(src, note).folder
     is_checkpoint(folder)  # before anything is said of its tokenizer
@@ -178,15 +178,20 @@ def quantize_gptq(
 
 
 def _coverage(folder: Path, bits: int) -> list[Row]:
-    """Counts what the folder's manifest says it holds, and proves that all experts are there."""
-    specs = leaf_specs(read_config(folder, note=lambda line: None))
-    records = read_manifest(folder).leaves
-    stored = stored_specs(specs, records)
-    plain = {
-        path: jax.ShapeDtypeStruct(records[path].shape, np_dtype(records[path].dtype))
-        for path in specs
-        if path in stored
-    }
-    weights = plain | quantized_weights(stored, None)
+    """Counts what the folder's files hold, not what their maker meant to write.
+
+    Opening it finds every array in the shape and size that is counted here. Proves that all experts
+    are there.
+    """
+    config = read_config(folder, note=lambda line: None)
+    specs = leaf_specs(config)
+    with contextlib.closing(open_leaves(folder, specs, head_dim=config.head_dim)) as leaves:
+        stored = leaves.specs
+        plain = {
+            path: jax.ShapeDtypeStruct(stored[path].shape, leaves.dtype(path))
+            for path in specs
+            if path in stored
+        }
+        weights = plain | quantized_weights(stored, None)
     check_experts(weights, specs, bits=bits)
     return coverage(weights, specs)

@@ -7,22 +7,24 @@ written is not made again: the calibration text is only taken through it.
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.convert.dequantized import read_chunk
 from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.leaves import Leaves
-from mixtral_jax.convert.names import Chunk
+from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.orbax import read_leaf
 from mixtral_jax.convert.orbax_leaves import WEIGHTS
 from mixtral_jax.convert.parts import join, split_path
-from mixtral_jax.convert.transfer import altered, sha256
-from mixtral_jax.errors import BAD_DATA, INTERRUPTED, MixtralError
+from mixtral_jax.errors import interrupted
 from mixtral_jax.qtensor import QTensor
 from mixtral_jax.quantize.calibration import digest
 from mixtral_jax.quantize.errors import MatrixError
@@ -30,7 +32,7 @@ from mixtral_jax.quantize.gptq_layer import LayerInput, LayerPass, batches_of, e
 from mixtral_jax.quantize.gptq_matrices import NewMatrices, OldMatrices
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
 from mixtral_jax.quantize.gptq_report import LayerReport, told
-from mixtral_jax.quantize.source import DerivedLeaves, origin_of
+from mixtral_jax.quantize.source import DerivedLeaves, not_finite, origin_of
 
 
 class GptqLeaves(DerivedLeaves):
@@ -78,6 +80,7 @@ class GptqLeaves(DerivedLeaves):
         self.errors: dict[Chunk, MatrixError] = {}
         self.reports: dict[int, LayerReport] = {}
         self._making = threading.Lock()
+        self._is_proved = False
         # The layer that was made last, its parts, and the residual stream after it.
         self._layer: int | None = None
         self._parts: dict[tuple[Chunk, str], np.ndarray] = {}
@@ -89,11 +92,22 @@ class GptqLeaves(DerivedLeaves):
         recipe = dataclasses.asdict(self._recipe)
         return {"source": self.source.fingerprint, "gptq": recipe, "calibration": self._windows}
 
+    @property
+    def machine(self) -> dict[str, Any]:
+        """See MadeTogether: sums of f32 round in the order that these choose."""
+        device = jax.devices()[0]
+        kind = f"{device.platform} {device.device_kind}"
+        return {"jax": jax.__version__, "device": kind, "cpus": os.cpu_count()}
+
+    def together(self, leaf: str) -> str:
+        """See MadeTogether: a layer is solved for in one go."""
+        return leaf if split_path(leaf) is None else f"layer {leaf.split('.')[1]}"
+
     def read_rows(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
         """See Leaves; of parts, all rows."""
         part = split_path(chunk.leaf)
         if part is None:
-            self.source.read_rows(chunk, start, stop, out)
+            self._read_plain(chunk, start, stop, out)
             return
         layer = int(chunk.leaf.split(".")[1])
         with self._making:
@@ -105,6 +119,7 @@ class GptqLeaves(DerivedLeaves):
     def _make(self, layer: int) -> None:
         """Goes through all layers up to this one, and quantizes this one."""
         if self._layer is None or layer < self._layer:
+            self._prove_source()
             self._hidden = embedded(self._read(Chunk("embed_tokens", None)), self._batches)
             self._layer = None
         for i in range(0 if self._layer is None else self._layer + 1, layer + 1):
@@ -116,6 +131,15 @@ class GptqLeaves(DerivedLeaves):
             else:
                 self._quantize(i)
             self._layer = i
+
+    def _prove_source(self) -> None:
+        """Reads all of it, so that no damage is found after hours of work."""
+        for leaf, spec in self.source.specs.items() if not self._is_proved else ():
+            self._heed()
+            self._say(f"reading {leaf}")
+            for chunk in chunks_of(leaf, spec.shape):
+                self._read(chunk)
+        self._is_proved = True
 
     def _pass(self, layer: int, matrices: NewMatrices | OldMatrices) -> LayerPass:
         path = f"layers.{layer}."
@@ -135,7 +159,7 @@ class GptqLeaves(DerivedLeaves):
         )
 
     def _quantize(self, layer: int) -> None:
-        made = NewMatrices(self._read, self._recipe, self._heed)
+        made = NewMatrices(self._read, self._recipe, self._heed, self._note)
         work = self._pass(layer, made)
         tokens = work.run(self._hidden)
         self._parts = made.parts
@@ -153,8 +177,7 @@ class GptqLeaves(DerivedLeaves):
 
     def _heed(self) -> None:
         if self._stop():
-            fix = "run the same command again to resume"
-            raise MixtralError("interrupted", fix=fix, code=INTERRUPTED)
+            raise interrupted()
 
     def _weights_written(self, layer: int) -> dict[str, QTensor]:
         """The quantized weights of a layer that an earlier run wrote; none if it did not."""
@@ -173,16 +196,7 @@ class GptqLeaves(DerivedLeaves):
 
     def _read(self, chunk: Chunk) -> np.ndarray:
         """A chunk of the source, whole, proved against its digest if there is one."""
-        shape = self.source.specs[chunk.leaf].shape[0 if chunk.expert is None else 1 :]
-        value = np.empty(shape, self.source.dtype(chunk.leaf))
-        self.source.read_rows(chunk, 0, shape[0], value)
-        recorded = self.source.digest(chunk)
-        if recorded is not None and recorded != sha256(value):
-            raise altered(self.source, chunk)
+        value = read_chunk(self.source, chunk)
         if not all_finite(value):
-            raise MixtralError(
-                f"{self.source_name(chunk)}: NaN or infinite values cannot be quantized",
-                fix="download the checkpoint again",
-                code=BAD_DATA,
-            )
+            raise not_finite(self.source.source_name(chunk))
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -43,6 +43,7 @@ class NewMatrices:
         read: the float matrix of a chunk.
         recipe: how.
         heed: called before each matrix; may raise to end the work there.
+        note: called with one line where a Hessian needed more damping than was asked for.
 
     Attributes:
         parts: what was made, by part and expert.
@@ -51,9 +52,13 @@ class NewMatrices:
     """
 
     def __init__(
-        self, read: Callable[[Chunk], np.ndarray], recipe: GptqRecipe, heed: Callable[[], None]
+        self,
+        read: Callable[[Chunk], np.ndarray],
+        recipe: GptqRecipe,
+        heed: Callable[[], None],
+        note: Callable[[str], None] = lambda line: None,
     ):
-        self._read, self._recipe, self._heed = read, recipe, heed
+        self._read, self._recipe, self._heed, self._note = read, recipe, heed, note
         self.parts: dict[tuple[Chunk, str], np.ndarray] = {}
         self.errors: dict[Chunk, MatrixError] = {}
         self.outputs: dict[str, OutputError] = {}
@@ -70,14 +75,18 @@ class NewMatrices:
         w = jnp.asarray(self._read(chunk).astype(np.float32))
         grid = {"bits": recipe.bits, "group": recipe.group, "symmetric": recipe.symmetric}
         grid["scale_dtype"] = SCALES
-        damp = jnp.float32(recipe.damp)
-        solved = solve(w, sums, act_order=recipe.act_order, damp=damp, **grid)
-        if not np.isfinite(np.asarray(solved.scales)).all():
+        for damp in _damps(recipe.damp):
+            solved = solve(w, sums, act_order=recipe.act_order, damp=jnp.float32(damp), **grid)
+            if np.isfinite(np.asarray(solved.scales)).all():
+                break
+        else:
             raise MixtralError(
                 f"{_named(chunk)}: the Hessian of its inputs cannot be factored",
-                fix=f"a larger --damp than {recipe.damp}, or more calibration text",
+                fix="use another checkpoint: its activations overflow",
                 code=BAD_DATA,
             )
+        if damp != recipe.damp:
+            self._note(f"{_named(chunk)}: its Hessian needed --damp {damp:g} to be factored")
         q = tensor_of(solved, recipe)
         found = q.dequantize()
         self._measure(chunk, w, found, round_to_nearest(w, **grid), sums)
@@ -111,6 +120,14 @@ class OldMatrices:
         if chunk.expert is not None:
             q = jax.tree.map(lambda part: part[chunk.expert], q)
         return dataclasses.replace(q, dtype=jnp.dtype("float32")).dequantize()
+
+
+def _damps(asked: float) -> Iterator[float]:
+    """The damping that was asked for, then ever more of it."""
+    yield asked
+    for damp in (1e-6, 1e-4, 1e-2, 1.0, 10.0):
+        if damp > asked:
+            yield damp
 
 
 def tensor_of(solved: Solved, recipe: GptqRecipe) -> QTensor:

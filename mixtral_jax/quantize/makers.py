@@ -26,6 +26,7 @@ DataFree = Literal["int8", "int4", "fp8", "nf4", "fp4"]
 INT4_GROUPS = (32, 64, 128)
 BLOCK = 64  # of nf4 and fp4
 _LARGEST_FP8 = 448.0
+_SMALLEST = np.finfo(np.float32).tiny
 _TINY = np.float32(1e-38)  # what bitsandbytes divides by where a block is all zeros
 # The group scales of int4; codes are chosen for the rounded scale, so rounding costs nothing.
 _INT4_SCALES = np.dtype(ml_dtypes.bfloat16)
@@ -79,7 +80,7 @@ class Recipe:
             smaller = [size for size in INT4_GROUPS if num_inputs % size == 0]
             fix = "choose int8 or fp8"
             if self.scheme == "int4" and smaller:
-                fix = f"--group-size {smaller[-1]}"
+                fix = f"quantize SRC DST --scheme int4 --group-size {smaller[-1]}"
             raise MixtralError(
                 f"{name}: {self.scheme} needs rows of whole groups",
                 expected=f"a multiple of {self.group} inputs",
@@ -125,6 +126,14 @@ def quantize_rows(w: np.ndarray, recipe: Recipe) -> Rows:
     return Rows(pack(recipe.scheme, codes.reshape(w.shape)), scales, zeros)
 
 
+def _normal(scales: np.ndarray) -> np.ndarray:
+    """Scales, those 0 that are below the normal numbers of float32: 1 / scale would be infinite.
+
+    What such a scale stands for is below 5e-36, and devices flush it to zero as well.
+    """
+    return np.where(np.abs(scales) < _SMALLEST, scales.dtype.type(0), scales)
+
+
 def _inverse(scales: np.ndarray) -> np.ndarray:
     """1 / scale; 0 where a group is all zeros."""
     safe = np.where(scales == 0, np.float32(1), scales)
@@ -133,13 +142,13 @@ def _inverse(scales: np.ndarray) -> np.ndarray:
 
 def _int8(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     del scheme
-    scales = absmax / np.float32(127)
+    scales = _normal(absmax / np.float32(127))
     return Rows(np.rint(w * _inverse(scales)).clip(-127, 127).astype(np.int8), scales)
 
 
 def _fp8(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     del scheme
-    scales = absmax / np.float32(_LARGEST_FP8)
+    scales = _normal(absmax / np.float32(_LARGEST_FP8))
     codes = (w * _inverse(scales)).clip(-_LARGEST_FP8, _LARGEST_FP8)
     return Rows(codes.astype(ml_dtypes.float8_e4m3fn), scales)
 
@@ -152,7 +161,7 @@ def _int4_symmetric(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     del scheme
     is_negative = w.min(axis=-1) == -absmax
     extreme = np.where(is_negative, -absmax, absmax)
-    scales = (extreme / np.float32(-8)).astype(_INT4_SCALES)
+    scales = _normal((extreme / np.float32(-8)).astype(_INT4_SCALES))
     codes = np.rint(w * _inverse(scales.astype(np.float32))).clip(-8, 7) + 8
     return Rows(codes.astype(np.uint8), scales)
 
@@ -161,7 +170,7 @@ def _int4_asymmetric(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     """Fifteen steps from the smallest value to the largest, zero among them."""
     del absmax, scheme
     low, high = w.min(axis=-1).clip(max=0), w.max(axis=-1).clip(min=0)
-    scales = ((high - low) / np.float32(15)).astype(_INT4_SCALES)
+    scales = _normal(((high - low) / np.float32(15)).astype(_INT4_SCALES))
     inverse = _inverse(scales.astype(np.float32))
     zeros = np.rint(-low[..., None] * inverse).clip(0, 15)
     codes = (np.rint(w * inverse) + zeros).clip(0, 15)

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_jax.convert.leaves import Leaves
+from mixtral_jax.convert.finite import all_finite
+from mixtral_jax.convert.leaves import Leaves, LeavesOf
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.convert.parts import PartPath, part_spec, split_path, take_apart
 from mixtral_jax.convert.safetensors_file import bytes_of
@@ -53,7 +54,7 @@ def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]
     }
 
 
-class DerivedLeaves:
+class DerivedLeaves(LeavesOf):
     """The leaves of ``source`` with parts in place of attention and experts.
 
     Args:
@@ -64,10 +65,8 @@ class DerivedLeaves:
         MixtralError: exit code 65 if the source is quantized already.
     """
 
-    manifest = None
-
     def __init__(self, source: Leaves, made: Callable[[str, LeafSpec], Mapping[str, LeafSpec]]):
-        self.source = source
+        super().__init__(source)
         self.specs: dict[str, LeafSpec] = {}
         for leaf, spec in source.specs.items():
             part = split_path(leaf)
@@ -78,20 +77,6 @@ class DerivedLeaves:
                     code=BAD_DATA,
                 )
             self.specs |= made(leaf, spec) if is_quantized(spec) else {leaf: spec}
-
-    @property
-    def layout(self) -> str:
-        """That of the source."""
-        return self.source.layout
-
-    @property
-    def whereabouts(self) -> Any:
-        """Of the source."""
-        return self.source.whereabouts
-
-    def check_unchanged(self) -> None:
-        """See Leaves."""
-        self.source.check_unchanged()
 
     def unit(self, chunk: Chunk) -> int:
         """Parts are read whole."""
@@ -119,9 +104,11 @@ class DerivedLeaves:
         """None for parts: nothing recorded them, and their source is proved while it is read."""
         return self.source.digest(chunk) if split_path(chunk.leaf) is None else None
 
-    def close(self) -> None:
-        """Closes the source."""
-        self.source.close()
+    def _read_plain(self, chunk: Chunk, start: int, stop: int, out: np.ndarray) -> None:
+        """Rows of what stays as it is."""
+        self.source.read_rows(chunk, start, stop, out)
+        if not all_finite(out):
+            raise not_finite(self.source.source_name(chunk))
 
 
 class QuantizingLeaves(DerivedLeaves):
@@ -163,7 +150,7 @@ class QuantizingLeaves(DerivedLeaves):
         """See Leaves; of parts, all rows."""
         part = split_path(chunk.leaf)
         if part is None:
-            self.source.read_rows(chunk, start, stop, out)
+            self._read_plain(chunk, start, stop, out)
             return
         with self._guard:
             lock = self._locks.setdefault(origin_of(chunk), threading.Lock())
@@ -235,6 +222,13 @@ class QuantizingLeaves(DerivedLeaves):
         except MixtralError as error:
             name = self.source.source_name(origin)
             raise MixtralError(f"{name}: {error}", code=error.code) from None
+
+
+def not_finite(name: str) -> MixtralError:
+    """The error of a tensor that nobody should quantize, or keep beside what is quantized."""
+    return MixtralError(
+        f"{name} has NaN or infinite values", fix="download the checkpoint again", code=BAD_DATA
+    )
 
 
 def origin_of(chunk: Chunk) -> Chunk:

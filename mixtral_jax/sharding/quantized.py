@@ -72,9 +72,6 @@ def make_ready(
 
     Returns:
         The weights, on their mesh.
-
-    Raises:
-        MixtralError: exit code 78 for an order that cannot be taken out.
     """
     found = dict(weights)
     for path, w in weights.items():
@@ -86,7 +83,7 @@ def make_ready(
         if path.endswith(".down") and is_stack and ways(sharding, sharding.spec[-1]) > 1:
             names = [path.removesuffix(".down") + name for name in _HIDDEN]
             if _order_of(w) is not None:
-                found |= _without_order({name: found[name] for name in names}, path, shardings)
+                found |= _without_order({name: found[name] for name in names}, shardings)
     return found
 
 
@@ -125,50 +122,48 @@ def _compiled(function: Any, shardings: Any) -> Any:
 
 
 def _without_order(
-    experts: dict[str, Any], path: str, shardings: Mapping[str, NamedSharding]
+    experts: dict[str, Any], shardings: Mapping[str, NamedSharding]
 ) -> dict[str, Any]:
     """The experts of a layer with the order of ``down`` moved into the rows of gate and up."""
-    if any(_is_adapted(w) for w in experts.values()):
-        raise MixtralError(
-            f"{path}: its activation order cannot be split over a tensor axis under an adapter",
-            fix="choose a mesh without a tensor axis",
-            code=BAD_CONFIG,
-        )
     gate, up, down = experts.values()
     names = list(experts)
     if isinstance(down, ExpertSlots):
         slots = [
-            _reordered(*three, names, shardings)
+            _reordered(three, names, shardings)
             for three in zip(gate.slots, up.slots, down.slots, strict=True)
         ]
         made = [ExpertSlots(tuple(column)) for column in zip(*slots, strict=True)]
     else:
-        made = list(_reordered(gate, up, down, names, shardings))
+        made = _reordered((gate, up, down), names, shardings)
     return dict(zip(names, made, strict=True))
 
 
-def _is_adapted(w: Any) -> bool:
-    return isinstance(w.slots[0] if isinstance(w, ExpertSlots) else w, Adapted)
-
-
 def _reordered(
-    gate: Any, up: Any, down: QTensor, names: list[str], shardings: Mapping[str, NamedSharding]
-) -> tuple[Any, ...]:
-    moved = []
-    for w, name in ((gate, names[0]), (up, names[1])):
-        sharding = shardings[name]
-        specs = kind_specs(w, sharding.spec)
-        placed = jax.tree.map(
-            lambda _, spec, mesh=sharding.mesh: NamedSharding(mesh, spec), w, specs
-        )
-        flat, tree = jax.tree.flatten(placed)
-        moved.append(_reorder_rows(tree, tuple(flat))(w, down.order))
-    return *moved, dataclasses.replace(down, order=None)
+    experts: tuple[Any, Any, Any], names: list[str], shardings: Mapping[str, NamedSharding]
+) -> list[Any]:
+    """Gate, up and down; factors of an adapter are reordered with what they are added to."""
+    *others, down = experts
+    order, unordered = _order_of(down), _drop_order(down)
+    made = [
+        _compiled(take_rows, _placed(w, shardings[name]))(w, order)
+        for w, name in zip(others, names[:2], strict=True)
+    ]
+    if not isinstance(unordered, Adapted):
+        return [*made, unordered]
+    a = _compiled(_take_columns, _placed(unordered, shardings[names[2]]).a)(unordered.a, order)
+    return [*made, dataclasses.replace(unordered, a=a)]
 
 
-@functools.lru_cache(maxsize=64)
-def _reorder_rows(tree: Any, shardings: tuple[NamedSharding, ...]) -> Any:
-    return jax.jit(take_rows, out_shardings=jax.tree.unflatten(tree, shardings))
+def _drop_order(down: Any) -> Any:
+    if isinstance(down, Adapted):
+        return dataclasses.replace(down, base=_drop_order(down.base))
+    return dataclasses.replace(down, order=None)
+
+
+def _placed(w: Any, sharding: NamedSharding) -> Any:
+    """The sharding of each part of a weight."""
+    specs = kind_specs(w, sharding.spec)
+    return jax.tree.map(lambda _, spec: NamedSharding(sharding.mesh, spec), w, specs)
 
 
 def take_rows(w: Any, order: jax.Array) -> Any:
@@ -177,7 +172,13 @@ def take_rows(w: Any, order: jax.Array) -> Any:
     def take(part: jax.Array) -> jax.Array:
         return jnp.take_along_axis(part, order[..., None], axis=-2)
 
+    if isinstance(w, Adapted):
+        return dataclasses.replace(w, base=take_rows(w.base, order), b=take(w.b))
     if not isinstance(w, QTensor):
         return take(w)
     zeros = None if w.zeros is None else take(w.zeros)
     return dataclasses.replace(w, codes=take(w.codes), scales=take(w.scales), zeros=zeros)
+
+
+def _take_columns(a: jax.Array, order: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(a, order[..., None, :], axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import jax
@@ -15,19 +16,21 @@ from flax import nnx
 import mixtral_jax as mj
 from mixtral_jax.config import read_config
 from mixtral_jax.convert import ConvertOptions, convert
+from mixtral_jax.convert.load import THREADS
 from mixtral_jax.convert.manifest import LeafRecord, read_manifest
 from mixtral_jax.convert.orbax import read_leaf, write_leaf
 from mixtral_jax.convert.orbax_leaves import WEIGHTS
+from mixtral_jax.convert.output import OrbaxOutput
 from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INTERRUPTED, OUTPUT_EXISTS, MixtralError
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.plan.schemes import weight_bytes
-from mixtral_jax.qtensor import SCHEMES, QTensor
+from mixtral_jax.qtensor import QTensor
 from mixtral_jax.quantize.driver import quantize_checkpoint
 from mixtral_jax.quantize.makers import Recipe
 from mixtral_jax.quantize.makers import quantize as quantize_matrix
-from mixtral_jax.quantize.source import is_quantized
+from mixtral_jax.quantize.source import QuantizingLeaves, is_quantized
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import ExpertSlots
@@ -194,7 +197,7 @@ def replace_leaf(folder: Path, leaf: str, parts: list[str], value: np.ndarray) -
     for part in parts:
         del leaves[part]
     write_leaf(folder, leaf, value)
-    chunks = tuple(sha256(expert) for expert in value)
+    chunks = tuple(sha256(part) for part in (value if value.ndim == 3 else [value]))
     leaves[leaf] = LeafRecord(shape=value.shape, dtype=value.dtype.name, chunks=chunks)
     dataclasses.replace(read_manifest(folder), leaves=leaves).write(folder)
 
@@ -212,6 +215,22 @@ def test_an_expert_that_is_not_quantized_fails_the_load(tmp_path, small, asked):
         mj.load(tmp_path / "q", mesh="1x1", quantize=asked, note=lines.append)
     assert error.value.code == BAD_DATA
     assert any(line.startswith("experts") for line in lines)
+
+
+def test_coverage_is_counted_from_the_files(tmp_path, small, monkeypatch):
+    """A part that was lost on its way to the disk is not counted because it was meant to be."""
+    write = OrbaxOutput.write
+    lost = "layers.0.moe.experts.up.int8.codes"
+
+    def lose(self, leaf, value):
+        write(self, leaf, value)
+        if leaf == lost:
+            next((self.folder / WEIGHTS / leaf).rglob("1.0.0")).unlink()
+
+    monkeypatch.setattr(OrbaxOutput, "write", lose)
+    with pytest.raises(MixtralError, match=r"up.int8.codes: 1.0.0: .* no file") as refusal:
+        quantize_checkpoint(small, tmp_path / "q", Recipe(scheme="int8"))
+    assert refusal.value.code == BAD_DATA
 
 
 def test_experts_of_more_bits_than_asked_fail():
@@ -243,6 +262,50 @@ def test_a_missing_part_and_a_changed_byte_are_found(tmp_path, small):
     dataclasses.replace(manifest, leaves=leaves).write(dst)
     with pytest.raises(MixtralError, match=r"missing layers.0.moe.experts.up.int8.scales"):
         mj.load(dst, mesh="1x1")
+
+
+def test_scales_of_groups_that_do_not_divide_the_inputs_are_refused(tmp_path, small):
+    """As a manifest of other tools could have them; no reshape may meet them."""
+    dst = tmp_path / "q"
+    quantize_checkpoint(small, dst, Recipe(scheme="int4"))
+    leaf = "layers.0.attention.q_proj.int4.scales"
+    scales = np.ones((64, 5), np.float32)
+    shutil.rmtree(dst / WEIGHTS / leaf)
+    replace_leaf(dst, leaf, [leaf], scales)
+    with pytest.raises(MixtralError, match=r"q_proj.int4.scales: expected shape") as refusal:
+        mj.load(dst, mesh="1x1")
+    assert refusal.value.code == BAD_DATA
+
+
+def test_weights_that_stay_plain_are_proved_while_others_are_quantized(tmp_path, small):
+    folder = tmp_path / "ours"
+    convert(small, folder)
+    mj.load(folder, mesh="1x2", quantize="int8")
+    file = next(path for path in (folder / WEIGHTS / "lm_head").rglob("0.0"))
+    content = bytearray(file.read_bytes())
+    content[6] ^= 16
+    file.write_bytes(content)
+    with pytest.raises(MixtralError, match=r"lm_head: its bytes are not those") as refusal:
+        mj.load(folder, mesh="1x2", quantize="int8")
+    assert refusal.value.code == BAD_DATA
+    mj.load(folder, mesh="1x2", quantize="int8", verify=False)
+
+
+def test_scales_do_not_wait_for_the_codes_of_other_weights(monkeypatch):
+    """On the host there are the scales of the weights that threads are at, and no more."""
+    most, made = [0], QuantizingLeaves._make
+
+    def make(self, part, chunk):
+        found = made(self, part, chunk)
+        most[0] = max(most[0], sum(value.nbytes for value in list(self._waiting.values())))
+        return found
+
+    monkeypatch.setattr(QuantizingLeaves, "_make", make)
+    lm = mj.load("tiny", mesh="1x1", quantize="nf4", dtype="bfloat16")
+    flat = jax.tree.leaves(nnx.state(lm.model), is_leaf=lambda w: isinstance(w, QTensor))
+    scales = [w.scales.nbytes for w in flat if isinstance(w, QTensor)]
+    stacks = sorted(8 * size for size in scales)  # slots are of one expert each
+    assert 0 < most[0] <= THREADS * stacks[-1] < sum(scales)
 
 
 def test_quantizing_what_is_quantized_is_refused(tmp_path, small):
@@ -326,4 +389,3 @@ def test_errors_are_those_of_the_dequantized(made):
     groups = (got - w).reshape(*w.shape[:2], -1, 64), w.reshape(*w.shape[:2], -1, 64)
     worst = (np.linalg.norm(groups[0], axis=-1) / np.linalg.norm(groups[1], axis=-1)).max()
     assert math.isclose(report.errors[path].worst, worst, rel_tol=1e-4)
-    assert SCHEMES["nf4"].bits == 4

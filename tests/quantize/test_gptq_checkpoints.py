@@ -17,6 +17,7 @@ import pytest
 import mixtral_jax as mj
 from mixtral_jax import cli
 from mixtral_jax.config import read_config
+from mixtral_jax.convert import ConvertOptions, convert
 from mixtral_jax.convert.leaves import open_leaves
 from mixtral_jax.convert.names import Chunk
 from mixtral_jax.errors import (
@@ -238,9 +239,9 @@ def test_an_expert_of_few_tokens_is_named_and_fitted_to_all(tmp_path, small, tex
     assert routed.digest != everything.digest
 
 
-@pytest.mark.parametrize("cut", mostly_slow([0, 9, 20, 40], [20]))
+@pytest.mark.parametrize("cut", mostly_slow([0, 9, 43, 63], [43]))
 def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, text, cut):
-    """Between leaves and inside a layer; finished layers are not made again."""
+    """Before the first layer, between leaves and inside a layer; finished layers are kept."""
     recipe = GptqRecipe(bits=3, group=32, act_order=True)
     calibration = Calibration(path=text, samples=20, length=64)
     whole = quantize_gptq(small, tmp_path / "whole", recipe, calibration)
@@ -256,7 +257,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, text,
     assert refusal.value.code == INTERRUPTED
     again = quantize_gptq(small, tmp_path / "q", recipe, calibration)
     assert again.converted.digest == whole.converted.digest
-    assert len(again.layers) == (1 if cut == 40 else 2)
+    assert len(again.layers) == (1 if cut == 63 else 2)
 
 
 KILLED = """
@@ -301,7 +302,7 @@ def run(*arguments: str) -> int:
 def test_the_command_prints_layers_and_verifies(tmp_path, small, text, capfd):
     dst = str(tmp_path / "q")
     options = ("--scheme", "gptq", "--bits", "2", "--group-size", "-1", "--calibration", str(text))
-    options += ("--samples", "10", "--length", "64", "--act-order")
+    options += ("--samples", "10", "--length", "64", "--damp", "0.02", "--act-order")
     assert run(str(small), dst, *options, "--json") == OK
     report = json.loads(capfd.readouterr().out)
     assert [layer["layer"] for layer in report["layers"]] == [0, 1]
@@ -310,7 +311,10 @@ def test_the_command_prints_layers_and_verifies(tmp_path, small, text, capfd):
     assert run(str(small), dst, *options, "--verify") == OK
     text_out = capfd.readouterr()
     assert "every byte" in text_out.err
+    convert(dst, tmp_path / "out", ConvertOptions(format="gptq"))
     assert "rounded to nearest" in text_out.out
+    settings = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert (settings["damp_percent"], settings["true_sequential"]) == (0.02, True)
     assert run(str(small), dst, *options[:-1]) != OK
     assert "holds another conversion" in capfd.readouterr().err
 
@@ -339,7 +343,8 @@ def test_refusals_are_one_line(tmp_path, small, text, capfd, options, code, word
 
 
 def test_options_of_gptq_are_refused_elsewhere(tmp_path, small, capfd):
-    for option in (("--bits", "4"), ("--act-order",), ("--calibration", "x.txt")):
+    zeros = (("--damp", "0"), ("--samples", "0"), ("--length", "0"))
+    for option in (("--bits", "4"), ("--act-order",), ("--calibration", "x.txt"), *zeros):
         assert run(str(small), str(tmp_path / "q"), "--scheme", "int8", *option) == USAGE
         assert f"{option[0]} is not for int8" in capfd.readouterr().err
 
@@ -357,3 +362,18 @@ def test_inputs_that_explode_are_refused_by_name(tmp_path, small_config, text):
         quantize_gptq(src, tmp_path / "q", GptqRecipe(group=32), calibration)
     assert refusal.value.code == BAD_DATA
     assert not (tmp_path / "q.partial").exists()
+
+
+def test_damage_of_the_last_tensor_is_told_before_the_first_layer(tmp_path, small, text):
+    from safetensors.numpy import load_file, save_file
+
+    file = small / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][-1, -1] = np.nan
+    save_file(tensors, file)
+    notes: list[str] = []
+    calibration = Calibration(path=text, samples=4, length=32)
+    with pytest.raises(MixtralError, match=r"lm_head\.weight has NaN .* again$") as refusal:
+        quantize_gptq(small, tmp_path / "q", GptqRecipe(group=32), calibration, note=notes.append)
+    assert refusal.value.code == BAD_DATA
+    assert not any(line.startswith("layer") for line in notes)

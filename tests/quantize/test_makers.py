@@ -77,6 +77,21 @@ def test_zeros_stay_zeros(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", [1e-36, 1e-37, 1e-40])
+def test_rows_too_small_for_a_scale_are_nearly_zero_and_change_no_other(name, size):
+    w = gaussian(4, 128)
+    w[1] = 0
+    w[1, 3] = size
+    with np.errstate(all="raise", under="ignore"):
+        got = dequantized(quantize(w, RECIPES[name]))
+    # Nested scales are near the mean of all of them, whatever is under one.
+    others = dequantized(quantize(np.delete(w, 1, axis=0), RECIPES[name]))
+    bound = 0.1 if "nested" in name else 2 * size
+    assert np.abs(got[1]).max() <= bound
+    np.testing.assert_allclose(np.delete(got, 1, axis=0), others, atol=bound)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_halves_are_quantized_as_the_numbers_they_are(name, dtype):
     w = gaussian(4, 128).astype(dtype)
@@ -130,7 +145,11 @@ def test_options_that_do_not_go_together_are_refused(options, code, match):
 
 @pytest.mark.parametrize(
     ("name", "inputs", "fix"),
-    [("int4 64", 96, "--group-size 32"), ("nf4", 96, "choose int8"), ("int4 64", 100, "int8")],
+    [
+        ("int4 64", 96, "quantize SRC DST --scheme int4 --group-size 32"),
+        ("nf4", 96, "choose int8"),
+        ("int4 64", 100, "int8"),
+    ],
 )
 def test_rows_of_no_whole_groups_are_refused(name, inputs, fix):
     with pytest.raises(MixtralError, match=fix) as refusal:

@@ -14,9 +14,9 @@ from mixtral_jax.qtensor import SCHEMES, Nested, QTensor, pack
 from mixtral_jax.quantize.makers import Recipe, quantize
 from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.sharding.mesh import MeshSpec
-from mixtral_jax.sharding.place import place, weight_shardings
+from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
-from mixtral_jax.sharding.quantized import check_groups, make_ready, take_rows
+from mixtral_jax.sharding.quantized import check_groups, take_rows
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import Adapted, Layout
 from tests.models import forward, random_leaves, random_tokens
@@ -183,12 +183,25 @@ def test_a_mesh_that_would_cut_groups_is_refused(config, leaves):
         place(model, MeshSpec.parse("1x1x8").build())
 
 
-def test_an_order_under_an_adapter_is_refused(config, leaves):
+@pytest.mark.parametrize("layout", mostly_slow(["stacked", "slots"], ["stacked"]))
+def test_an_order_moves_the_factors_of_an_adapter_too(config, leaves, layout: Layout):
+    draw = np.random.default_rng(3)
     made = quantized("gptq4", leaves, config)
+    for name in ("gate", "up", "down"):
+        path = f"layers.0.moe.experts.{name}"
+        *_, outputs, inputs = made[path].shape
+        a, b = draw.normal(size=(8, 4, inputs)), draw.normal(size=(8, outputs, 4))
+        a, b = (jnp.asarray(part * 0.1, jnp.float32) for part in (a, b))
+        made[path] = Adapted(made[path], a, b, 1.0)
+    model, tokens = assemble(config, made), random_tokens(config, (16, 8))
+    want = forward(model, tokens)
     mesh = MeshSpec.parse("1x2x2").build()
-    path = "layers.0.moe.experts.down"
-    made[path] = Adapted(made[path], jnp.zeros((8, 1, 256)), jnp.zeros((8, 128, 1)), 1.0)
-    shardings = weight_shardings(leaf_specs(config), mesh)
-    with pytest.raises(MixtralError, match="without a tensor axis") as refusal:
-        make_ready(made, shardings)
-    assert refusal.value.code == BAD_CONFIG
+    split = place(model, mesh, layout=layout)
+    down = split.layers[0].moe.experts.down[...]
+    down = down.slots[0] if layout == "slots" else down
+    assert isinstance(down, Adapted)
+    assert down.base.order is None
+    got = forward(split, tokens, placement=MeshPlacement(mesh))
+    np.testing.assert_allclose(got, want, atol=F32)
+    plain = assemble(config, quantized("gptq4", leaves, config))
+    assert np.abs(np.asarray(forward(plain, tokens)) - want).max() > 100 * F32

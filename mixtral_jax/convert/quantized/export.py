@@ -10,10 +10,10 @@ import contextlib
 import json
 import math
 import os
-import shutil
+import re
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,22 +21,28 @@ import numpy as np
 
 from mixtral_jax.config import CONFIG_NAME, read_config
 from mixtral_jax.convert.companions import copy_companions, find_companions
-from mixtral_jax.convert.dequantized import read_chunk, read_matrix
+from mixtral_jax.convert.dequantized import read_chunk
 from mixtral_jax.convert.leaves import Leaves, common_dtype, open_leaves
-from mixtral_jax.convert.manifest import sync_folder, write_durably
-from mixtral_jax.convert.names import PUBLISHED, Piece, pieces
-from mixtral_jax.convert.orbax import disk_full, is_disk_full
-from mixtral_jax.convert.parts import parts_of, quantized_weights
-from mixtral_jax.convert.preflight import check_destination, check_disk, refuse_existing
+from mixtral_jax.convert.manifest import LeafRecord, fold, write_durably
+from mixtral_jax.convert.memory import PeakMemory
+from mixtral_jax.convert.names import PUBLISHED, Chunk, Piece, pieces
+from mixtral_jax.convert.options import ConvertReport
+from mixtral_jax.convert.output import new_folder
+from mixtral_jax.convert.parts import join, parts_of, quantized_weights
+from mixtral_jax.convert.preflight import check_absent
 from mixtral_jax.convert.quantized.form import DTYPES, Note
 from mixtral_jax.convert.quantized.gptq import WORD_BITS, encode
 from mixtral_jax.convert.reader import INDEX_NAME, SINGLE_NAME
 from mixtral_jax.convert.safetensors_file import bytes_of
-from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.convert.transfer import sha256
+from mixtral_jax.errors import BAD_DATA, MixtralError, interrupted
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
 from mixtral_jax.qtensor import SCHEMES
 
 QUANTIZE_NAME = "quantize_config.json"
+# Modules of the first layer; of its experts.
+_IN_LAYER = re.compile(r"model\.layers\.0\.(.*)\.weight")
+_EXPERT = re.compile(r"block_sparse_moe\.experts\.\d+\.w[123]")
 _CODES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -45,6 +51,15 @@ class Made(NamedTuple):
 
     damp_percent: float = 0.01
     true_sequential: bool = False
+
+    @classmethod
+    def of(cls, leaves: Leaves) -> Made:
+        """What the manifest of a folder of ours says, if GPTQ made it."""
+        made = leaves.manifest.fingerprint.get("files") if leaves.manifest is not None else None
+        recipe = made.get("gptq") if isinstance(made, dict) else None
+        damp = recipe.get("damp") if isinstance(recipe, dict) else None
+        # GPTQ of ours fits each matrix to what the quantized ones before it give.
+        return cls(damp, True) if isinstance(damp, float) else cls()
 
 
 class _Tensor(NamedTuple):
@@ -61,65 +76,91 @@ def export_gptq(
     src: str | Path,
     dst: str | Path,
     *,
-    is_v2: bool = False,
-    made: Made = Made(),  # noqa: B008 (it is immutable)
+    is_v2: bool | None = None,
+    made: Made | None = None,
     max_shard_bytes: int = 5 * 10**9,
     note: Note = lambda line: None,
-) -> None:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> ConvertReport:
     """Writes ``dst``, which is absent until all is written; one matrix is in memory at a time.
 
     Args:
         src: a folder in gptq or int4 codes of one number of bits and one group size.
         dst: the folder to make.
-        is_v2: write ``checkpoint_format`` gptq_v2, which older readers do not know; needed where
-            a zero point is 0.
-        made: how the codes were made.
+        is_v2: write ``checkpoint_format`` gptq_v2, which older readers do not know. None: where a
+            zero point is 0, which the first version has no place for.
+        made: how the codes were made; None: as the manifest of ``src`` says.
         max_shard_bytes: of the tensors in one file.
-        note: called with one line for each small file that is left behind.
+        note: called with one line for each thing a person should know: small files that are left
+            behind, scales that float16 rounds.
+        progress: called with bytes done and bytes in all.
+        stop: asked before each matrix; True ends the work there, and nothing is left of it.
+
+    Returns:
+        The report; its digest is of the codes as they lie in ``src``.
 
     Raises:
         MixtralError: exit codes 65 (codes that the layout cannot hold), 66 (no source), 73
-            (``dst`` exists), 74 (disk).
+            (``dst`` exists), 74 (disk), 75 (stopped).
     """
     src, dst = Path(src), Path(os.path.abspath(dst))
-    check_destination(dst, src)
-    if dst.exists() and any(dst.iterdir()):
-        raise refuse_existing(dst)
-    config = read_config(src, note=note)
+    check_absent(dst, src)
+    started, config = time.monotonic(), read_config(src, note=note)
     specs = leaf_specs(config)
-    with contextlib.closing(open_leaves(src, specs, head_dim=config.head_dim, note=note)) as leaves:
-        export = _Export(leaves, specs, src, is_v2=is_v2)
-        check_disk(dst.parent, export.num_bytes, dst)
+    with contextlib.ExitStack() as stack:
+        memory = stack.enter_context(PeakMemory())
+        leaves = open_leaves(src, specs, head_dim=config.head_dim, note=note)
+        stack.callback(leaves.close)
+        export = _Export(leaves, specs, src, is_v2=is_v2, note=note)
         names = find_companions(src, note)
-        work = Path(tempfile.mkdtemp(prefix=f"{dst.name}.", suffix=".saving", dir=dst.parent))
-        try:
-            os.chmod(work, 0o755)  # of mkdtemp: for nobody else
-            files = export.write(work, max_shard_bytes)
-            dtype = export.dtype.name
-            copy_companions(src, work, names, config=config, dtype=dtype)
-            _describe(work, export.settings(made), files)
-            sync_folder(work)
-            with contextlib.suppress(FileNotFoundError):
-                dst.rmdir()
-            os.rename(work, dst)
-            sync_folder(dst.parent)
-        except OSError as error:
-            if is_disk_full(error):
-                raise disk_full(dst.parent) from error
-            raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with new_folder(dst, export.num_bytes) as work:
+            files = export.write(work, max_shard_bytes, progress, stop)
+            copy_companions(src, work, names, config=config, dtype=export.dtype.name)
+            _describe(work, export.settings(made or Made.of(leaves)), export.modules(), files)
+        export.tell_rounding(note)
+    return ConvertReport(
+        parameters=sum(math.prod(spec.shape) for spec in specs.values()),
+        tensors=sum(map(len, files.values())),
+        bytes=export.num_bytes,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=memory.bytes,
+        digest=export.digest(),
+    )
 
 
 class _Export:
-    def __init__(self, leaves: Leaves, specs: Mapping[str, LeafSpec], src: Path, *, is_v2: bool):
-        self.leaves, self.src, self.is_v2 = leaves, src, is_v2
+    def __init__(
+        self,
+        leaves: Leaves,
+        specs: Mapping[str, LeafSpec],
+        src: Path,
+        *,
+        is_v2: bool | None,
+        note: Note,
+    ):
+        self.leaves, self.src = leaves, src
         self.pieces = list(pieces(PUBLISHED, specs))
         self.quantized = quantized_weights(leaves.specs, np.dtype(np.float16))
         self.bits, self.group_size = self._one_setting()
         stored = {leaf: leaves.dtype(leaf) for leaf in specs if leaf in leaves.specs}
         self.dtype = common_dtype(specs, stored, preferred="float16")
         self.num_bytes = sum(t.size for piece in self.pieces for t in self.tensors(piece))
+        self.is_v2 = self._needs_v2(note) if is_v2 is None else is_v2
+        self._digests: dict[str, list[str]] = {}
+        self._num_scales = self._num_rounded = 0
+        self._worst = 0.0  # relative change of a scale that float16 rounds
+
+    def _needs_v2(self, note: Note) -> bool:
+        """Whether some zero point is 0: the first version stores zero points less one."""
+        for piece in self.pieces:
+            path = parts_of(piece.chunk.leaf, self.leaves.specs).get("zeros")
+            if path is None:
+                continue
+            if not read_chunk(self.leaves, Chunk(str(path), piece.chunk.expert)).all():
+                note("zero points of 0: written as gptq_v2, which older readers do not know")
+                return True
+        return False
 
     def _one_setting(self) -> tuple[int, int]:
         """Bits and group size (-1 for one group), which the layout has once for all weights."""
@@ -170,23 +211,79 @@ class _Export:
             _Tensor(f"{stem}.g_idx", (inputs,), words),
         ]
 
+    def modules(self) -> list[list[str]]:
+        """The quantized modules of a layer: those that read the same inputs, then expert by expert.
+
+        As ``modules_in_block_to_quantize`` of the published configurations lists them.
+        """
+        first = [p for p in self.pieces if p.chunk.leaf in self.quantized]
+        names = [match[1] for p in first if (match := _IN_LAYER.fullmatch(p.rows.tensor))]
+        names = list(dict.fromkeys(names))
+        attention = [[f"self_attn.{n}_proj" for n in group] for group in ("kvq", "o")]
+        experts: dict[str, list[str]] = {}
+        for name in sorted(name for name in names if _EXPERT.fullmatch(name)):
+            experts.setdefault(name.rpartition(".")[0], []).append(name)
+        ordered = sorted(experts.values(), key=lambda group: int(group[0].split(".")[2]))
+        found = [[name for name in group if name in names] for group in (*attention, *ordered)]
+        return [group for group in found if group]
+
     def values(self, piece: Piece) -> Iterator[np.ndarray]:
         """The arrays of ``tensors``, in their order."""
         leaf = piece.chunk.leaf
         if leaf not in self.quantized:
-            yield read_chunk(self.leaves, piece.chunk)
+            yield self._read(piece.chunk)
             return
-        q = read_matrix(self.leaves, piece.chunk, parts_of(leaf, self.leaves.specs), self.dtype)
+        parts = parts_of(leaf, self.leaves.specs)
+        found = {n: self._read(Chunk(str(p), piece.chunk.expert)) for n, p in parts.items()}
+        q = join(self.quantized[leaf].scheme, found, self.dtype)
         try:
-            found = encode(q, is_v2=self.is_v2)
+            encoded = encode(q, is_v2=self.is_v2)
         except ValueError as error:
             name = self.leaves.source_name(piece.chunk)
             raise MixtralError(f"{name}: {error}", code=BAD_DATA) from None
+        self._count_rounding(np.asarray(q.scales, np.float32), encoded["scales"].T)
         for part in ("qweight", "qzeros", "scales", "g_idx"):
-            yield found[part]
+            yield encoded[part]
 
-    def write(self, folder: Path, max_shard_bytes: int) -> dict[str, list[_Tensor]]:
+    def _read(self, chunk: Chunk) -> np.ndarray:
+        value = read_chunk(self.leaves, chunk)
+        self._digests.setdefault(chunk.leaf, []).append(sha256(value))
+        return value
+
+    def digest(self) -> str:
+        """The digest of what was read, once all is written."""
+        records = {
+            leaf: LeafRecord(
+                shape=tuple(self.leaves.specs[leaf].shape),
+                dtype=self.leaves.dtype(leaf).name,
+                chunks=tuple(chunks),
+            )
+            for leaf, chunks in self._digests.items()
+        }
+        return fold(records)
+
+    def _count_rounding(self, scales: np.ndarray, halves: np.ndarray) -> None:
+        change = np.abs(halves.astype(np.float32) - scales)
+        self._num_scales += scales.size
+        self._num_rounded += np.count_nonzero(change)
+        relative = change[change > 0] / np.abs(scales[change > 0])
+        self._worst = max(self._worst, float(relative.max(initial=0)))
+
+    def tell_rounding(self, note: Note) -> None:
+        """Says what float16 did to small scales."""
+        if self._num_rounded:
+            count = f"{self._num_rounded:,} of {self._num_scales:,} scales"
+            note(f"{count} are rounded to float16, by at most {self._worst:.2g} of themselves")
+
+    def write(
+        self,
+        folder: Path,
+        max_shard_bytes: int,
+        progress: Callable[[int, int], None],
+        stop: Callable[[], bool],
+    ) -> dict[str, list[_Tensor]]:
         """Writes the tensors, file by file; tells which lie where."""
+        done = 0
         groups: list[list[Piece]] = [[]]
         used = 0
         for piece in self.pieces:
@@ -204,9 +301,13 @@ class _Export:
             with open(folder / name, "wb") as file:
                 file.write(_header(files[name]))
                 for piece in group:
+                    if stop():
+                        raise interrupted()
                     for tensor, value in zip(self.tensors(piece), self.values(piece), strict=True):
                         assert (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
                         file.write(bytes_of(np.ascontiguousarray(value)))
+                        done += tensor.size
+                        progress(done, self.num_bytes)
                 file.flush()
                 os.fsync(file.fileno())
         return files
@@ -233,12 +334,18 @@ def _header(tensors: list[_Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _describe(folder: Path, settings: dict[str, Any], files: dict[str, list[_Tensor]]) -> None:
+def _describe(
+    folder: Path,
+    settings: dict[str, Any],
+    modules: list[list[str]],
+    files: dict[str, list[_Tensor]],
+) -> None:
     """Writes quantize_config.json, quantization_config, and an index if there are several files."""
     write_durably(folder / QUANTIZE_NAME, json.dumps(settings, indent=2).encode())
     path = folder / CONFIG_NAME
     config = json.loads(path.read_bytes())
-    config["quantization_config"] = {"quant_method": "gptq", **settings}
+    listed = {"modules_in_block_to_quantize": modules}
+    config["quantization_config"] = {"quant_method": "gptq", **settings, **listed}
     write_durably(path, json.dumps(config, indent=2).encode())
     if len(files) > 1:
         index = {

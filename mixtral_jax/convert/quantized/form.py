@@ -18,6 +18,13 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "I32": np.dtype(np.int32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    # Of bytes that stand for codes, whatever they are called.
+    "F64": np.dtype(np.float64),
+    "I16": np.dtype(np.int16),
+    "U16": np.dtype(np.uint16),
+    "U32": np.dtype(np.uint32),
+    "I64": np.dtype(np.int64),
+    "U64": np.dtype(np.uint64),
 }
 
 # Published arrays of one matrix, by the name of the part (``qweight``).

@@ -53,7 +53,7 @@ class GPTQ:
     marks: ClassVar[frozenset[str]] = frozenset(("qweight", "qzeros", "scales", "g_idx"))
 
     def num_groups(self, num_inputs: int) -> int:
-        """G, the last group perhaps not full."""
+        """G; a single group need not be full."""
         return -(-num_inputs // (self.group_size or num_inputs))
 
     def problems(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> list[str]:
@@ -61,9 +61,9 @@ class GPTQ:
         rows, inputs = shape
         if inputs * self.bits % WORD_BITS or rows * self.bits % WORD_BITS:
             return [f"{self.bits} bits: {rows} x {inputs} codes do not fill whole words"]
-        if inputs % self.num_groups(inputs):
-            return [f"group_size {self.group_size} does not divide {inputs} inputs"]
         groups = self.num_groups(inputs)
+        if groups > 1 and inputs != groups * (self.group_size or 0):
+            return [f"group_size {self.group_size} does not divide {inputs} inputs"]
         wanted = {
             "qweight": Part((inputs * self.bits // WORD_BITS, rows), ("I32",)),
             "qzeros": Part((groups, rows * self.bits // WORD_BITS), ("I32",)),
@@ -167,11 +167,11 @@ def encode(q: QTensor, *, is_v2: bool = False) -> dict[str, np.ndarray]:
         is_v2: store zero points as they are (``checkpoint_format`` gptq_v2).
 
     Returns:
-        ``qweight``, ``qzeros``, ``scales`` (float16) and ``g_idx``.
+        ``qweight``, ``qzeros``, ``scales`` (rounded to float16) and ``g_idx``.
 
     Raises:
-        ValueError: if the layout cannot hold the matrix as it is: another scheme, sizes that do not
-            fill words, scales that float16 rounds, or zero points of zero without ``is_v2``.
+        ValueError: if the layout cannot hold the matrix: another scheme, sizes that do not fill
+            words, scales beyond float16, or zero points of zero without ``is_v2``.
     """
     row = SCHEMES[q.scheme]
     if row.table is not None or row.is_signed:
@@ -179,10 +179,11 @@ def encode(q: QTensor, *, is_v2: bool = False) -> dict[str, np.ndarray]:
     rows, inputs = q.shape
     if inputs * row.bits % WORD_BITS or rows * row.bits % WORD_BITS:
         raise ValueError(f"{row.bits} bits: {rows} x {inputs} codes do not fill whole words")
-    scales, groups = np.asarray(q.scales), q.scales.shape[-1]
-    halves = scales.astype(np.float16)
-    if not np.array_equal(halves.astype(scales.dtype), scales):
-        raise ValueError("the GPTQ layout holds float16 scales; round them before quantizing")
+    groups = q.scales.shape[-1]
+    with np.errstate(over="ignore"):
+        halves = np.asarray(q.scales).astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise ValueError("a scale is too large for the float16 of the GPTQ layout")
     codes = np.asarray(q.codes)
     g_idx = np.arange(inputs, dtype=np.int32) // (inputs // groups)
     if q.order is not None:

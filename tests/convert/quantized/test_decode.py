@@ -45,6 +45,10 @@ OTHERS = {
     "fp4": (FourBit(), packers.four_bit("fp4")),
     "nf4 nested": (FourBit(), packers.four_bit("nf4", nested=True)),
     "fp4 in bf16": (FourBit(), packers.four_bit("fp4", nested=True, storage=ml_dtypes.bfloat16)),
+    **{
+        f"nf4 in {dtype.__name__}": (FourBit(), packers.four_bit("nf4", storage=dtype))
+        for dtype in (np.float64, np.int64, np.int16, np.int8, np.uint32)
+    },
     "nf4 in f32": (FourBit(), packers.four_bit("nf4", storage=np.float32)),
     "int8": (EightBit(), packers.eight_bit()),
 }
@@ -142,9 +146,9 @@ def test_the_writer_gives_back_every_published_byte(case):
 def test_the_writer_refuses_what_the_layout_cannot_hold():
     method, pack = gptq(), packers.gptq()
     _, q = decode(method, parts_of(method, pack(np.random.default_rng(3), OUT, IN).tensors))
-    fine = dataclasses.replace(q, scales=q.scales.astype(np.float32) * np.float32(1.0001))
-    with pytest.raises(ValueError, match="float16 scales"):
-        encode(fine)
+    large = dataclasses.replace(q, scales=q.scales.astype(np.float32) * np.float32(1e6))
+    with pytest.raises(ValueError, match="too large for the float16"):
+        encode(large)
     with pytest.raises(ValueError, match="not nf4"):
         encode(dataclasses.replace(q, scheme="nf4"))
     with pytest.raises(ValueError, match="whole words"):
@@ -208,6 +212,19 @@ def test_a_damaged_quant_state_is_told(text):
     method, parts = faulty("nf4", **{"quant_state.bitsandbytes__nf4": lambda a: octets})
     with pytest.raises(ValueError, match="quant_state"):
         decode(method, parts)
+
+
+@pytest.mark.parametrize("with_g_idx", [True, False])
+def test_a_group_size_that_does_not_divide_the_inputs_is_refused(with_g_idx):
+    """192 inputs in groups of 128 are no two groups of 96."""
+    method, inputs = gptq(group_size=128), 192
+    pack = packers.gptq(group_size=96, with_g_idx=with_g_idx)
+    parts = parts_of(method, pack(np.random.default_rng(1), OUT, inputs).tensors)
+    (problem,) = method.problems(headers(parts), (OUT, inputs))
+    assert problem == "group_size 128 does not divide 192 inputs"
+    larger = gptq(group_size=256)  # one group that is not full
+    parts = parts_of(larger, packers.gptq(group_size=-1)(np.random.default_rng(1), OUT, IN).tensors)
+    assert larger.problems(headers(parts), (OUT, IN)) == []
 
 
 def test_a_matrix_of_an_unfit_size_is_refused():

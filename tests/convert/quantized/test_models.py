@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import jax
@@ -18,6 +19,7 @@ from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.qtensor import Nested
 from mixtral_jax.weights import QTensor
 from tests.convert import checkpoints
+from tests.convert import test_adapter as adapters
 from tests.convert.quantized import published
 from tests.convert.quantized.published import CASES, publish
 from tests.reference import mixtral as reference
@@ -73,6 +75,26 @@ def test_every_mesh_has_the_same_logits(tmp_path, name, mesh):
     made = publish(CASES[name], intermediate_size=512)
     lm = mj.load(made.write(tmp_path / "src"), mesh=mesh, dtype="float32")
     assert_close(lm.logits(TOKENS), expected_logits(made))
+
+
+def test_an_adapter_on_activation_order_is_the_same_on_a_tensor_axis(tmp_path):
+    """The order of the hidden channels moves at load; the factors must go with it."""
+    made = publish(CASES["gptq4 32 order unfused"])
+    src = made.write(tmp_path / "src")
+    modules = [
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.{name}"
+        for i, e, name in itertools.product(range(2), range(8), ("w1", "w2", "w3"))
+    ]
+    factors = adapters.pairs(made.weights, *modules)
+    adapter = adapters.write(tmp_path / "adapter", factors)
+    want = made._replace(weights=adapters.merged(made.weights, factors))
+    lines: list[str] = []
+    lm = mj.load(src, mesh="1x2x2", dtype="float32", adapter=str(adapter), note=lines.append)
+    assert_close(lm.logits(TOKENS), expected_logits(want))
+    assert np.abs(expected_logits(want) - expected_logits(made)).max() > 100 * F32
+    mj.load(src, mesh="1x2x2", dtype="float32", note=(plain := []).append)
+    total = [line for line in plain if line.startswith("total")]
+    assert total == [line for line in lines if line.startswith("total")]  # of the base alone
 
 
 def test_sixteen_bits_are_within_their_rounding(tmp_path):
