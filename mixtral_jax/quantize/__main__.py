@@ -20,13 +20,16 @@ from mixtral_jax.quantize.driver import (
     quantize_checkpoint,
     quantize_gptq,
 )
+from mixtral_jax.quantize.gptq_matrices import Calibrated
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
 from mixtral_jax.quantize.makers import DataFree, Recipe
+from mixtral_jax.quantize.qmoe import QmoeRecipe
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
 
-# Options of GPTQ alone.
+# Options of GPTQ.
 _GPTQ = ("bits", "act_order", "damp", "calibration", "samples", "length", "all_token_hessians")
+_QMOE = tuple(name for name in _GPTQ if name != "bits")  # with --calibration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,8 @@ class Options:
     """The folder to make; work goes on in DST.partial until all is done."""
     scheme: DataFree | Literal["gptq"]
     """int8 and fp8: one scale per output row. int4: groups of inputs. nf4 and fp4: as
-    bitsandbytes, blocks of 64. gptq: fitted to calibration text, layer by layer."""
+    bitsandbytes, blocks of 64. gptq: fitted to calibration text, layer by layer. qmoe
+    (experimental): experts below one bit, fitted likewise if --calibration is given."""
     group_size: int | None = None
     """Inputs that share a scale. Of int4: 32, 64 (unless given) or 128. Of gptq: these, 128 unless
     given, or -1 for a whole row."""
@@ -53,19 +57,20 @@ class Options:
     bits: Literal[2, 3, 4, 8] | None = None
     """Of gptq: of a code; 4 unless given."""
     act_order: bool = False
-    """Of gptq: quantize the inputs first that move the outputs most; columns are kept in that
-    order."""
+    """Of gptq (and of qmoe, where calibrated): quantize the inputs first that move the outputs
+    most; gptq keeps columns in that order."""
     damp: float | None = None
-    """Of gptq: the share of its mean that is added to a Hessian's diagonal; 0.1 unless given."""
+    """Of gptq and qmoe: the share of its mean that is added to a Hessian's diagonal; 0.1 unless
+    given."""
     calibration: Path | None = None
-    """Of gptq: a .txt file, or a .jsonl file with {"text": ...} or {"messages": [...]} in each
-    line."""
+    """Of gptq and qmoe: a .txt file, or a .jsonl file with {"text": ...} or {"messages": [...]} in
+    each line."""
     samples: int | None = None
-    """Of gptq: windows of the text, from its beginning; 128 unless given."""
+    """Of gptq and qmoe: windows of the text, from its beginning; 128 unless given."""
     length: int | None = None
-    """Of gptq: tokens of a window; 2048 unless given."""
+    """Of gptq and qmoe: tokens of a window; 2048 unless given."""
     all_token_hessians: bool = False
-    """Of gptq: fit every expert to all tokens, not to those routed to it."""
+    """Of gptq and qmoe: fit every expert to all tokens, not to those routed to it."""
     double_quant: bool = False
     """Of nf4 and fp4: the scales are quantized as well."""
     verify: bool = False
@@ -85,14 +90,27 @@ class Options:
             if self.double_quant:
                 fix = "leave it out, or choose nf4 or fp4"
                 raise MixtralError("--double-quant is not for gptq", fix=fix, code=USAGE)
-            self.gptq_recipe()
+        else:
+            self._check_uncalibrated()
+            self.recipe()
+        if self.is_calibrated:
+            self.calibrated_recipe()
             self.text()
-            return
+
+    def _check_uncalibrated(self) -> None:
+        """Refuses options of GPTQ where it is not what quantizes."""
         for name in _GPTQ:
-            if getattr(self, name) not in (None, False):
-                option, fix = name.replace("_", "-"), "leave it out, or choose gptq"
-                raise MixtralError(f"--{option} is not for {self.scheme}", fix=fix, code=USAGE)
-        self.recipe()
+            if getattr(self, name) in (None, False) or (self.is_calibrated and name in _QMOE):
+                continue
+            option, fix = name.replace("_", "-"), "leave it out, or choose gptq"
+            if self.scheme == "qmoe" and name in _QMOE:
+                fix = "give --calibration as well"
+            raise MixtralError(f"--{option} is not for {self.scheme}", fix=fix, code=USAGE)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether codes are fitted to calibration text."""
+        return self.scheme == "gptq" or (self.scheme == "qmoe" and self.calibration is not None)
 
     def recipe(self) -> Recipe:
         """How to quantize without data."""
@@ -103,18 +121,16 @@ class Options:
             double_quant=self.double_quant,
         )
 
-    def gptq_recipe(self) -> GptqRecipe:
+    def calibrated_recipe(self) -> Calibrated:
         """How to quantize with calibration text."""
         given = {"bits": self.bits, "damp": self.damp, "group": self.group_size}
-        asked = {name: value for name, value in given.items() if value is not None}
+        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        asked |= {"act_order": self.act_order, "all_token_hessians": self.all_token_hessians}
+        if self.scheme == "qmoe":
+            return QmoeRecipe(**asked)
         if self.group_size == -1:
             asked["group"] = None
-        return GptqRecipe(
-            symmetric=not self.asymmetric,
-            act_order=self.act_order,
-            all_token_hessians=self.all_token_hessians,
-            **asked,
-        )
+        return GptqRecipe(symmetric=not self.asymmetric, **asked)
 
     def text(self) -> Calibration:
         """The calibration text."""
@@ -148,9 +164,9 @@ def main(options: Options) -> int:
             "progress": lambda done, total: bar.update(task, completed=done, total=total),
             "stop": stop,
         }
-        if options.scheme == "gptq":
+        if options.is_calibrated:
             how["say"] = lambda doing: bar.update(task, description=doing)
-            recipe, text = options.gptq_recipe(), options.text()
+            recipe, text = options.calibrated_recipe(), options.text()
             report = quantize_gptq(options.src, options.dst, recipe, text, **how)
         else:
             report = quantize_checkpoint(options.src, options.dst, options.recipe(), **how)
@@ -185,7 +201,7 @@ if __name__ == "__main__":
     import jax
 
     def _run(options: Options) -> int:
-        if options.scheme != "gptq":
+        if not options.is_calibrated:
             # Data-free schemes need no accelerator, and must not take one from a job that does.
             jax.config.update("jax_platforms", "cpu")
         return main(options)

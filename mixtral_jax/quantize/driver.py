@@ -24,7 +24,7 @@ from mixtral_jax.quantize.calibration import read_windows
 from mixtral_jax.quantize.coverage import Row, check_experts, coverage
 from mixtral_jax.quantize.errors import MatrixError, by_weight
 from mixtral_jax.quantize.gptq_leaves import GptqLeaves
-from mixtral_jax.quantize.gptq_recipe import GptqRecipe
+from mixtral_jax.quantize.gptq_matrices import Calibrated
 from mixtral_jax.quantize.gptq_report import LayerReport
 from mixtral_jax.quantize.makers import Recipe
 from mixtral_jax.quantize.source import QuantizingLeaves
@@ -59,6 +59,8 @@ def quantize_checkpoint(
     stop: Callable[[], bool] = lambda: False,
 ) -> QuantizeReport:
     """Quantizes attention and experts; router, norms, embeddings and head stay as they are.
+
+    qmoe quantizes experts only.
 
     Everything that ``convert`` promises holds: ``dst`` is absent or complete, an interrupted call
     is resumed by the same call, and memory stays below twice the largest leaf plus 512 MB.
@@ -115,7 +117,7 @@ class Calibration:
 def quantize_gptq(
     src: str | Path,
     dst: str | Path,
-    recipe: GptqRecipe,
+    recipe: Calibrated,
     calibration: Calibration,
     *,
     verify: bool = False,
@@ -171,7 +173,7 @@ def quantize_gptq(
     converted = convert(src, dst, options, progress=progress, note=note, stop=stop, change=change)
     return QuantizeReport(
         converted=converted,
-        coverage=_coverage(Path(dst), recipe.bits),
+        coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
         errors=by_weight(sources[0].errors),
         layers=[report for _, report in sorted(sources[0].reports.items())],
     )
