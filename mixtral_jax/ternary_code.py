@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int8, UInt16
 
 SPARSITY = 0.885
 PAIRS = 14  # of the longest run
@@ -182,27 +182,31 @@ def decode(words: np.ndarray, num_inputs: int) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="num_inputs")
-def decode_on_device(words: Int[Array, "*rows size"], num_inputs: int) -> Int[Array, "*rows I"]:
+def decode_on_device(words: UInt16[Array, "*rows size"], num_inputs: int) -> Int8[Array, "*rows I"]:
     """``decode`` in JAX, with shapes that depend on no codeword.
 
-    A one is scattered to where each run begins; how many there are up to a value tells its run.
+    Codeword after codeword, all rows at once: each writes as many values as the longest run has,
+    from where its run begins, and the next one writes over what was too much.
     """
     *rows, size = words.shape
     flat = words.reshape(-1, size)
     entries = jnp.asarray(dictionary().entries)[flat]
     lengths = (entries[..., 1] >> _LENGTH_AT).astype(jnp.int32)
     starts = lengths.cumsum(axis=1) - lengths
-    at = jnp.arange(len(flat))[:, None]
-    begins = jnp.zeros((len(flat), num_inputs), jnp.int32)
-    begins = begins.at[at, starts].add(jnp.int32(1), mode="drop")
-    run = begins.cumsum(axis=1) - 1
+    j = np.arange(2 * PAIRS)
+    places = jnp.asarray(j % _FIRST_WORD * 2, jnp.uint32)
 
-    def of_run(values: Any) -> Any:
-        return jnp.take_along_axis(values, run, axis=1, mode="clip")
+    def write(row: jax.Array, run: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(row, run, (start,))
 
-    offset = jnp.arange(num_inputs) - of_run(starts)
-    is_first = offset < _FIRST_WORD
-    word = jnp.where(is_first, of_run(entries[..., 0]), of_run(entries[..., 1]))
-    digit = (word >> (2 * (offset % _FIRST_WORD)).astype(jnp.uint32)) & 3
-    value = (digit & 1).astype(jnp.int8) - (digit >> 1).astype(jnp.int8)
-    return value.reshape(*rows, num_inputs)
+    def write_all(k: jax.Array, found: jax.Array) -> jax.Array:
+        digits = (entries[:, k][:, j // _FIRST_WORD] >> places) & 3
+        values = (digits & 1).astype(jnp.int8) - (digits >> 1).astype(jnp.int8)
+        return jax.vmap(write)(found, values, starts[:, k])
+
+    # One more for the zero that fills up an odd row. Not plain zeros: inside shard_map they must
+    # vary over the axes that the codewords vary over.
+    end = num_inputs + 2 * PAIRS + 1
+    blank = jnp.broadcast_to((flat[:, :1] & 0).astype(jnp.int8), (len(flat), end))
+    found = jax.lax.fori_loop(0, size, write_all, blank)
+    return found[:, :num_inputs].reshape(*rows, num_inputs)
