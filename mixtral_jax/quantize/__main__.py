@@ -182,6 +182,8 @@ def _as_dict(report: QuantizeReport) -> dict:
         for leaf, error in report.errors.items()
     }
     made = {**dataclasses.asdict(report.converted), "coverage": rows, "errors": found}
+    if report.coded is not None:
+        made["coded"] = dataclasses.asdict(report.coded)
     if report.layers:
         made["layers"] = [gptq_report.as_dict(layer) for layer in report.layers]
     return made
@@ -192,6 +194,7 @@ def _text(report: QuantizeReport) -> str:
     parts = [*errors.lines(report.errors), ""] if report.errors else []
     parts += [*gptq_report.lines(report.layers), ""] if report.layers else []
     parts += coverage.lines(report.coverage)
+    parts += [] if report.coded is None else ["", str(report.coded)]
     peak = f"{made.peak_rss_bytes / 1e6:,.0f} MB anonymous"
     parts += ["", f"seconds      {made.seconds:.1f}", f"peak memory  {peak}"]
     return "\n".join([*parts, f"digest       {made.digest}"])

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.driver import OUTPUT_NAME, WORK_SUFFIX, convert
@@ -15,13 +16,14 @@ from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.leaves import Leaves, is_checkpoint
 from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
-from mixtral_jax.convert.parts import quantized_weights, stored_specs
+from mixtral_jax.convert.orbax import read_leaf
+from mixtral_jax.convert.parts import quantized_weights, split_path, stored_specs
 from mixtral_jax.convert.safetensors_file import np_dtype
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.qtensor import SCHEMES
 from mixtral_jax.quantize.calibration import read_windows
-from mixtral_jax.quantize.coverage import Row, check_experts, coverage
+from mixtral_jax.quantize.coverage import Coded, Row, check_experts, coded, coverage
 from mixtral_jax.quantize.errors import MatrixError, by_weight
 from mixtral_jax.quantize.gptq_leaves import GptqLeaves
 from mixtral_jax.quantize.gptq_matrices import Calibrated
@@ -40,12 +42,14 @@ class QuantizeReport:
         coverage: of what was written.
         errors: of each weight that this call quantized; an interrupted call's are not kept.
         layers: of GPTQ, what calibration saw; of the layers that this call quantized.
+        coded: of rows that are coded, the codewords used; None where there are none.
     """
 
     converted: ConvertReport
     coverage: list[Row]
     errors: dict[str, MatrixError]
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
+    coded: Coded | None = None
 
 
 def quantize_checkpoint(
@@ -90,6 +94,7 @@ def quantize_checkpoint(
         converted=converted,
         coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
         errors=by_weight(sources[0].errors),
+        coded=_coded(Path(dst)),
     )
 
 
@@ -176,6 +181,7 @@ def quantize_gptq(
         coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
         errors=by_weight(sources[0].errors),
         layers=[report for _, report in sorted(sources[0].reports.items())],
+        coded=_coded(Path(dst)),
     )
 
 
@@ -192,3 +198,13 @@ def _coverage(folder: Path, bits: int) -> list[Row]:
     weights = plain | quantized_weights(stored, None)
     check_experts(weights, specs, bits=bits)
     return coverage(weights, specs)
+
+
+def _coded(folder: Path) -> Coded | None:
+    """Counts the codewords of a folder, leaf by leaf."""
+    total = Coded()
+    for path in read_manifest(folder).leaves:
+        part = split_path(path)
+        if part is not None and part.part == "codes" and SCHEMES[part.scheme].is_coded:
+            total += coded(part.scheme, np.asarray(read_leaf(folder, path)))
+    return total if total.held else None
