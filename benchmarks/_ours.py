@@ -90,7 +90,7 @@ def random_model(config: ModelConfig, dtype: str, scheme: str | None = None) -> 
             leaves[path] = jnp.ones(spec.shape, dtype)
             continue
         leaf = draw(jax.random.key(seed), spec.shape, std_of(path, spec.shape))
-        if scheme is not None and is_quantized(spec):
+        if scheme is not None and is_quantized(spec, scheme):
             leaf = jax.tree.map(
                 jnp.asarray, quantize(np.asarray(leaf), Recipe(scheme=scheme), dtype=dtype)
             )

@@ -33,8 +33,9 @@ class LoadOptions:
             share the heads of the same rows (latency at small batches).
         kv_dtype: ``int8`` or ``fp8`` keys and values in the cache, with a scale for each head of
             each position; those of the activations, if None.
-        quantize: attention and experts in int8, int4, nf4, fp8 or fp4, made while they load (see
-            ``python -m mixtral_jax.quantize`` for more choices, and to do it once).
+        quantize: attention and experts in int8, int4, nf4, fp8 or fp4, or experts alone in qmoe,
+            made while they load (see ``python -m mixtral_jax.quantize`` for more choices, and to do
+            it once).
         kernels: visit (the CPU's), gpu, tpu or reference (slow): what computes; chosen by the
             mesh's devices, if None.
     """

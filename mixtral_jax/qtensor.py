@@ -11,6 +11,7 @@ int4   two in a byte, low half first                                code - zero 
 nf4    two in a byte, high half first                               ``NF4[code]``
 fp4    two in a byte, high half first                               ``FP4[code]``
 gptqB  B bits each, from the low bits of the first byte on          code - zero (2^(B-1))
+qmoe   three codewords of 16 bits per 64 inputs (ternary_code.py)   -1, 0 or 1
 ====== ============================================================ =========================
 
 NF4 is the NormalFloat of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E), FP4 the table
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mixtral_jax import ternary_code
 
 # What stands for an array where a tree of shapes, specs or shardings has the same form, as well.
 Part = Any
@@ -108,11 +111,12 @@ class Scheme(NamedTuple):
     """How inputs are packed and what a code stands for.
 
     Attributes:
-        bits: of a code.
+        bits: of a code; at most so many per input where inputs share codewords.
         storage: dtype name of ``codes``.
         high_first: the first of two codes is in the high half of its byte.
         table: the value of each code; None where the code is a number.
         is_signed: codes are numbers around zero, so there are no zero points.
+        room: (inputs, codewords) of a coded row, a multiple of them; None where rows are not coded.
     """
 
     bits: int
@@ -120,11 +124,17 @@ class Scheme(NamedTuple):
     high_first: bool = False
     table: tuple[float, ...] | None = None
     is_signed: bool = False
+    room: tuple[int, int] | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether rows are coded as a whole, so that none can be cut."""
+        return self.room is not None
 
     @property
     def is_packed(self) -> bool:
         """Whether bytes hold codes, rather than each element of ``codes`` being one."""
-        return self.storage == "uint8"
+        return self.storage == "uint8" or self.is_coded
 
     @property
     def zero(self) -> int:
@@ -133,7 +143,9 @@ class Scheme(NamedTuple):
 
     @property
     def unit(self) -> tuple[int, int]:
-        """(codes, bytes): so many consecutive codes fill whole bytes, and no fewer do."""
+        """(codes, elements): so many consecutive codes fill whole elements, and no fewer do."""
+        if self.room is not None:
+            return self.room
         ways = math.lcm(self.bits, 8)
         return ways // self.bits, ways // 8
 
@@ -145,6 +157,7 @@ SCHEMES: dict[str, Scheme] = {
     "nf4": Scheme(4, high_first=True, table=NF4),
     "fp4": Scheme(4, high_first=True, table=FP4),
     **{f"gptq{bits}": Scheme(bits) for bits in (2, 3, 4, 8)},
+    "qmoe": Scheme(1, "uint16", is_signed=True, room=(64, 3)),
 }
 
 
@@ -161,6 +174,13 @@ def packed_size(scheme: str, num_inputs: int) -> int:
     return num_inputs // codes * num_bytes if row.is_packed else num_inputs
 
 
+def inputs_of(scheme: str, size: int) -> int:
+    """Inputs that so many elements of ``codes`` hold: the inverse of ``packed_size``."""
+    row = SCHEMES[scheme]
+    codes, elements = row.unit
+    return size // elements * codes if row.is_packed else size
+
+
 def _numpy_of(x: Any) -> ModuleType:
     return np if isinstance(x, np.ndarray) else jnp
 
@@ -171,12 +191,16 @@ def pack(scheme: str, codes: Any) -> Any:
     Args:
         scheme: a key of ``SCHEMES``.
         codes: ``[..., I]`` of any integer dtype (any float for fp8), in the range of the scheme.
+            For qmoe numpy's, and no more that are not zero than a row has room for.
 
     Returns:
         ``[..., packed_size(scheme, I)]`` in the dtype that the scheme stores.
     """
     row, xp = SCHEMES[scheme], _numpy_of(codes)
-    packed_size(scheme, codes.shape[-1])
+    size = packed_size(scheme, codes.shape[-1])
+    if row.is_coded:
+        words = ternary_code.encode(codes.reshape(-1, codes.shape[-1]), size)
+        return words.reshape(*codes.shape[:-1], size)
     if not row.is_packed or row.bits == 8:
         return codes.astype(jnp.dtype(row.storage))
     num_codes, num_bytes = row.unit
@@ -191,6 +215,9 @@ def pack(scheme: str, codes: Any) -> Any:
 def unpack(scheme: str, packed: Any) -> Any:
     """The codes of packed bytes, ``[..., I]``: the inverse of ``pack``, in the stored dtype."""
     row, xp = SCHEMES[scheme], _numpy_of(packed)
+    if row.is_coded:
+        inputs = inputs_of(scheme, packed.shape[-1])
+        return (ternary_code.decode if xp is np else ternary_code.decode_on_device)(packed, inputs)
     if not row.is_packed or row.bits == 8:
         return packed
     num_codes, num_bytes = row.unit
@@ -239,9 +266,7 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight that this stands for; of a device's part inside shard_map."""
         *rows, size = self.codes.shape
-        row = SCHEMES[self.scheme]
-        codes, num_bytes = row.unit
-        return (*rows, size // num_bytes * codes if row.is_packed else size)
+        return (*rows, inputs_of(self.scheme, size))
 
     @property
     def ndim(self) -> int:

@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 
 from mixtral_jax.kernels.contract import contract
-from mixtral_jax.qtensor import SCHEMES, Nested, QTensor, dynamic_map, pack, packed_size, unpack
+from mixtral_jax.qtensor import (
+    SCHEMES,
+    Nested,
+    QTensor,
+    dynamic_map,
+    inputs_of,
+    pack,
+    packed_size,
+    unpack,
+)
 from mixtral_jax.weights import expert_matrices
 
-OUT, IN, GROUPS = 6, 96, 3
+OUT, IN, GROUPS = 6, 192, 3
 PACKED = [name for name, row in SCHEMES.items() if row.is_packed]
 
 
@@ -22,6 +31,8 @@ def draw_codes(scheme: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
     draw = np.random.default_rng(seed)
     if scheme == "fp8":
         return draw.normal(size=shape).astype(ml_dtypes.float8_e4m3fn)
+    if SCHEMES[scheme].is_coded:  # so many zeros as fit
+        return draw.choice([-1, 0, 1], shape, p=(0.03, 0.94, 0.03)).astype(np.int8)
     low, high = (-127, 128) if scheme == "int8" else (0, 2 ** SCHEMES[scheme].bits)
     return draw.integers(low, high, shape).astype(np.int8 if scheme == "int8" else np.uint8)
 
@@ -29,23 +40,25 @@ def draw_codes(scheme: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray
 def random_qtensor(scheme: str, stack: tuple[int, ...] = (), seed: int = 0, **parts) -> QTensor:
     draw = np.random.default_rng(seed + 1)
     codes = pack(scheme, draw_codes(scheme, (*stack, OUT, IN), seed))
-    groups = GROUPS if SCHEMES[scheme].is_packed else 1
+    row = SCHEMES[scheme]
+    groups = GROUPS if row.is_packed and not row.is_coded else 1
     scales = draw.uniform(0.5, 2, (*stack, OUT, groups)).astype(np.float32)
     tensor = QTensor(codes, scales, scheme, jnp.float32, **parts)
     return jax.tree.map(jnp.asarray, tensor)
 
 
 def values_by_hand(q: QTensor) -> np.ndarray:
-    """One matrix, code by code."""
+    """One matrix, code by code; tests/test_ternary_code.py decodes coded rows by hand."""
     row = SCHEMES[q.scheme]
-    codes = np.asarray(q.codes)
+    codes = unpack(q.scheme, np.asarray(q.codes)) if row.is_coded else np.asarray(q.codes)
     scales = np.asarray(q.scales, np.float32)
     values = np.zeros((OUT, IN), np.float32)
     table = np.asarray(row.table or (), np.float32)
     for o in range(OUT):
-        bits = "".join(f"{byte:08b}"[::-1] for byte in codes[o]) if row.is_packed else ""
+        is_number = not row.is_packed or row.is_coded
+        bits = "" if is_number else "".join(f"{byte:08b}"[::-1] for byte in codes[o])
         for j in range(IN):
-            if not row.is_packed:
+            if is_number:
                 value = np.float32(codes[o, j])
             elif row.high_first:
                 value = table[(codes[o, j // 2] >> (4 if j % 2 == 0 else 0)) & 15]
@@ -63,10 +76,14 @@ def values_by_hand(q: QTensor) -> np.ndarray:
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 def test_unpack_undoes_pack(scheme, convert):
     codes = convert(draw_codes(scheme, (3, OUT, IN)))
-    packed = pack(scheme, codes)
+    # Rows are coded on the host only.
+    packed = convert(pack(scheme, np.asarray(codes))) if SCHEMES[scheme].is_coded else None
+    packed = pack(scheme, codes) if packed is None else packed
     assert packed.shape == (3, OUT, packed_size(scheme, IN))
     assert packed.dtype == jnp.dtype(SCHEMES[scheme].storage)
-    assert packed.shape[-1] * 8 == IN * SCHEMES[scheme].bits or not SCHEMES[scheme].is_packed
+    row = SCHEMES[scheme]
+    assert packed.shape[-1] * 8 == IN * row.bits or not row.is_packed or row.is_coded
+    assert inputs_of(scheme, packed.shape[-1]) == IN
     np.testing.assert_array_equal(unpack(scheme, packed), codes)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mixtral_jax.convert.leaves import Leaves, LeavesOf
 from mixtral_jax.convert.names import Chunk
-from mixtral_jax.convert.parts import PartPath, join, parts_of
+from mixtral_jax.convert.parts import PartPath, check_codes, join, parts_of
 from mixtral_jax.convert.quantized.dense import dequantize
 from mixtral_jax.convert.transfer import altered, sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError
@@ -112,4 +112,5 @@ def read_chunk(leaves: Leaves, chunk: Chunk) -> np.ndarray:
     recorded = leaves.digest(chunk)
     if recorded is not None and recorded != sha256(out):
         raise altered(leaves, chunk)
+    check_codes(chunk.leaf, leaves.source_name(chunk), out)
     return out

@@ -27,6 +27,7 @@ from mixtral_jax.convert.names import EXPERT_LEAF, Chunk
 from mixtral_jax.convert.orbax_leaves import OrbaxLeaves
 from mixtral_jax.convert.parts import (
     PartPath,
+    check_codes,
     join,
     parts_of,
     quantized_weights,
@@ -249,6 +250,7 @@ class _Loader:
         recorded = self.recorded(chunk)
         if recorded is not None and recorded != sha256(out):
             raise altered(self.leaves, chunk)
+        check_codes(chunk.leaf, self.leaves.source_name(chunk), out)
 
 
 class _Array:

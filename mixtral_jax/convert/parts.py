@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mixtral_jax import ternary_code
+from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
-from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, Nested, QTensor, packed_size
+from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, Nested, QTensor, inputs_of, packed_size
 
 # Part -> its dims after those of the stack: O rows, I inputs, P packed inputs, G groups, N blocks
 # of nested scales. Nested scales are scale_codes, scale_absmax and scale_offset.
@@ -131,6 +133,28 @@ def part_spec(spec: LeafSpec, scheme: str, part: str, groups: int, dtype: Any = 
         (*stack_axes, *(names[letter] for letter in letters)),
         jnp.dtype(fixed or dtype or "float32"),
     )
+
+
+def check_codes(path: str, name: str, codes: np.ndarray) -> None:
+    """Refuses coded rows that are not of as many inputs as they stand for (exit code 65).
+
+    Args:
+        path: of the part.
+        name: of what the rows are read from.
+        codes: whole rows of the part.
+    """
+    part = split_path(path)
+    if part is None or part.part != "codes" or not SCHEMES[part.scheme].is_coded:
+        return
+    num_inputs = inputs_of(part.scheme, codes.shape[-1])
+    if not ternary_code.is_sound(codes, num_inputs):
+        raise MixtralError(
+            f"{name}: codewords are damaged",
+            expected=f"rows of {num_inputs} inputs",
+            got="rows of others",
+            fix="copy or quantize the checkpoint again",
+            code=BAD_DATA,
+        )
 
 
 def join(scheme: str, parts: Mapping[str, Any], dtype: Any) -> QTensor:

@@ -48,7 +48,7 @@ STORED: dict[str, np.dtype] = {
     for dtype in (
         *FLOATS.values(),
         np.dtype(ml_dtypes.float8_e4m3fn),
-        *map(np.dtype, (np.int8, np.uint8, np.int32)),
+        *map(np.dtype, (np.int8, np.uint8, np.uint16, np.int32)),
     )
 }
 

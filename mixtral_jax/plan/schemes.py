@@ -99,7 +99,7 @@ def weight_bytes(
     for row in weight_report(config, mesh, strategy, dtype):
         size = row.bytes_per_device
         leaf = LeafSpec(row.shape, row.axes, np.dtype(dtype or config.dtype))
-        if scheme is not None and is_quantized(leaf):
+        if scheme is not None and is_quantized(leaf, scheme):
             parts = quantized_parts(row.weight, leaf, scheme)
             local = shard_shape(row.shape, row.spec, mesh)
             check_groups(row.weight, parts, row.shape[-1] // local[-1])

@@ -20,14 +20,17 @@ from mixtral_jax.quantize.driver import (
     quantize_checkpoint,
     quantize_gptq,
 )
+from mixtral_jax.quantize.gptq_matrices import Calibrated
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
 from mixtral_jax.quantize.makers import DataFree, Recipe
 from mixtral_jax.quantize.published import SCHEMES, published
+from mixtral_jax.quantize.qmoe import QmoeRecipe
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
 
-# Options of GPTQ alone.
+# Options of GPTQ.
 _GPTQ = ("bits", "act_order", "damp", "calibration", "samples", "length", "all_token_hessians")
+_QMOE = tuple(name for name in _GPTQ if name != "bits")  # with --calibration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,8 @@ class Options:
     """The folder to make; work goes on in DST.partial until all is done."""
     scheme: DataFree | Literal["gptq"]
     """int8 and fp8: one scale per output row. int4: groups of inputs. nf4 and fp4: as
-    bitsandbytes, blocks of 64. gptq: fitted to calibration text, layer by layer."""
+    bitsandbytes, blocks of 64. gptq: fitted to calibration text, layer by layer. qmoe
+    (experimental): experts below one bit, fitted likewise if --calibration is given."""
     group_size: int | None = None
     """Inputs that share a scale. Of int4: 32, 64 (unless given) or 128. Of gptq: these, 128 unless
     given, or -1 for a whole row."""
@@ -54,19 +58,20 @@ class Options:
     bits: Literal[2, 3, 4, 8] | None = None
     """Of gptq: of a code; 4 unless given."""
     act_order: bool = False
-    """Of gptq: quantize the inputs first that move the outputs most; columns are kept in that
-    order."""
+    """Of gptq (and of qmoe, where calibrated): quantize the inputs first that move the outputs
+    most; gptq keeps columns in that order."""
     damp: float | None = None
-    """Of gptq: the share of its mean that is added to a Hessian's diagonal; 0.1 unless given."""
+    """Of gptq and qmoe: the share of its mean that is added to a Hessian's diagonal; 0.1 unless
+    given."""
     calibration: Path | None = None
-    """Of gptq: a .txt file, or a .jsonl file with {"text": ...} or {"messages": [...]} in each
-    line."""
+    """Of gptq and qmoe: a .txt file, or a .jsonl file with {"text": ...} or {"messages": [...]} in
+    each line."""
     samples: int | None = None
-    """Of gptq: windows of the text, from its beginning; 128 unless given."""
+    """Of gptq and qmoe: windows of the text, from its beginning; 128 unless given."""
     length: int | None = None
-    """Of gptq: tokens of a window; 2048 unless given."""
+    """Of gptq and qmoe: tokens of a window; 2048 unless given."""
     all_token_hessians: bool = False
-    """Of gptq: fit every expert to all tokens, not to those routed to it."""
+    """Of gptq and qmoe: fit every expert to all tokens, not to those routed to it."""
     double_quant: bool = False
     """Of nf4 and fp4: the scales are quantized as well."""
     format: Literal["orbax", "gptq"] = "orbax"
@@ -92,15 +97,30 @@ class Options:
             if self.double_quant:
                 fix = "leave it out, or choose nf4 or fp4"
                 raise MixtralError("--double-quant is not for gptq", fix=fix, code=USAGE)
-            self.gptq_recipe()
+        else:
+            self._check_uncalibrated()
+            self.recipe()
+        if self.is_calibrated:
+            self.calibrated_recipe()
             self.text()
-            return
+
+    def _check_uncalibrated(self) -> None:
+        """Refuses options of GPTQ where it is not what quantizes."""
         for name in _GPTQ:
             value = getattr(self, name)
-            if value is not None and value is not False:  # 0 is asked for, too
-                option, fix = name.replace("_", "-"), "leave it out, or choose gptq"
-                raise MixtralError(f"--{option} is not for {self.scheme}", fix=fix, code=USAGE)
-        self.recipe()
+            if value is None or value is False:  # 0 is asked for, too
+                continue
+            if self.is_calibrated and name in _QMOE:
+                continue
+            option, fix = name.replace("_", "-"), "leave it out, or choose gptq"
+            if self.scheme == "qmoe" and name in _QMOE:
+                fix = "give --calibration as well"
+            raise MixtralError(f"--{option} is not for {self.scheme}", fix=fix, code=USAGE)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether codes are fitted to calibration text."""
+        return self.scheme == "gptq" or (self.scheme == "qmoe" and self.calibration is not None)
 
     def recipe(self) -> Recipe:
         """How to quantize without data."""
@@ -111,18 +131,16 @@ class Options:
             double_quant=self.double_quant,
         )
 
-    def gptq_recipe(self) -> GptqRecipe:
+    def calibrated_recipe(self) -> Calibrated:
         """How to quantize with calibration text."""
         given = {"bits": self.bits, "damp": self.damp, "group": self.group_size}
-        asked = {name: value for name, value in given.items() if value is not None}
+        asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        asked |= {"act_order": self.act_order, "all_token_hessians": self.all_token_hessians}
+        if self.scheme == "qmoe":
+            return QmoeRecipe(**asked)
         if self.group_size == -1:
             asked["group"] = None
-        return GptqRecipe(
-            symmetric=not self.asymmetric,
-            act_order=self.act_order,
-            all_token_hessians=self.all_token_hessians,
-            **asked,
-        )
+        return GptqRecipe(symmetric=not self.asymmetric, **asked)
 
     def text(self) -> Calibration:
         """The calibration text."""
@@ -158,10 +176,10 @@ def main(options: Options) -> int:
         }
 
         def quantize(dst: Path) -> QuantizeReport:
-            if options.scheme != "gptq":
+            if not options.is_calibrated:
                 return quantize_checkpoint(options.src, dst, options.recipe(), **how)
             how["say"] = lambda doing: bar.update(task, description=doing)
-            recipe, text = options.gptq_recipe(), options.text()
+            recipe, text = options.calibrated_recipe(), options.text()
             return quantize_gptq(options.src, dst, recipe, text, **how)
 
         if options.format == "gptq":
@@ -180,6 +198,8 @@ def _as_dict(report: QuantizeReport) -> dict:
         for leaf, error in report.errors.items()
     }
     made = {**dataclasses.asdict(report.converted), "coverage": rows, "errors": found}
+    if report.coded is not None:
+        made["coded"] = dataclasses.asdict(report.coded)
     if report.layers:
         made["layers"] = [gptq_report.as_dict(layer) for layer in report.layers]
     return made
@@ -190,6 +210,7 @@ def _text(report: QuantizeReport) -> str:
     parts = [*errors.lines(report.errors), ""] if report.errors else []
     parts += [*gptq_report.lines(report.layers), ""] if report.layers else []
     parts += coverage.lines(report.coverage)
+    parts += [] if report.coded is None else ["", str(report.coded)]
     peak = f"{made.peak_rss_bytes / 1e6:,.0f} MB anonymous"
     parts += ["", f"seconds      {made.seconds:.1f}", f"peak memory  {peak}"]
     return "\n".join([*parts, f"digest       {made.digest}"])
@@ -199,7 +220,7 @@ if __name__ == "__main__":
     import jax
 
     def _run(options: Options) -> int:
-        if options.scheme != "gptq":
+        if not options.is_calibrated:
             # Data-free schemes need no accelerator, and must not take one from a job that does.
             jax.config.update("jax_platforms", "cpu")
         return main(options)

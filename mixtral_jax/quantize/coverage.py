@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mixtral_jax import ternary_code
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
-from mixtral_jax.qtensor import SCHEMES
+from mixtral_jax.qtensor import SCHEMES, inputs_of
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
 
 # The group of a weight by the axes of its dims: (an axis it has, the group), the first that fits.
@@ -37,6 +39,37 @@ class Row(NamedTuple):
     def bits(self) -> float:
         """Bits per weight, scales and all."""
         return 8 * self.bytes / self.parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """How much of the room of coded rows is used; what is not, is held all the same.
+
+    Attributes:
+        parameters: in coded rows.
+        bytes: of codewords that stand for something.
+        held: bytes of all codewords.
+    """
+
+    parameters: int = 0
+    bytes: int = 0
+    held: int = 0
+
+    def __add__(self, other: Coded) -> Coded:
+        return Coded(
+            self.parameters + other.parameters, self.bytes + other.bytes, self.held + other.held
+        )
+
+    def __str__(self):
+        rates = [f"{8 * size / self.parameters:.3f}" for size in (self.bytes, self.held)]
+        told = f"codewords: {self.bytes:,} of {self.held:,} bytes used"
+        return f"{told}, {rates[0]} of {rates[1]} bits per weight"
+
+
+def coded(scheme: str, codes: np.ndarray) -> Coded:
+    """Counts the codewords of coded rows ``[..., size]``."""
+    parameters = math.prod(codes.shape[:-1]) * inputs_of(scheme, codes.shape[-1])
+    return Coded(parameters, ternary_code.used(codes) * codes.itemsize, codes.nbytes)
 
 
 def group_of(spec: LeafSpec) -> str:

@@ -9,21 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.driver import OUTPUT_NAME, WORK_SUFFIX, convert
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.leaves import Leaves, is_checkpoint, open_leaves
+from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
-from mixtral_jax.convert.parts import quantized_weights
+from mixtral_jax.convert.orbax import read_leaf
+from mixtral_jax.convert.parts import quantized_weights, split_path
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.qtensor import SCHEMES
 from mixtral_jax.quantize.calibration import read_windows
-from mixtral_jax.quantize.coverage import Row, check_experts, coverage
+from mixtral_jax.quantize.coverage import Coded, Row, check_experts, coded, coverage
 from mixtral_jax.quantize.errors import MatrixError, by_weight
 from mixtral_jax.quantize.gptq_leaves import GptqLeaves
-from mixtral_jax.quantize.gptq_recipe import GptqRecipe
+from mixtral_jax.quantize.gptq_matrices import Calibrated
 from mixtral_jax.quantize.gptq_report import LayerReport
 from mixtral_jax.quantize.makers import Recipe
 from mixtral_jax.quantize.source import QuantizingLeaves
@@ -39,12 +42,14 @@ class QuantizeReport:
         coverage: of what was written.
         errors: of each weight that this call quantized; an interrupted call's are not kept.
         layers: of GPTQ, what calibration saw; of the layers that this call quantized.
+        coded: of rows that are coded, the codewords used; None where there are none.
     """
 
     converted: ConvertReport
     coverage: list[Row]
     errors: dict[str, MatrixError]
     layers: list[LayerReport] = dataclasses.field(default_factory=list)
+    coded: Coded | None = None
 
 
 def quantize_checkpoint(
@@ -58,6 +63,8 @@ def quantize_checkpoint(
     stop: Callable[[], bool] = lambda: False,
 ) -> QuantizeReport:
     """Quantizes attention and experts; router, norms, embeddings and head stay as they are.
+
+    qmoe quantizes experts only.
 
     Everything that ``convert`` promises holds: ``dst`` is absent or complete, an interrupted call
     is resumed by the same call, and memory stays below twice the largest leaf plus 512 MB.
@@ -87,6 +94,7 @@ def quantize_checkpoint(
         converted=converted,
         coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
         errors=by_weight(sources[0].errors),
+        coded=_coded(Path(dst)),
     )
 
 
@@ -114,7 +122,7 @@ class Calibration:
 def quantize_gptq(
     src: str | Path,
     dst: str | Path,
-    recipe: GptqRecipe,
+    recipe: Calibrated,
     calibration: Calibration,
     *,
     verify: bool = False,
@@ -171,9 +179,10 @@ def quantize_gptq(
     converted = convert(src, dst, options, progress=progress, note=note, stop=stop, change=change)
     return QuantizeReport(
         converted=converted,
-        coverage=_coverage(Path(dst), recipe.bits),
+        coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
         errors=by_weight(sources[0].errors),
         layers=[report for _, report in sorted(sources[0].reports.items())],
+        coded=_coded(Path(dst)),
     )
 
 
@@ -195,3 +204,13 @@ def _coverage(folder: Path, bits: int) -> list[Row]:
         weights = plain | quantized_weights(stored, None)
     check_experts(weights, specs, bits=bits)
     return coverage(weights, specs)
+
+
+def _coded(folder: Path) -> Coded | None:
+    """Counts the codewords of a folder, leaf by leaf."""
+    total = Coded()
+    for path in read_manifest(folder).leaves:
+        part = split_path(path)
+        if part is not None and part.part == "codes" and SCHEMES[part.scheme].is_coded:
+            total += coded(part.scheme, np.asarray(read_leaf(folder, path)))
+    return total if total.held else None

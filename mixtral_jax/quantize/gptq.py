@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,26 +113,101 @@ def inverse_factor(hessian: Float[Array, "I I"], damp: jax.Array) -> Float[Array
     return jax.scipy.linalg.solve_triangular(factor, eye, lower=False)
 
 
+class Rounded(NamedTuple):
+    """Codes of numbers, and what they stand for."""
+
+    codes: jax.Array
+    values: jax.Array
+
+
 class _Block(NamedTuple):
     codes: jax.Array  # [N, O]
     errors: jax.Array  # [N, O], each over the diagonal of the factor
-    grid: Grid  # [O, 1]
 
 
-def _solve_block(w: jax.Array, factor: jax.Array, grid: Grid, bits: int) -> _Block:
+def _solve_block(
+    w: jax.Array, factor: jax.Array, rounded: Callable[[jax.Array], Rounded]
+) -> _Block:
     """Rounds the columns of one block, ``w`` [N, O] as rows, each correcting those after it."""
-    scales, zeros = grid.scales[:, 0], grid.zeros[:, 0]
 
     def column(i: jax.Array, state: tuple) -> tuple:
         w, codes, errors = state
-        code = to_codes(w[i], scales, zeros, bits)
-        error = (w[i] - (code - zeros) * scales) / factor[i, i]
+        code, value = rounded(w[i])
+        error = (w[i] - value) / factor[i, i]
         w = w - factor[i][:, None] * error[None, :]
         return w, codes.at[i].set(code), errors.at[i].set(error)
 
     empty = jnp.zeros_like(w)
     _, codes, errors = jax.lax.fori_loop(0, w.shape[0], column, (w, empty, empty))
-    return _Block(codes, errors, grid)
+    return _Block(codes, errors)
+
+
+def sweep(
+    w: Float[Array, "I O"],
+    factor: Float[Array, "I I"],
+    size: int,
+    grid_of: Callable[[jax.Array], Any],
+    rounded: Callable[[Any, jax.Array], Rounded],
+) -> tuple[Float[Array, "I O"], Any]:
+    """Rounds column after column; what rounding did is made up for in the columns after it.
+
+    Args:
+        w: the columns of a matrix as rows.
+        factor: ``inverse_factor`` of the Hessian of the inputs.
+        size: columns of a block; divides I.
+        grid_of: the grid of a block ``[size, O]``, seen when all columns before it are rounded.
+        rounded: the codes of a column on a grid.
+
+    Returns:
+        The codes, in the dtype of ``w``, and the grids, stacked.
+    """
+
+    def block(left: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+        here = jax.lax.dynamic_slice_in_dim(left, start, size)
+        rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
+        square = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
+        grid = grid_of(here)
+        made = _solve_block(here, square, functools.partial(rounded, grid))
+        # Columns of this block change as well, but nobody reads them again.
+        highest = jax.lax.Precision.HIGHEST
+        left = left - jnp.matmul(rows.T, made.errors, precision=highest)
+        return left, (made.codes, grid)
+
+    _, (codes, grids) = jax.lax.scan(block, w, jnp.arange(0, w.shape[0], size))
+    return codes.reshape(w.shape), grids
+
+
+def block_size(num_inputs: int) -> int:
+    """Columns of a block where no group says."""
+    return math.gcd(BLOCK, num_inputs)
+
+
+class Prepared(NamedTuple):
+    """A matrix and the factor of its Hessian, with columns in the order of ``order``."""
+
+    w: Float[Array, "O I"]
+    factor: Float[Array, "I I"]
+    order: Int[Array, " I"]
+
+
+def prepared(
+    w: Float[Array, "O I"],
+    hessian: Float[Array, "I I"],
+    *,
+    act_order: bool,
+    damp: Float[Array, ""],
+) -> Prepared:
+    """What ``sweep`` needs. An input that calibration never moved gets weight zero."""
+    w = w.astype(hessian.dtype)
+    diagonal = jnp.diagonal(hessian)
+    is_dead = diagonal == 0
+    w = jnp.where(is_dead[None, :], 0, w)
+    hessian = hessian + jnp.diag(is_dead.astype(hessian.dtype))
+    order = jnp.arange(w.shape[1])
+    if act_order:
+        order = jnp.argsort(-diagonal, stable=True)
+        w, hessian = w[:, order], hessian[order][:, order]
+    return Prepared(w, inverse_factor(hessian, damp), order)
 
 
 @functools.partial(
@@ -168,38 +244,26 @@ def solve(
     Returns:
         Solved; its scales are NaN if the damped Hessian is not positive definite.
     """
-    num_inputs = w.shape[1]
-    w = w.astype(hessian.dtype)
-    diagonal = jnp.diagonal(hessian)
-    is_dead = diagonal == 0
-    w = jnp.where(is_dead[None, :], 0, w)
-    hessian = hessian + jnp.diag(is_dead.astype(hessian.dtype))
-    order = jnp.arange(num_inputs)
-    if act_order:
-        order = jnp.argsort(-diagonal, stable=True)
-        w, hessian = w[:, order], hessian[order][:, order]
-    factor = inverse_factor(hessian, damp)
+    w, factor, order = prepared(w, hessian, act_order=act_order, damp=damp)
     find = functools.partial(find_grid, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
     whole = find(w[:, None, :])
-    size = group or math.gcd(BLOCK, num_inputs)
 
-    def block(left: jax.Array, start: jax.Array) -> tuple[jax.Array, _Block]:
-        here = jax.lax.dynamic_slice_in_dim(left, start, size)
-        rows = jax.lax.dynamic_slice_in_dim(factor, start, size)
-        square = jax.lax.dynamic_slice_in_dim(rows, start, size, axis=1)
-        grid = whole if group is None else find(here.T[:, None, :])
-        made = _solve_block(here, square, grid, bits)
-        # Columns of this block change as well, but nobody reads them again.
-        highest = jax.lax.Precision.HIGHEST
-        return left - jnp.matmul(rows.T, made.errors, precision=highest), made
+    def grid_of(block: jax.Array) -> Grid:
+        return whole if group is None else find(block.T[:, None, :])
 
-    _, blocks = jax.lax.scan(block, w.T, jnp.arange(0, num_inputs, size))
+    def rounded(grid: Grid, column: jax.Array) -> Rounded:
+        scales, zeros = grid.scales[:, 0], grid.zeros[:, 0]
+        codes = to_codes(column, scales, zeros, bits)
+        return Rounded(codes, (codes - zeros) * scales)
+
+    size = group or block_size(w.shape[1])
+    codes, grids = sweep(w.T, factor, size, grid_of, rounded)
     grid = whole
     if group is not None:
-        grid = Grid(blocks.grid.scales[..., 0].T, blocks.grid.zeros[..., 0].T)
+        grid = Grid(grids.scales[..., 0].T, grids.zeros[..., 0].T)
     is_bad = ~jnp.isfinite(factor).all()
     return Solved(
-        blocks.codes.reshape(num_inputs, -1).T.astype(jnp.uint8),
+        codes.T.astype(jnp.uint8),
         jnp.where(is_bad, jnp.nan, grid.scales),
         grid.zeros.astype(jnp.uint8),
         order.astype(jnp.int32),

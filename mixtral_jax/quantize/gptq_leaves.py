@@ -29,14 +29,13 @@ from mixtral_jax.qtensor import QTensor
 from mixtral_jax.quantize.calibration import digest
 from mixtral_jax.quantize.errors import MatrixError
 from mixtral_jax.quantize.gptq_layer import LayerInput, LayerPass, batches_of, embedded
-from mixtral_jax.quantize.gptq_matrices import NewMatrices, OldMatrices
-from mixtral_jax.quantize.gptq_recipe import GptqRecipe
+from mixtral_jax.quantize.gptq_matrices import Calibrated, NewMatrices, OldMatrices
 from mixtral_jax.quantize.gptq_report import LayerReport, told
 from mixtral_jax.quantize.source import DerivedLeaves, not_finite, origin_of
 
 
 class GptqLeaves(DerivedLeaves):
-    """The leaves of ``source`` with attention and experts in few bits.
+    """The leaves of ``source`` with what the recipe quantizes in few bits.
 
     Leaves are to be read layer by layer; to go back is to begin again.
 
@@ -64,7 +63,7 @@ class GptqLeaves(DerivedLeaves):
         self,
         source: Leaves,
         config: ModelConfig,
-        recipe: GptqRecipe,
+        recipe: Calibrated,
         windows: list[np.ndarray],
         *,
         written: Path,
@@ -72,7 +71,7 @@ class GptqLeaves(DerivedLeaves):
         say: Callable[[str], None] = lambda line: None,
         stop: Callable[[], bool] = lambda: False,
     ):
-        super().__init__(source, recipe.part_specs)
+        super().__init__(source, recipe.scheme, recipe.part_specs)
         self._config, self._recipe, self._written = config, recipe, written
         self._note, self._say, self._stop = note, say, stop
         self._windows = digest(windows)
@@ -127,7 +126,7 @@ class GptqLeaves(DerivedLeaves):
             weights = {} if i == layer else self._weights_written(i)
             if weights:
                 self._say(f"layer {i} (made earlier)")
-                self._pass(i, OldMatrices(weights)).run(self._hidden)
+                self._pass(i, OldMatrices(weights, self._read)).run(self._hidden)
             else:
                 self._quantize(i)
             self._layer = i

@@ -14,12 +14,15 @@ from mixtral_jax.convert.names import Chunk
 from mixtral_jax.convert.parts import take_apart
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.qtensor import QTensor, pack
+from mixtral_jax.quantize import qmoe
 from mixtral_jax.quantize.errors import MatrixError, error_of
 from mixtral_jax.quantize.gptq import Solved, output_error, round_to_nearest, solve
 from mixtral_jax.quantize.gptq_recipe import SCALES, GptqRecipe
 from mixtral_jax.quantize.gptq_report import OutputError
+from mixtral_jax.quantize.qmoe import QmoeRecipe
 
 Sum = Callable[[], jax.Array]
+Calibrated = GptqRecipe | QmoeRecipe
 
 
 @runtime_checkable
@@ -54,7 +57,7 @@ class NewMatrices:
     def __init__(
         self,
         read: Callable[[Chunk], np.ndarray],
-        recipe: GptqRecipe,
+        recipe: Calibrated,
         heed: Callable[[], None],
         note: Callable[[str], None] = lambda line: None,
     ):
@@ -68,16 +71,16 @@ class NewMatrices:
     def matrix(self, chunk: Chunk, hessian: Sum) -> jax.Array:
         """See Matrices."""
         self._heed()
+        if chunk.expert is None and isinstance(self._recipe, QmoeRecipe):  # attention stays
+            return jnp.asarray(self._read(chunk).astype(np.float32))
         if self._last is None or self._last[0] is not hessian:
             self._last = None  # its memory, before more is asked for
             self._last = hessian, hessian()
         sums, recipe = self._last[1], self._recipe
         w = jnp.asarray(self._read(chunk).astype(np.float32))
-        grid = {"bits": recipe.bits, "group": recipe.group, "symmetric": recipe.symmetric}
-        grid["scale_dtype"] = SCALES
         for damp in _damps(recipe.damp):
-            solved = solve(w, sums, act_order=recipe.act_order, damp=jnp.float32(damp), **grid)
-            if np.isfinite(np.asarray(solved.scales)).all():
+            q, nearest = _made(w, sums, dataclasses.replace(recipe, damp=damp))
+            if np.isfinite(np.asarray(q.scales, np.float32)).all():
                 break
         else:
             raise MixtralError(
@@ -87,9 +90,8 @@ class NewMatrices:
             )
         if damp != recipe.damp:
             self._note(f"{_named(chunk)}: its Hessian needed --damp {damp:g} to be factored")
-        q = tensor_of(solved, recipe)
         found = q.dequantize()
-        self._measure(chunk, w, found, round_to_nearest(w, **grid), sums)
+        self._measure(chunk, w, found, nearest, sums)
         self.errors[chunk] = _error(np.asarray(w), q)
         for name, part in take_apart(q).items():
             self.parts[chunk, name] = np.asarray(part)
@@ -108,14 +110,17 @@ class OldMatrices:
 
     Args:
         weights: the quantized weights of the layer, by path.
+        read: the float matrix of a chunk; of those that are not quantized.
     """
 
-    def __init__(self, weights: dict[str, QTensor]):
-        self._weights = weights
+    def __init__(self, weights: dict[str, QTensor], read: Callable[[Chunk], np.ndarray]):
+        self._weights, self._read = weights, read
 
     def matrix(self, chunk: Chunk, hessian: Sum) -> jax.Array:
         """See Matrices."""
         del hessian
+        if chunk.leaf not in self._weights:
+            return jnp.asarray(self._read(chunk).astype(np.float32))
         q: Any = self._weights[chunk.leaf]
         if chunk.expert is not None:
             q = jax.tree.map(lambda part: part[chunk.expert], q)
@@ -128,6 +133,18 @@ def _damps(asked: float) -> Iterator[float]:
     for damp in (1e-6, 1e-4, 1e-2, 1.0, 10.0):
         if damp > asked:
             yield damp
+
+
+def _made(w: jax.Array, sums: jax.Array, recipe: Calibrated) -> tuple[QTensor, jax.Array]:
+    """A matrix in few bits, and what rounding to nearest would make of it."""
+    if isinstance(recipe, QmoeRecipe):
+        made = qmoe.solve_rows(w, sums, qmoe.room(w.shape[1]), recipe)
+        return qmoe.tensor_of(made), qmoe.rounded_to_nearest(w)
+    grid = {"bits": recipe.bits, "group": recipe.group, "symmetric": recipe.symmetric}
+    grid["scale_dtype"] = SCALES
+    damp = jnp.float32(recipe.damp)
+    solved = solve(w, sums, act_order=recipe.act_order, damp=damp, **grid)
+    return tensor_of(solved, recipe), round_to_nearest(w, **grid)
 
 
 def tensor_of(solved: Solved, recipe: GptqRecipe) -> QTensor:

@@ -20,16 +20,18 @@ from mixtral_jax.qtensor import (
     QTensor,
     dynamic_map,
     pack,
+    packed_size,
 )
+from mixtral_jax.quantize.ternary import round_rows
 
-DataFree = Literal["int8", "int4", "fp8", "nf4", "fp4"]
+DataFree = Literal["int8", "int4", "fp8", "nf4", "fp4", "qmoe"]
 INT4_GROUPS = (32, 64, 128)
 BLOCK = 64  # of nf4 and fp4
 _LARGEST_FP8 = 448.0
 _SMALLEST = np.finfo(np.float32).tiny
 _TINY = np.float32(1e-38)  # what bitsandbytes divides by where a block is all zeros
-# The group scales of int4; codes are chosen for the rounded scale, so rounding costs nothing.
-_INT4_SCALES = np.dtype(ml_dtypes.bfloat16)
+# The scales of int4 and qmoe; codes are chosen for the rounded scale, so rounding costs nothing.
+_SHORT_SCALES = np.dtype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,14 +78,15 @@ class Recipe:
 
     def check_fits(self, name: str, num_inputs: int) -> None:
         """Refuses a matrix whose rows are no whole number of groups (exit code 78)."""
-        if self.group is not None and num_inputs % self.group:
+        multiple = self.group or SCHEMES[self.scheme].unit[0]
+        if num_inputs % multiple:
             smaller = [size for size in INT4_GROUPS if num_inputs % size == 0]
             fix = "choose int8 or fp8"
             if self.scheme == "int4" and smaller:
                 fix = f"quantize SRC DST --scheme int4 --group-size {smaller[-1]}"
             raise MixtralError(
                 f"{name}: {self.scheme} needs rows of whole groups",
-                expected=f"a multiple of {self.group} inputs",
+                expected=f"a multiple of {multiple} inputs",
                 got=num_inputs,
                 fix=fix,
                 code=BAD_CONFIG,
@@ -121,6 +124,7 @@ def quantize_rows(w: np.ndarray, recipe: Recipe) -> Rows:
         "int4": _int4_symmetric if recipe.symmetric else _int4_asymmetric,
         "nf4": _by_table,
         "fp4": _by_table,
+        "qmoe": _qmoe,
     }[recipe.scheme]
     codes, scales, zeros = maker(grouped, absmax, recipe.scheme)
     return Rows(pack(recipe.scheme, codes.reshape(w.shape)), scales, zeros)
@@ -161,7 +165,7 @@ def _int4_symmetric(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     del scheme
     is_negative = w.min(axis=-1) == -absmax
     extreme = np.where(is_negative, -absmax, absmax)
-    scales = _normal((extreme / np.float32(-8)).astype(_INT4_SCALES))
+    scales = _normal((extreme / np.float32(-8)).astype(_SHORT_SCALES))
     codes = np.rint(w * _inverse(scales.astype(np.float32))).clip(-8, 7) + 8
     return Rows(codes.astype(np.uint8), scales)
 
@@ -170,7 +174,7 @@ def _int4_asymmetric(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     """Fifteen steps from the smallest value to the largest, zero among them."""
     del absmax, scheme
     low, high = w.min(axis=-1).clip(max=0), w.max(axis=-1).clip(min=0)
-    scales = _normal(((high - low) / np.float32(15)).astype(_INT4_SCALES))
+    scales = _normal(((high - low) / np.float32(15)).astype(_SHORT_SCALES))
     inverse = _inverse(scales.astype(np.float32))
     zeros = np.rint(-low[..., None] * inverse).clip(0, 15)
     codes = (np.rint(w * inverse) + zeros).clip(0, 15)
@@ -188,6 +192,12 @@ def _by_table(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     inverse = np.float32(1) / np.maximum(absmax, _TINY)
     scaled = (w * inverse[..., None]).clip(-1, 1)
     return Rows(order[np.searchsorted(edges, scaled)].astype(np.uint8), absmax)
+
+
+def _qmoe(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
+    del absmax
+    made = round_rows(w[:, 0], packed_size(scheme, w.shape[-1]))
+    return Rows(made.codes, made.scales[:, None].astype(_SHORT_SCALES))
 
 
 def nest(scales: np.ndarray) -> Nested:

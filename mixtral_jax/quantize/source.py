@@ -22,19 +22,28 @@ from mixtral_jax.convert.safetensors_file import bytes_of
 from mixtral_jax.convert.transfer import altered
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
-from mixtral_jax.qtensor import QTensor
+from mixtral_jax.qtensor import SCHEMES, QTensor
 from mixtral_jax.quantize.errors import MatrixError, error_of
 from mixtral_jax.quantize.makers import Recipe, Rows, nest, quantize, quantize_rows
 
 # Bytes of the source that are quantized at a time; several arrays of that many numbers are made.
 BLOCK_BYTES = 1 << 20
+CODED_BLOCK_BYTES = 1 << 24  # of schemes that go through all rows of a block at once, over inputs
 # A matrix with one of these axes is quantized: the projections of attention, and experts.
 QUANTIZED_AXES = frozenset({"heads", "kv_heads", "mlp"})
+# The same, of schemes that are for experts only.
+EXPERT_AXES = {"qmoe": frozenset({"expert"})}
 
 
-def is_quantized(spec: LeafSpec) -> bool:
-    """Whether a weight is among those that are quantized: chosen by its axes, not by its name."""
-    return bool(QUANTIZED_AXES & set(spec.axes))
+def is_quantized(spec: LeafSpec, scheme: str | None = None) -> bool:
+    """Whether a scheme quantizes a weight: chosen by its axes, not by its name.
+
+    Args:
+        spec: of the weight.
+        scheme: a key of ``SCHEMES``; None for any that is not for experts only.
+    """
+    axes = QUANTIZED_AXES if scheme is None else EXPERT_AXES.get(scheme, QUANTIZED_AXES)
+    return bool(axes & set(spec.axes))
 
 
 def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]:
@@ -55,17 +64,23 @@ def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]
 
 
 class DerivedLeaves(LeavesOf):
-    """The leaves of ``source`` with parts in place of attention and experts.
+    """The leaves of ``source`` with parts in place of what a scheme quantizes.
 
     Args:
         source: a checkpoint of plain weights.
+        scheme: says which weights those are.
         made: the parts of a weight that is quantized, by path.
 
     Raises:
         MixtralError: exit code 65 if the source is quantized already.
     """
 
-    def __init__(self, source: Leaves, made: Callable[[str, LeafSpec], Mapping[str, LeafSpec]]):
+    def __init__(
+        self,
+        source: Leaves,
+        scheme: str,
+        made: Callable[[str, LeafSpec], Mapping[str, LeafSpec]],
+    ):
         super().__init__(source)
         self.specs: dict[str, LeafSpec] = {}
         for leaf, spec in source.specs.items():
@@ -76,7 +91,7 @@ class DerivedLeaves(LeavesOf):
                     fix="quantize the checkpoint that it was made from",
                     code=BAD_DATA,
                 )
-            self.specs |= made(leaf, spec) if is_quantized(spec) else {leaf: spec}
+            self.specs |= made(leaf, spec) if is_quantized(spec, scheme) else {leaf: spec}
 
     def unit(self, chunk: Chunk) -> int:
         """Parts are read whole."""
@@ -132,7 +147,7 @@ class QuantizingLeaves(DerivedLeaves):
     def __init__(
         self, source: Leaves, recipe: Recipe, *, verify: bool = True, measure: bool = False
     ):
-        super().__init__(source, lambda leaf, spec: made_specs(leaf, spec, recipe))
+        super().__init__(source, recipe.scheme, lambda leaf, spec: made_specs(leaf, spec, recipe))
         self.recipe = recipe
         self._verify, self._measure = verify, measure
         self.errors: dict[Chunk, MatrixError] = {}
@@ -178,7 +193,9 @@ class QuantizingLeaves(DerivedLeaves):
         spec = self.source.specs[origin.leaf]
         num_rows, inputs = spec.shape[-2:]
         dtype, unit = self.source.dtype(origin.leaf), self.source.unit(origin)
-        step = unit * max(1, BLOCK_BYTES // (unit * inputs * dtype.itemsize))
+        is_coded = SCHEMES[self.recipe.scheme].is_coded
+        block_bytes = CODED_BLOCK_BYTES if is_coded else BLOCK_BYTES
+        step = unit * max(1, block_bytes // (unit * inputs * dtype.itemsize))
         recorded, hashed = self.source.digest(origin), hashlib.sha256()
         found: list[Rows] = []
         blocks = [(start, min(num_rows, start + step)) for start in range(0, num_rows, step)]

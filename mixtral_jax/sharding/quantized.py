@@ -48,6 +48,14 @@ def check_split(path: str, w: Any, sharding: NamedSharding) -> None:
 
 def check_groups(path: str, w: QTensor, parts: int) -> None:
     """``check_split`` for rows in so many parts."""
+    if SCHEMES[w.scheme].is_coded and parts > 1:
+        raise MixtralError(
+            f"{path}: {w.scheme} codes whole rows, of {w.shape[-1]} inputs",
+            expected="a mesh that splits none",
+            got=f"{parts} parts of each",
+            fix="choose a mesh without a tensor axis, and no more expert shards than experts",
+            code=BAD_CONFIG,
+        )
     groups, inputs = w.scales.shape[-1], w.shape[-1]
     unit = SCHEMES[w.scheme].unit[0] if SCHEMES[w.scheme].is_packed else 1
     if inputs % (parts * unit) or (groups > 1 and groups % parts):
