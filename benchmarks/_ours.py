@@ -20,7 +20,7 @@ from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.quantize.makers import Recipe, quantize
 from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.sharding.report import find_config
-from mixtral_jax.weights import slots_of
+from mixtral_jax.weights import slots_of, takes_slots
 
 _BENCH = ModelConfig(
     vocab_size=32000,
@@ -81,7 +81,7 @@ def random_model(config: ModelConfig, dtype: str, scheme: str | None = None) -> 
             leaf = jax.tree.map(
                 jnp.asarray, quantize(np.asarray(leaf), Recipe(scheme=scheme), dtype=dtype)
             )
-        leaves[path] = slots_of(leaf, 1) if len(leaf.shape) == 3 else leaf
+        leaves[path] = slots_of(leaf, 1) if takes_slots(leaf) else leaf
     return assemble(config, leaves)
 
 

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from mixtral_jax.kernels.contract import precision_of, rows_first
+from mixtral_jax.kernels.cpu_rows import rows_product
+from mixtral_jax.kernels.widen import is_widened
 from mixtral_jax.weights import QTensor
 
 FEW_16_BIT_ROWS = 3  # up to here, 16-bit rows as the left operand are the faster
+FEW_WIDENED_ROWS = 4  # up to here, codes are widened for each row rather than once for all
 MAX_DIGIT_ROWS = 16  # above, widening the weight once costs less than a product for each digit
 _HALF = 127  # digits are whole numbers from -127 to 127
 
@@ -35,6 +38,10 @@ def cpu_product(x: Float[Array, "N I"], w: jax.Array | QTensor) -> Float[Array, 
         is_per_row = w.scheme == "int8" and w.scales.shape[-1] == 1
         if is_per_row and x.shape[0] * digits_of(x.dtype) <= MAX_DIGIT_ROWS:
             return int8_product(x, w)
+        # With the barrier nothing that is made of the codes leaves a loop that this stands in.
+        x, w = jax.lax.optimization_barrier((x, w))
+        if x.shape[0] <= FEW_WIDENED_ROWS and is_widened(w):
+            return rows_product(x, w)
         w = w.dequantize()
     if x.dtype != jnp.float32 and x.shape[0] <= FEW_16_BIT_ROWS:
         # For one row alone the compiler would widen the whole weight.
