@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from _ours import std_of
+from _ours import laid_out, std_of
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
-from mixtral_jax.weights import slots_of
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -41,7 +40,7 @@ def our_model(config: ModelConfig, leaves: dict[str, np.ndarray], dtype: str) ->
 
     def put(leaf: np.ndarray) -> Any:
         weight = jnp.asarray(leaf, jnp.dtype(dtype))
-        return slots_of(weight, 1) if leaf.ndim == 3 else weight
+        return laid_out(weight)
 
     return assemble(config, {path: put(leaf) for path, leaf in leaves.items()})
 

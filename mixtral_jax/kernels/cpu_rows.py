@@ -121,7 +121,7 @@ def row_product(x: Float[Array, "parts B"], w: QTensor, picked: Picked) -> Float
 
 def rows_product(x: Float[Array, "N I"], w: QTensor) -> Float[Array, "N O"]:
     """Each row by ``row_product`` times one matrix ``[O, I]``, whose inputs are in order; f32."""
-    picked = Picked(None, w.scalecode_values(), w.zeros)
+    picked = Picked(None, w.scale_values(), w.zeros)
 
     def one(row: jax.Array) -> jax.Array:
         return row_product(split_inputs(row.astype(jnp.float32), codes_per_byte(w)), w, picked)
