@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from mixtral_jax.decode.generate import Generation, Request, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.kernels.table import KERNELS, cache_dtype, kernels_for
 from mixtral_jax.model.cache import init_cache
-from mixtral_jax.model.placement import LocalPlacement
+from mixtral_jax.model.placement import LocalPlacement, Placement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
-from mixtral_jax.quantize.makers import Recipe, quantize
+from mixtral_jax.qtensor import SCHEMES, QTensor, packed_size
+from mixtral_jax.quantize.makers import Recipe
 from mixtral_jax.quantize.source import is_quantized
 from mixtral_jax.sharding.report import find_config
-from mixtral_jax.weights import ExpertSlots, Weight, slots_of
+from mixtral_jax.weights import slots_of, takes_slots
 
 _BENCH = ModelConfig(
     vocab_size=32000,
@@ -42,7 +44,7 @@ OWN = {
         _BENCH,
         vocab_size=256,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -57,44 +59,62 @@ def config_of(model: str, layers: int | None = None) -> ModelConfig:
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 
 
-@functools.cache
-def placement() -> LocalPlacement:
-    """One device, with the kernels that ``load`` chooses for it."""
-    return LocalPlacement(kernels_for(jax.default_backend()))
-
-
 def std_of(path: str, shape: tuple[int, ...]) -> float:
     """Of a Gaussian matrix, so that activations stay near one."""
     return 1.0 if path == "embed_tokens" else 1 / math.sqrt(shape[-1])
 
 
-def laid_out(leaf: Weight) -> Weight | ExpertSlots:
-    """A weight as ``load`` lays it out for the kernels of this device."""
-    is_slots = len(leaf.shape) == 3 and KERNELS[placement().kernels].layout == "slots"
-    return slots_of(leaf, 1) if is_slots else leaf
+def here() -> Placement:
+    """One device of the default platform, with the kernels that ``load`` would choose for it."""
+    return LocalPlacement(kernels_for(jax.default_backend()))
+
+
+def laid_out(leaf: Any) -> Any:
+    """A canonical leaf as ``load`` lays it out for the kernels of ``here``."""
+    is_slots = KERNELS[kernels_for(jax.default_backend())].layout == "slots"
+    return slots_of(leaf, 1) if is_slots and takes_slots(leaf) else leaf
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "std", "dtype"))
+def _draw(key: jax.Array, shape: tuple[int, ...], std: float, dtype: str) -> jax.Array:
+    return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "std", "scheme", "dtype"))
+def _draw_codes(
+    key: jax.Array, shape: tuple[int, ...], std: float, scheme: str, dtype: str
+) -> QTensor:
+    """Codes drawn evenly, laid out and scaled as those that ``--quantize`` makes."""
+    row, num_inputs = SCHEMES[scheme], shape[-1]
+    shape = (*shape[:-1], packed_size(scheme, num_inputs))
+    if scheme == "fp8":
+        codes, values = _draw(key, shape, 1.0, row.storage), np.ones(1)
+    elif not row.is_packed:
+        codes, values = jax.random.randint(key, shape, -127, 128, jnp.int8), np.arange(-127, 128)
+    else:
+        codes = jax.random.bits(key, shape, jnp.uint8)
+        values = np.asarray(row.table or np.arange(16) - row.zero)
+    groups = num_inputs // (Recipe(scheme=scheme).group or num_inputs)
+    scale = std / np.sqrt((values.astype(np.float32) ** 2).mean())
+    scale_dtype = jnp.bfloat16 if scheme == "int4" else jnp.float32
+    scales = jnp.full((*shape[:-1], groups), scale, scale_dtype)
+    return QTensor(codes, scales, scheme, jnp.dtype(dtype))
 
 
 def random_model(config: ModelConfig, dtype: str, scheme: str | None = None) -> Mixtral:
     """Gaussian weights, drawn on the device leaf by leaf; experts laid out as ``load`` does.
 
-    With a scheme the matrices of attention and experts are quantized, as ``--quantize`` does.
+    With a scheme the matrices of attention and experts are in codes, as ``--quantize`` makes them.
     """
-
-    @functools.partial(jax.jit, static_argnames=("shape", "std"))
-    def draw(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
-        return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
-
     leaves = {}
     for seed, (path, spec) in enumerate(leaf_specs(config).items()):
+        key, std = jax.random.key(seed), std_of(path, spec.shape)
         if len(spec.shape) == 1:
             leaves[path] = jnp.ones(spec.shape, dtype)
-            continue
-        leaf = draw(jax.random.key(seed), spec.shape, std_of(path, spec.shape))
-        if scheme is not None and is_quantized(spec, scheme):
-            leaf = jax.tree.map(
-                jnp.asarray, quantize(np.asarray(leaf), Recipe(scheme=scheme), dtype=dtype)
-            )
-        leaves[path] = laid_out(leaf)
+        elif scheme is not None and is_quantized(spec, scheme):
+            leaves[path] = laid_out(_draw_codes(key, spec.shape, std, scheme, dtype))
+        else:
+            leaves[path] = laid_out(_draw(key, spec.shape, std, dtype))
     return assemble(config, leaves)
 
 
@@ -104,11 +124,13 @@ def random_prompts(config: ModelConfig, rows: int, length: int) -> np.ndarray:
     return draw.integers(3, config.vocab_size, (rows, length)).astype(np.int32)
 
 
-def generation(model: Mixtral, prompts: np.ndarray, steps: int) -> Generation:
+def generation(
+    model: Mixtral, prompts: np.ndarray, steps: int, placement: Placement | None = None
+) -> Generation:
     """Greedy, past any end of text."""
     asked = SamplingOptions(max_new_tokens=steps, ignore_eos=True)
     requests = [Request(prompt_ids=tuple(map(int, row)), options=asked) for row in prompts]
-    return Generation(model, requests, placement=placement())
+    return Generation(model, requests, placement=placement or here())
 
 
 def decoder(
@@ -132,12 +154,11 @@ def read(model: Mixtral, tokens: jax.Array) -> jax.Array:
     """Reads prompts into a cache; logits of the last position."""
     B, T = tokens.shape
     slots = slot_bucket(model.config, T)
-    dtype = cache_dtype(placement().kernels, None, model.embed_tokens.get_value().dtype)
+    dtype = cache_dtype(here().kernels, None, model.embed_tokens.get_value().dtype)
     cache = init_cache(model.config, rows=B, slots=slots, dtype=dtype)
-    hidden = model.hidden(tokens, cache=cache, placement=placement())
+    hidden = model.hidden(tokens, cache=cache, placement=here())
     # The cache is a result here too, else the compiler would leave it out.
-    logits = model.unembed(hidden.x[:, -1], placement())
-    logits, _ = jax.lax.optimization_barrier((logits, hidden.cache))
+    logits, _ = jax.lax.optimization_barrier((model.unembed(hidden.x[:, -1], here()), hidden.cache))
     return logits
 
 
@@ -148,7 +169,7 @@ def experts_hit(model: Mixtral, tokens: jax.Array) -> jax.Array:
     E = model.config.num_local_experts
     layers = [
         jax.nn.one_hot(routing.expert_ids, E, dtype=bool).any(1).reshape(B, T, E).any(0).sum(-1)
-        for routing in model.hidden(tokens, placement=placement()).routing
+        for routing in model.hidden(tokens, placement=here()).routing
     ]
     return jnp.stack(layers)
 
@@ -161,8 +182,21 @@ def step_bytes(config: ModelConfig, hits: float, batch: int, context: float, siz
             continue
         share = hits / config.num_local_experts if "expert" in spec.axes else 1.0
         total += share * math.prod(spec.shape) * size
+    return total + cache_bytes(config, batch, context, size)
+
+
+def cache_bytes(config: ModelConfig, batch: int, context: float, size: int) -> float:
+    """Bytes of the cache in use."""
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return total + batch * context * kv * size
+    return batch * context * kv * size
+
+
+def read_bytes(model: Mixtral, hits: float) -> float:
+    """Bytes of weights that one step must read, of any kind, if it hits so many experts."""
+    share = hits / model.config.num_local_experts
+    total = sum(x.nbytes for x in jax.tree.leaves(model)) - model.embed_tokens[...].nbytes
+    experts = [layer.moe.experts for layer in model.layers]
+    return total - (1 - share) * sum(x.nbytes for x in jax.tree.leaves(experts))
 
 
 def prompt_flops(config: ModelConfig, length: int) -> float:

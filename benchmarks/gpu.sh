@@ -29,6 +29,12 @@ measure() {
 }
 
 measure decode --layers "$layers" --batches "${batches[@]}" --steps "$steps" --rounds 3
+# Packed codes, without the plain weights beside them: 8x7B in 16 bits fills a GPU alone.
+for scheme in int8 int4; do
+  "$python" benchmarks/decode.py --model "$model" --layers "$layers" --schemes "$scheme" --no-plain \
+    --batches "${batches[@]:0:3}" --steps "$steps" --rounds 3 --json >"$results/decode_$scheme.json.part"
+  mv "$results/decode_$scheme.json.part" "$results/decode_$scheme.json"
+done
 measure prefill --layers "$layers" --lengths "${lengths[@]}" --rounds 3
 measure moe_layer --mesh 1x1 --rows "${rows[@]}"
 measure in_turns --layers "$layers" --batches "${batches[@]:0:2}" --lengths "${lengths[@]:0:1}" \

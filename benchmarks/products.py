@@ -44,9 +44,14 @@ class Options:
     """Print one JSON line instead of a table."""
 
 
+def weight_first_f32(x: jax.Array, w: Any) -> jax.Array:
+    """``weight_first`` as a Product."""
+    return weight_first(w, x, jnp.float32)
+
+
 ORDERS: dict[str, Product] = {
     "rows first": rows_first,
-    "weight first": lambda x, w: weight_first(w, x, jnp.float32),
+    "weight first": weight_first_f32,
 }
 
 

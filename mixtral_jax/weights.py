@@ -100,7 +100,8 @@ jax.tree_util.register_dataclass(ExpertSlots, data_fields=("slots",), meta_field
 
 Weight: TypeAlias = jax.Array | QTensor | Adapted | ExpertSlots
 Matrix: TypeAlias = jax.Array | QTensor | Adapted
-# Of experts: `ExpertSlots`, or one `[E, O, I]` array.
+# Of experts: `ExpertSlots`, or one `[E, O, I]` array. Quantized experts are stacked in both: what
+# widens their codes finds an expert by its index, and its program is one expert's.
 Layout: TypeAlias = Literal["slots", "stacked"]
 
 
@@ -119,6 +120,11 @@ def expert_matrices(w: Weight) -> list[Matrix]:
     if isinstance(w, ExpertSlots):
         return [_select(slot, row) for row in range(w.slots[0].shape[0]) for slot in w.slots]
     return [_select(w, e) for e in range(w.shape[0])]
+
+
+def takes_slots(w: Weight) -> bool:
+    """Whether experts of this kind are laid out as slots where slots are asked for."""
+    return len(w.shape) == 3 and not isinstance(w.base if isinstance(w, Adapted) else w, QTensor)
 
 
 def slots_of(stack: Weight, shards: int) -> ExpertSlots:

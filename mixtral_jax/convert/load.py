@@ -80,7 +80,8 @@ def load_weights(
         dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
             differ, the dtype of the configuration if some have it, else that of most bytes.
         expert_shards: size of the expert axis; must divide the number of experts.
-        layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``.
+        layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``,
+            which quantized ones are in any case.
         verify: prove what ``convert`` wrote against its manifest, weights chunk by chunk (and the
             small files, beside Orbax weights). Where
             devices hold parts of a chunk, the whole chunk is read for it, once per process.
@@ -107,8 +108,16 @@ def load_weights(
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
     def load(paths: list[str]) -> dict[str, Any]:
-        shapes, how = leaves.specs, {"expert_shards": expert_shards, "layout": layout}
-        return {p: loader.leaf(p, shapes[p].shape, part_shardings[p], **how) for p in paths}
+        return {
+            path: loader.leaf(
+                path,
+                leaves.specs[path].shape,
+                part_shardings[path],
+                expert_shards=expert_shards,
+                layout=layout if path in specs else "stacked",
+            )
+            for path in paths
+        }
 
     try:
         quantized = quantized_weights(leaves.specs, jnp.dtype(dtype))
@@ -164,13 +173,7 @@ def _part_shardings(
 
 
 def _joined(scheme: str, parts: dict[str, Any], dtype: Any) -> Weight:
-    """A QTensor of placed parts, or slots of them."""
-    if isinstance(parts["codes"], ExpertSlots):
-        columns = zip(*(part.slots for part in parts.values()), strict=True)
-        slots = [
-            _joined(scheme, dict(zip(parts, column, strict=True)), dtype) for column in columns
-        ]
-        return ExpertSlots(tuple(slots))
+    """A QTensor of placed parts."""
     if "scale_offset" in parts:
         parts = parts | {"scale_offset": _last_of_one(parts["scale_offset"])}
     return join(scheme, parts, dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mixtral_jax.kernels.accelerator import (
     gpu_attention,
+    gpu_blocks,
     gpu_routed_experts,
     stacked_blocks,
     tpu_routed_experts,
@@ -19,7 +20,8 @@ from mixtral_jax.kernels.accelerator import (
 from mixtral_jax.kernels.attention import attention, blocked_attention
 from mixtral_jax.kernels.contract import contract
 from mixtral_jax.kernels.cpu_product import cpu_product
-from mixtral_jax.kernels.experts import dense_experts, expert_blocks, visit_experts
+from mixtral_jax.kernels.experts import dense_experts, expert_blocks
+from mixtral_jax.kernels.row_experts import cpu_routed_experts
 from mixtral_jax.kernels.rows import lookup, lookup_in_place
 from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.weights import Layout
@@ -49,12 +51,12 @@ KERNELS: dict[str, Kernels] = {
         functools.partial(contract, product=cpu_product),
         lookup_in_place,
         blocked_attention,
-        functools.partial(visit_experts, product=cpu_product),
+        cpu_routed_experts,
         functools.partial(expert_blocks, product=cpu_product),
         "slots",
         wide_cache=True,
     ),
-    "gpu": Kernels(contract, lookup, gpu_attention, gpu_routed_experts, stacked_blocks, "stacked"),
+    "gpu": Kernels(contract, lookup, gpu_attention, gpu_routed_experts, gpu_blocks, "stacked"),
     "tpu": Kernels(
         contract, lookup, blocked_attention, tpu_routed_experts, stacked_blocks, "stacked"
     ),

@@ -12,7 +12,7 @@ from mixtral_jax.model.transformer import LeafSpec, Mixtral, assemble, leaf_spec
 from mixtral_jax.sharding.quantized import check_split, make_ready
 from mixtral_jax.sharding.rules import kind_specs, partition_spec
 from mixtral_jax.sharding.strategy import Strategy
-from mixtral_jax.weights import AXES_KEY, Layout, Weight, slots_of
+from mixtral_jax.weights import AXES_KEY, Layout, Weight, slots_of, takes_slots
 
 DEFAULT = Strategy()
 
@@ -66,7 +66,7 @@ def place(
     for path, param in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))
         leaf = param[...]
-        if layout == "slots" and leaf.ndim == 3:
+        if layout == "slots" and takes_slots(leaf):
             leaf = slots_of(leaf, mesh.shape["expert"])
         check_split(name, leaf, shardings[name])
         placed[name] = place_weight(leaf, shardings[name])
