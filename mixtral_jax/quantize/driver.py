@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from mixtral_jax.config import read_config
 from mixtral_jax.convert.driver import OUTPUT_NAME, WORK_SUFFIX, convert
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.leaves import Leaves, is_checkpoint
-from mixtral_jax.convert.manifest import read_manifest
+from mixtral_jax.convert.manifest import LeafRecord, read_manifest
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
 from mixtral_jax.convert.parts import quantized_weights, stored_specs
 from mixtral_jax.convert.safetensors_file import np_dtype
@@ -22,11 +22,12 @@ from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.qtensor import SCHEMES
 from mixtral_jax.quantize.calibration import read_windows
 from mixtral_jax.quantize.coverage import Row, check_experts, coverage
-from mixtral_jax.quantize.errors import MatrixError, by_weight
+from mixtral_jax.quantize.errors import MatrixError
 from mixtral_jax.quantize.gptq_leaves import GptqLeaves
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
 from mixtral_jax.quantize.gptq_report import LayerReport
 from mixtral_jax.quantize.makers import Recipe
+from mixtral_jax.quantize.recorded import errors_of, layers_of
 from mixtral_jax.quantize.source import QuantizingLeaves
 from mixtral_jax.tokenizer import Tokenizer
 
@@ -38,8 +39,8 @@ class QuantizeReport:
     Attributes:
         converted: of the folder, as ``convert`` reports it.
         coverage: of what was written.
-        errors: of each weight that this call quantized; an interrupted call's are not kept.
-        layers: of GPTQ, what calibration saw; of the layers that this call quantized.
+        errors: of each quantized weight, made by this call or an earlier one.
+        layers: of GPTQ, what calibration saw of each layer.
     """
 
     converted: ConvertReport
@@ -76,19 +77,13 @@ def quantize_checkpoint(
         MixtralError: as ``convert``; exit code 65 for a source that is quantized already or has
             NaN or infinite values, 78 for rows of no whole groups.
     """
-    sources: list[QuantizingLeaves] = []
 
     def change(leaves: Leaves) -> Leaves:
-        sources.append(QuantizingLeaves(leaves, recipe, measure=True))
-        return sources[-1]
+        return QuantizingLeaves(leaves, recipe, measure=True)
 
     options = ConvertOptions(verify=verify)
     converted = convert(src, dst, options, note=note, progress=progress, stop=stop, change=change)
-    return QuantizeReport(
-        converted=converted,
-        coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
-        errors=by_weight(sources[0].errors),
-    )
+    return _report(converted, Path(dst), SCHEMES[recipe.codes].bits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,30 +152,31 @@ def quantize_gptq(
     note(f"calibration: {len(windows)} windows, {count:,} tokens of {calibration.path}")
     if len(windows) < calibration.samples:
         note(f"the text has fewer windows than --samples {calibration.samples}: all are used")
-    sources: list[GptqLeaves] = []
     written = Path(f"{os.path.abspath(dst)}{WORK_SUFFIX}") / OUTPUT_NAME
 
     def change(leaves: Leaves) -> Leaves:
-        made = GptqLeaves(
+        return GptqLeaves(
             leaves, config, recipe, windows, written=written, note=note, say=say, stop=stop
         )
-        sources.append(made)
-        return made
 
     options = ConvertOptions(verify=verify)
     converted = convert(src, dst, options, progress=progress, note=note, stop=stop, change=change)
+    return _report(converted, Path(dst), recipe.bits)
+
+
+def _report(converted: ConvertReport, folder: Path, bits: int) -> QuantizeReport:
+    """What the folder's manifest says of it; proves that all experts are there."""
+    records = read_manifest(folder).leaves
     return QuantizeReport(
         converted=converted,
-        coverage=_coverage(Path(dst), recipe.bits),
-        errors=by_weight(sources[0].errors),
-        layers=[report for _, report in sorted(sources[0].reports.items())],
+        coverage=_coverage(folder, records, bits),
+        errors=errors_of(records),
+        layers=layers_of(records),
     )
 
 
-def _coverage(folder: Path, bits: int) -> list[Row]:
-    """Counts what the folder's manifest says it holds, and proves that all experts are there."""
+def _coverage(folder: Path, records: Mapping[str, LeafRecord], bits: int) -> list[Row]:
     specs = leaf_specs(read_config(folder, note=lambda line: None))
-    records = read_manifest(folder).leaves
     stored = stored_specs(specs, records)
     plain = {
         path: jax.ShapeDtypeStruct(records[path].shape, np_dtype(records[path].dtype))

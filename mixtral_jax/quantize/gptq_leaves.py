@@ -30,6 +30,7 @@ from mixtral_jax.quantize.gptq_layer import LayerInput, LayerPass, batches_of, e
 from mixtral_jax.quantize.gptq_matrices import NewMatrices, OldMatrices
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
 from mixtral_jax.quantize.gptq_report import LayerReport, told
+from mixtral_jax.quantize.recorded import recorded, weight_of_codes
 from mixtral_jax.quantize.source import DerivedLeaves, origin_of
 
 
@@ -95,12 +96,18 @@ class GptqLeaves(DerivedLeaves):
         if part is None:
             self.source.read_rows(chunk, start, stop, out)
             return
-        layer = int(chunk.leaf.split(".")[1])
+        layer = _layer_of(chunk.leaf)
         with self._making:
             if self._layer != layer:
                 self._make(layer)
             found = self._parts[origin_of(chunk), part.part]
         out[...] = found.reshape(out.shape)
+
+    def report(self, leaf: str) -> dict[str, Any] | None:
+        """See Reporting."""
+        if weight_of_codes(leaf) is None:
+            return None
+        return recorded(leaf, self.errors, self.reports[_layer_of(leaf)])
 
     def _make(self, layer: int) -> None:
         """Goes through all layers up to this one, and quantizes this one."""
@@ -186,3 +193,7 @@ class GptqLeaves(DerivedLeaves):
                 code=BAD_DATA,
             )
         return value
+
+
+def _layer_of(leaf: str) -> int:
+    return int(leaf.split(".")[1])
