@@ -22,7 +22,8 @@ from mixtral_jax.sharding.cluster import ProcessOptions
 Scheme = DataFree | Literal["rtn", "gptq"]
 BITS = (2, 3, 4, 8)
 WITH_BITS = ("rtn", "gptq")  # schemes that come in so many bits
-CALIBRATED = ("gptq",)  # schemes that are fitted to text
+CALIBRATED = ("gptq",)  # schemes that must be fitted to text
+MAY_BE_CALIBRATED = CALIBRATED  # schemes that are fitted to text where some is given
 
 # Options of GPTQ alone.
 _GPTQ = ("act_order", "damp", "calibration", "samples", "length", "all_token_hessians")
