@@ -24,6 +24,7 @@ from _common import report, run_script
 from mixtral_jax.errors import INTERNAL, MixtralError
 from mixtral_jax.quantize import spelling
 
+ROOT = Path(__file__).parents[1]
 SCHEMES = (
     "float32", "bfloat16", "int8", "fp8", "int4:group-size=32", "int4", "int4:group-size=128",
     "nf4", "nf4:double-quant", "fp4", "gptq4", "rtn4", "gptq3", "rtn3", "gptq2", "rtn2",
@@ -60,7 +61,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
         command = ["mixtral_jax.evaluate", "perplexity", "tiny", "--json"]
         command += ["--text", files / "text.txt", "--context", CONTEXT, "--schemes", schemes]
         command += ["--data", files / "questions.jsonl", "--chat"]
-        if any(spelling.is_calibrated(s, has_text=False) for s in schemes.split(",") if s in known):
+        quantized = [s for s in schemes.split(",") if s.split(":")[0] in spelling.names()]
+        if any(spelling.is_calibrated(scheme, has_text=False) for scheme in quantized):
             command += ["--calibration", files / "calibration.jsonl"]
             command += ["--calibration-samples", "400", "--calibration-length", CONTEXT]
         if options.plot is not None:
@@ -70,7 +72,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 def _python(module: str, *arguments: object) -> str:
     words = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise MixtralError(f"{module} ended with exit code {done.returncode}", code=INTERNAL)
     return done.stdout
