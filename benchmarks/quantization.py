@@ -27,8 +27,7 @@ from mixtral_jax.quantize import spelling
 ROOT = Path(__file__).parents[1]
 SCHEMES = (
     "float32", "bfloat16", "int8", "fp8", "int4:group-size=32", "int4", "int4:group-size=128",
-    "nf4", "nf4:double-quant", "fp4", "gptq4", "rtn4", "gptq3", "rtn3", "gptq2", "rtn2",
-    "gptq2:group-size=32:asymmetric:act-order", "rtn2:group-size=32:asymmetric", "qmoe",
+    "nf4", "nf4:double-quant", "fp4", "gptq4", "rtn4", "gptq3", "rtn3", "gptq2", "rtn2", "qmoe",
 )  # fmt: skip
 QUICK = ("float32", "bfloat16", "int8", "gptq3", "rtn3")
 INT8, GPTQ4 = 0.005, 0.05  # what perplexity may differ by from that in 16 bits

@@ -213,6 +213,9 @@ def tabulate(
         difference = compared.other.perplexity - compared.first.perplexity
         row = _row(entry, other, compared.other, ask)
         del other  # before the next is loaded
+        # Every scheme has programs of its own: some 4,000 mappings and 500 MB of the embedded
+        # model, and a process may have 65,530. Those of the first are compiled again.
+        jax.clear_caches()
         yield dataclasses.replace(row, difference=difference, divergence=compared.divergence)
 
 
