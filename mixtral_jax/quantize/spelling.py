@@ -109,7 +109,7 @@ def _value(word: str, name: str, value: str | None) -> Any:
         raise MixtralError(f"scheme {word}", expected=expected, got=repr(got), code=USAGE)
     number = next(each for each in get_args(kind) if each in (int, float))
     try:
-        return number(value)
-    except (TypeError, ValueError):
+        return number(value or "")
+    except ValueError:
         expected, got = f"{name}={'64' if number is int else '0.1'}", f"{name}={value or ''}"
         raise MixtralError(f"scheme {word}", expected=expected, got=repr(got), code=USAGE) from None

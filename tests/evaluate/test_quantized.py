@@ -95,8 +95,8 @@ def test_gptq_is_what_the_quantize_command_makes_and_can_be_kept(
     by_hand = Calibration(path=calibration, samples=3, length=40)
     made = quantize_gptq(small, tmp_path / "by hand", recipe, by_hand).converted
     assert read_manifest(folder).digest == made.digest
-    given = {"windowing": Windowing(context=32)}
-    wanted = perplexity(mj.load(folder, mesh="1x1"), lm.encode(TEXT), **given)
+    kept, windowing = mj.load(folder, mesh="1x1"), Windowing(context=32)
+    wanted = perplexity(kept, lm.encode(TEXT), windowing=windowing)
     assert row["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-6)
 
     code, out, err = here(capsys, *shared, *fitted, "--schemes", f"none,{word}")
