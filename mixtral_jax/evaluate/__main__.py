@@ -147,7 +147,7 @@ def _prepare_devices(options: Shared, config: ModelConfig) -> None:
             code=USAGE,
         )
     if options.load.mesh is not None:
-        simulate_on_cpu(MeshSpec.parse(options.load.mesh).fit(config), terminal.note)
+        simulate_on_cpu(MeshSpec.parse(options.load.mesh).fit(config), lambda line: None)
 
 
 def _make_and_load(
