@@ -19,7 +19,7 @@ help:
 	@echo "make fault   kills and corruptions, many times over"
 	@echo "make slow    every mesh strategy with every dispatch: minutes"
 	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"
-	@echo "make evaluate  perplexity, exact answers and expert loads of the embedded model, f32 and bf16"
+	@echo "make evaluate  perplexity, exact answers and expert loads of the embedded model, in the quick schemes"
 	@echo "make bench   the quick benchmarks"
 	@echo "make clean   remove $(VENV) and the caches"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=folder the environment"
@@ -58,9 +58,9 @@ score: $(STAMP)-test
 
 evaluate: $(STAMP)-test
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && set -e; \
-	$(PY) -m examples.tiny.data "$$folder"; \
+	$(PY) -m examples.tiny.data "$$folder" --per-family 6 --lines 400; \
 	$(PY) -m mixtral_jax.evaluate perplexity --text "$$folder/text.txt" --context 256 \
-	  --schemes float32,bfloat16 --data "$$folder/questions.jsonl" --chat; \
+	  --schemes float32,bfloat16,int8,fp8,int4,nf4,fp4 --data "$$folder/questions.jsonl" --chat; \
 	$(PY) -m mixtral_jax.evaluate routing --text "$$folder/text.txt" --context 256
 
 bench: $(STAMP)-parity

@@ -1,30 +1,34 @@
 """Files to evaluate the embedded model with: ``python -m examples.tiny.data FOLDER``.
 
 ``questions.jsonl`` holds held-out questions with their answers, ``text.txt`` lines of the kinds
-that the model saw without the chat format, drawn anew (their sums and counts are not held out).
+that the model saw without the chat format, drawn anew (their sums and counts are not held out), and
+``calibration.jsonl`` text of both kinds to quantize with: conversations of the kind that the model
+was trained on, none of them held out, and other lines like those of the text.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from examples.tiny.text import held_out, plain
+from examples.tiny.text import Conversation, Plain, documents, held_out, plain
 from mixtral_jax import cli
 from mixtral_jax.errors import OK, OUTPUT_EXISTS, USAGE, MixtralError
 
-QUESTIONS, TEXT = "questions.jsonl", "text.txt"
+QUESTIONS, TEXT, CALIBRATION = "questions.jsonl", "text.txt", "calibration.jsonl"
+LINES = 20  # of text in one document of the calibration file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Writes questions.jsonl and text.txt."""
+    """Writes questions.jsonl, text.txt and calibration.jsonl."""
 
     folder: tyro.conf.Positional[Path]
     """Made if it is not there."""
@@ -32,21 +36,46 @@ class Options:
     """Questions of each family, where there are so many."""
     lines: int = 1000
     """Of the text."""
+    conversations: int = 200
+    """Of the calibration file, which has a quarter as many documents of 20 lines of text."""
     seed: int = 0
-    """Chooses both."""
+    """Chooses all."""
     debug: bool = False
     """Show tracebacks."""
 
     def __post_init__(self):
-        for name in ("per_family", "lines"):
+        for name in ("per_family", "lines", "conversations"):
             if getattr(self, name) < 1:
                 flag, got = f"--{name.replace('_', '-')}", getattr(self, name)
                 raise MixtralError(flag, expected="1 or more", got=got, code=USAGE)
 
 
+def for_calibration(document: Conversation | Plain) -> dict[str, Any]:
+    """A document as a line of a calibration file (mixtral_jax/quantize/calibration.py)."""
+    if isinstance(document, Plain):
+        return {"text": document.text}
+    messages = [{"role": "system", "content": document.system}] if document.system else []
+    for turn in document.turns:
+        messages.append({"role": "user", "content": turn.prompt})
+        messages.append({"role": "assistant", "content": turn.answer})
+    return {"messages": messages}
+
+
+def calibration(conversations: int, *, seed: int) -> list[dict[str, Any]]:
+    """Conversations, and a quarter as many documents of lines."""
+    found = (each for each in documents(seed) if isinstance(each, Conversation))
+    rows = [for_calibration(each) for each in itertools.islice(found, conversations)]
+    draw = random.Random(f"calibration {seed}")
+    for _ in range(-(-conversations // 4)):
+        text = "".join(f"{plain(draw)}\n" for _ in range(LINES))
+        rows.append(for_calibration(Plain(text)))
+    draw.shuffle(rows)
+    return rows
+
+
 def main(options: Options) -> int:
-    """Writes both files."""
-    for name in (QUESTIONS, TEXT):
+    """Writes the files."""
+    for name in (QUESTIONS, TEXT, CALIBRATION):
         if (options.folder / name).exists():
             fix = "name another folder"
             raise MixtralError(f"{options.folder / name} exists", fix=fix, code=OUTPUT_EXISTS)
@@ -55,9 +84,12 @@ def main(options: Options) -> int:
     lines = [json.dumps(example._asdict(), ensure_ascii=False) for example in examples]
     draw = random.Random(f"text {options.seed}")
     texts = [plain(draw) for _ in range(options.lines)]
-    for name, content in ((QUESTIONS, lines), (TEXT, texts)):
+    rows = calibration(options.conversations, seed=options.seed)
+    documented = [json.dumps(row, ensure_ascii=False) for row in rows]
+    for name, content in ((QUESTIONS, lines), (TEXT, texts), (CALIBRATION, documented)):
         (options.folder / name).write_text("\n".join(content) + "\n", encoding="utf-8")
-    print(f"{len(lines)} questions, {len(texts)} lines of text in {options.folder}")
+    counts = f"{len(lines)} questions, {len(texts)} lines of text, {len(rows)} documents"
+    print(f"{counts} for calibration in {options.folder}")
     return OK
 
 

@@ -118,6 +118,15 @@ class LeavesOf:
         self.source.close()
 
 
+@runtime_checkable
+class Reporting(Protocol):
+    """Leaves that are made while they are read, and can say how a leaf turned out."""
+
+    def report(self, leaf: str) -> dict[str, Any] | None:
+        """For JSON, of a leaf that has been read whole; kept in its record."""
+        ...
+
+
 class PublishedLeaves:
     """The leaves of a folder of published files, in any layout of ``names.LAYOUTS``.
 

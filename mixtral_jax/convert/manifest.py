@@ -29,13 +29,15 @@ MAX_BYTES = 32_000_000  # of 8x22B: 0.3 MB
 class LeafRecord:
     """A finished leaf: its shape, dtype name, and the sha256 (hex) of each chunk in order.
 
-    ``nonfinite``: it holds NaN or infinite values, which were asked to be kept.
+    ``nonfinite``: it holds NaN or infinite values, which were asked to be kept. ``report``: what
+    its maker had to say of it, where it was made on the way.
     """
 
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[str, ...]
     nonfinite: bool = dataclasses.field(default=False, compare=False)
+    report: Mapping[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> LeafRecord:
@@ -45,8 +47,10 @@ class LeafRecord:
             dtype=entry["dtype"],
             chunks=tuple(entry["chunks"]),
             nonfinite=bool(entry.get("nonfinite", False)),
+            report=entry.get("report"),
         )
-        if not all(map(_is_count, found.shape)) or not _are_texts(found.dtype, *found.chunks):
+        is_sound = all(map(_is_count, found.shape)) and _are_texts(found.dtype, *found.chunks)
+        if not is_sound or not isinstance(found.report, dict | None):
             raise TypeError("a field of another type")
         return found
 

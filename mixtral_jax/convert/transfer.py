@@ -10,7 +10,7 @@ from concurrent.futures import Executor
 import numpy as np
 
 from mixtral_jax.convert.finite import all_finite
-from mixtral_jax.convert.leaves import Leaves
+from mixtral_jax.convert.leaves import Leaves, Reporting
 from mixtral_jax.convert.manifest import AGAIN, LeafRecord
 from mixtral_jax.convert.merge import LeafMerge
 from mixtral_jax.convert.names import Chunk, chunks_of
@@ -94,6 +94,7 @@ def fetch_leaf(
         dtype=out.dtype.name,
         chunks=digests,
         nonfinite=bool(nonfinite),
+        report=leaves.report(leaf) if isinstance(leaves, Reporting) else None,
     )
 
 

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mixtral_jax import cli, terminal
-from mixtral_jax.config import DTYPES
-from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.config import DTYPES, ModelConfig
+from mixtral_jax.convert.hub import EMBEDDED
+from mixtral_jax.convert.terminal import Stop
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
 from mixtral_jax.evaluate import report
 from mixtral_jax.evaluate.exact import ask, read_questions, score_of
 from mixtral_jax.evaluate.options import (
@@ -26,18 +28,14 @@ from mixtral_jax.evaluate.options import (
     Shared,
 )
 from mixtral_jax.evaluate.pictures import draw_load, draw_table
+from mixtral_jax.evaluate.quantized import Made, check_calibration
 from mixtral_jax.evaluate.routing import expert_load
-from mixtral_jax.evaluate.table import (
-    Entry,
-    Row,
-    entries,
-    read_configs,
-    tabulate,
-)
+from mixtral_jax.evaluate.table import Entry, Row, entries, read_configs, tabulate
 from mixtral_jax.evaluate.text import TextFile
 from mixtral_jax.language_model import LanguageModel, load
 from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
 from mixtral_jax.tokenizer import Tokenizer
 
 _WIDTH = 140  # of tables, where nobody looks at a terminal
@@ -61,6 +59,8 @@ def main(options: PerplexityOptions | ExactOptions | RoutingOptions) -> int:
 
 def _perplexity(options: PerplexityOptions) -> int:
     text = _check_text(options)
+    if options.calibration is not None:
+        check_calibration(options.calibration, options.text, text.dataset.sha256)
     questions = None if options.data is None else read_questions(options.data)
     configs = read_configs(
         options.checkpoints, terminal.note, sliding_window=options.load.sliding_window
@@ -69,11 +69,18 @@ def _perplexity(options: PerplexityOptions) -> int:
     wanted = entries(options.checkpoints, options.entry_schemes)
     tokenizers: list[Tokenizer] = []
     meshes: dict[str, str] = {}
+    made: dict[Entry, Made] = {}
+    rows: list[Row] = []
     passes = max(len(wanted) - 1, 1)
+    if any(options.is_made(entry.scheme) for entry in wanted):
+        _prepare_devices(options, configs[0])
     with _Bar() as bar:
 
         def load_entry(entry: Entry) -> LanguageModel:
-            lm = _load(options, entry.checkpoint, entry.scheme, bar)
+            if options.is_made(entry.scheme):
+                lm, made[entry] = _make_and_load(options, entry, bar)
+            else:
+                lm = _load(options, entry.checkpoint, entry.scheme, bar)
             meshes[entry.name] = str(lm.spec)
             tokenizers.append(_tokenizer(lm)) if not tokenizers else None
             return lm
@@ -86,7 +93,7 @@ def _perplexity(options: PerplexityOptions) -> int:
             assert questions is not None
             return score_of(ask(lm, questions, chat=options.chat, watch=bar.watch("asking")))
 
-        rows = tabulate(
+        found_rows = tabulate(
             wanted,
             load_entry,
             token_ids,
@@ -94,6 +101,15 @@ def _perplexity(options: PerplexityOptions) -> int:
             batch=options.batch,
             ask=None if questions is None else score,
         )
+        for row in found_rows:
+            rows.append(dataclasses.replace(row, made=made.get(row.entry)))
+            if len(wanted) > 1:
+                terminal.note(report.told(rows[-1]))
+            if options.json and hosts.is_first():  # at once: a row is not lost with those after it
+                line = report.row_json(
+                    rows[-1], text.dataset, tokenizers[0], meshes[row.entry.name]
+                )
+                print(json.dumps(line), flush=True)
     if not hosts.is_first():
         return OK
     tokenizer, found = tokenizers[0], rows[0].found
@@ -102,9 +118,6 @@ def _perplexity(options: PerplexityOptions) -> int:
         title = f"{text.dataset.file}: context {found.context}, stride {found.stride}"
         draw_table(rows, title, options.plot)
     if options.json:
-        for row in rows:
-            mesh = meshes[row.entry.name]
-            print(json.dumps(report.row_json(row, text.dataset, tokenizer, mesh)))
         return OK
     mesh = ", ".join(dict.fromkeys(meshes.values()))
     lines = report.facts(
@@ -118,9 +131,45 @@ def _perplexity(options: PerplexityOptions) -> int:
     if len(rows) == 1:
         print(report.aligned(lines | report.one_row(rows[0], text.dataset)))
         return OK
-    print(report.aligned(lines))
+    print(report.aligned(lines | report.calibration(rows)))
     _print_table(report.comparison(rows))
+    for line in report.notes(rows):
+        print(line)
     return OK
+
+
+def _prepare_devices(options: Shared, config: ModelConfig) -> None:
+    """The mesh's devices, before quantizing has JAX start with one; and no second process."""
+    if hosts.num_processes() > 1:
+        raise MixtralError(
+            "--schemes: some are quantized on the disk, which one process does",
+            fix="quantize them first (python -m mixtral_jax.quantize) and name their folders",
+            code=USAGE,
+        )
+    if options.load.mesh is not None:
+        simulate_on_cpu(MeshSpec.parse(options.load.mesh).fit(config), lambda line: None)
+
+
+def _make_and_load(
+    options: PerplexityOptions, entry: Entry, bar: _Bar
+) -> tuple[LanguageModel, Made]:
+    """Loads it in the dtype that the checkpoint itself would be loaded in."""
+    assert entry.scheme is not None
+    dtype = options.load.dtype or ("float32" if entry.checkpoint == EMBEDDED else None)
+    console = Console(stderr=True, soft_wrap=True)
+    with contextlib.ExitStack() as stack:
+        with Stop(console) as stop, bar.task(f"quantizing {entry.scheme}", None, 1) as advance:
+            place = options.workplace()
+            folder, made = stack.enter_context(
+                place.make(
+                    entry.checkpoint,
+                    entry.scheme,
+                    note=lambda line: terminal.note(f"{entry.scheme}: {line}"),
+                    progress=advance,
+                    stop=stop,
+                )
+            )
+        return _load(options, str(folder), dtype, bar), made
 
 
 def _exact(options: ExactOptions) -> int:
@@ -263,7 +312,11 @@ class _Bar:
             self._passes += 1
             what = f"{what} ({self._passes} of {passes})"
         task = self._progress.add_task(what, total=total)
-        yield lambda done: self._progress.update(task, completed=done)
+
+        def advance(done: int, total: int | None = total) -> None:
+            self._progress.update(task, completed=done, total=total)
+
+        yield advance
         self._progress.remove_task(task)
 
     def watch(self, what: str) -> Any:

@@ -11,9 +11,12 @@ import tyro
 from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.evaluate import exact, perplexity
-from mixtral_jax.evaluate.table import parse_schemes
+from mixtral_jax.evaluate.quantized import Workplace
+from mixtral_jax.evaluate.table import is_made, parse_schemes
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.load_options import LoadOptions
+from mixtral_jax.quantize.driver import Calibration
+from mixtral_jax.quantize.spelling import is_calibrated
 from mixtral_jax.sharding.cluster import ProcessOptions
 
 
@@ -67,8 +70,17 @@ class PerplexityOptions(OnText):
     ] = (EMBEDDED,)
     """Checkpoint folders, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     schemes: str | None = None
-    """Every checkpoint in each of these, as none,bfloat16,int8: a dtype, a scheme of quantization,
-    or none, which leaves the weights as they are."""
+    """Every checkpoint in each of these, as none,bfloat16,int8,int4:group-size=32,gptq3:act-order:
+    a dtype, a scheme of quantization with the options of the quantize command, or none, which
+    leaves the weights as they are. rtn3 is rounded to nearest on the grid of gptq3."""
+    calibration: Path | None = None
+    """What gptq is fitted to: a .txt or .jsonl file, not the text that is evaluated."""
+    calibration_samples: int = Calibration.samples
+    """Windows of the calibration text."""
+    calibration_length: int = Calibration.length
+    """Tokens of such a window."""
+    keep: Path | None = None
+    """Keep in this folder what must be quantized on the disk, and use what is there."""
     data: Path | None = None
     """Ask these questions too, as exact does, for a column of right answers."""
     chat: bool = False
@@ -79,9 +91,35 @@ class PerplexityOptions(OnText):
         if self.schemes is not None and self.load.quantize is not None:
             fix = f"--schemes {self.schemes},{self.load.quantize}"
             raise MixtralError("--schemes and --quantize", fix=fix, code=USAGE)
-        parse_schemes(self.schemes)
+        words = [word for word in parse_schemes(self.schemes) if self.is_made(word)]
+        has_text = self.calibration is not None
+        calibrated = [w for w in words if w is not None and is_calibrated(w, has_text=has_text)]
+        if calibrated and self.calibration is None:
+            what, fix = f"{calibrated[0]} needs calibration text", "--calibration FILE.txt"
+            raise MixtralError(what, fix=fix, code=USAGE)
+        if self.calibration is not None and not calibrated:
+            fix = "leave it out, or ask for gptq in --schemes"
+            raise MixtralError("--calibration: no scheme reads it", fix=fix, code=USAGE)
+        if self.keep is not None and not words:
+            fix = "leave it out: the schemes are made while a checkpoint loads"
+            raise MixtralError("--keep: there is nothing to keep", fix=fix, code=USAGE)
+        self.workplace()
         if self.chat and self.data is None:
             raise MixtralError("--chat needs --data: text is read as it is", code=USAGE)
+
+    def is_made(self, scheme: str | None) -> bool:
+        """Whether a scheme is made as a folder before it is loaded."""
+        return is_made(scheme, has_text=self.calibration is not None)
+
+    def workplace(self) -> Workplace:
+        """Where folders are made, and from which text."""
+        samples, length = self.calibration_samples, self.calibration_length
+        for name, got, least in (("samples", samples, 1), ("length", length, 2)):
+            if got < least:
+                what = f"--calibration-{name}"
+                raise MixtralError(what, expected=f"at least {least}", got=got, code=USAGE)
+        text = Calibration(path=self.calibration, samples=samples, length=length)
+        return Workplace(calibration=text, keep=self.keep)
 
     @property
     def entry_schemes(self) -> tuple[str | None, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mixtral_jax.evaluate.routing import ExpertLoad
 from mixtral_jax.evaluate.table import Row
@@ -13,32 +14,62 @@ _MOST_NUMBERS = 16 * 40  # cells of a heat map that have room for their share
 
 
 def draw_table(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Perplexity over weight bytes, and the divergence of each row from the first.
+    """Perplexity, and the divergence of each row from the first, over bits per expert weight.
+
+    One point per row. The divergence is drawn to a logarithmic scale; a row without any (the first,
+    or one of the same numbers) has a perplexity only.
 
     Raises:
         MixtralError: as ``check_plot``.
     """
-    names = [row.entry.name for row in rows]
-    with figure_file(path, size=(11, 2.6 + 0.3 * len(rows))) as figure:
-        over_bytes, kl = figure.subplots(1, 2)
-        sizes = [row.weight_bytes / 1e6 for row in rows]
-        values = [row.found.perplexity for row in rows]
-        over_bytes.axhline(values[0], color="gray", linestyle="--", linewidth=1)
-        for name, size, value in zip(names, sizes, values, strict=True):
-            over_bytes.scatter(size, value, color="tab:blue")
-            over_bytes.annotate(
-                name, (size, value), textcoords="offset points", xytext=(4, 4), fontsize=8
-            )
-        over_bytes.set(xlabel="MB of weights", title="perplexity", xscale="log")
-        divergences = [0.0 if row.divergence is None else row.divergence.kl for row in rows]
-        kl.barh(range(len(rows)), divergences, color="tab:orange")
-        kl.set_yticks(range(len(rows)), names, fontsize=8)
-        kl.invert_yaxis()
-        kl.set(xlabel="nats", title=f"mean KL divergence from {names[0]}")
-        for axes in (over_bytes, kl):
+    checkpoints = {row.entry.checkpoint for row in rows}
+    names = [
+        row.entry.scheme if len(checkpoints) == 1 and row.entry.scheme else row.entry.name
+        for row in rows
+    ]
+    bits = [row.experts.bits for row in rows]
+    perplexities = [row.found.perplexity for row in rows]
+    apart = [
+        i for i, row in enumerate(rows) if row.divergence is not None and row.divergence.kl > 0
+    ]
+    with figure_file(path, size=(12, 3.0 + 0.22 * len(rows))) as figure:
+        left, right = figure.subplots(1, 2)
+        left.axhline(perplexities[0], color="gray", linestyle="--", linewidth=1)
+        _label_points(left, bits, perplexities, names, color="tab:blue")
+        left.set(title="perplexity")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("{x:g}")
+        divergences = [getattr(rows[i].divergence, "kl", 0.0) for i in apart]
+        named = [names[i] for i in apart]
+        _label_points(right, [bits[i] for i in apart], divergences, named, color="tab:orange")
+        right.set(title=f"mean KL divergence from {rows[0].entry.name}, nats")
+        for axes in (left, right):
+            axes.set(xlabel="bits per weight of the experts")
             axes.grid(alpha=0.3)
-            axes.margins(0.15)
         figure.suptitle(title, fontsize=10)
+
+
+def _label_points(
+    axes: Any, x: Sequence[float], y: Sequence[float], names: Sequence[str], *, color: str
+) -> None:
+    """Points on logarithmic axes, each with a line to its name in a column on the right."""
+    axes.set(xscale="log", yscale="log")
+    axes.scatter(x, y, color=color, zorder=3)
+    ticks = [each for each in (1, 2, 3, 4, 6, 8, 16, 32) if min(x, default=1) / 2 < each]
+    axes.set_xticks(ticks, map(str, ticks), minor=False)
+    axes.set_xticks([], minor=True)
+    axes.margins(0.08)
+    order = sorted(range(len(x)), key=lambda i: (y[i], -x[i]))
+    for place, i in enumerate(order):
+        axes.annotate(
+            f"{names[i]}  {y[i]:.4g}",
+            (x[i], y[i]),
+            xytext=(1.04, (place + 0.5) / len(order)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.5, "alpha": 0.6},
+        )
 
 
 def draw_load(load: ExpertLoad, title: str, path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 from flax import nnx
@@ -20,9 +19,13 @@ from mixtral_jax.evaluate.perplexity import (
     compare,
     perplexity,
 )
+from mixtral_jax.evaluate.quantized import Made
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.language_model import LanguageModel
-from mixtral_jax.quantize.makers import DataFree
+from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.quantize import spelling
+from mixtral_jax.quantize.coverage import coverage
+from mixtral_jax.weights import QTensor
 
 NO_SCHEME = "none"
 
@@ -31,7 +34,8 @@ NO_SCHEME = "none"
 class Entry:
     """A checkpoint as it is to be loaded.
 
-    ``scheme`` is a dtype or a scheme of quantization; None leaves the weights as they are.
+    ``scheme`` is a dtype, or a scheme of quantization with its options (quantize/spelling.py); None
+    leaves the weights as they are.
     """
 
     checkpoint: str
@@ -44,6 +48,23 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """How the experts of a loaded model lie on its devices.
+
+    Attributes:
+        scheme: of quantization, or a dtype; several where they differ.
+        bytes: of all of them, scales included, counted once.
+        bits: per weight.
+        groups: sizes of their groups, inputs under one scale; none where nothing is quantized.
+    """
+
+    scheme: str
+    bytes: int
+    bits: float
+    groups: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """What was found of one entry.
 
@@ -53,8 +74,10 @@ class Row:
         difference: of its perplexity to the first row's; 0 in the first.
         divergence: from the first row's model; None in the first.
         weight_bytes: of all its weights, as they lie on the devices, counted once.
+        experts: what of that they are, and in which scheme.
         dtype: of activations.
         exact: right answers, where questions were asked.
+        made: how its weights were quantized, where that was done on the disk.
     """
 
     entry: Entry
@@ -62,8 +85,10 @@ class Row:
     difference: float
     divergence: Divergence | None
     weight_bytes: int
+    experts: Experts
     dtype: str
     exact: ExactScore | None = None
+    made: Made | None = None
 
 
 def entries(checkpoints: Sequence[str], schemes: Sequence[str | None] = (None,)) -> list[Entry]:
@@ -72,20 +97,38 @@ def entries(checkpoints: Sequence[str], schemes: Sequence[str | None] = (None,))
 
 
 def parse_schemes(text: str | None) -> tuple[str | None, ...]:
-    """``none,bfloat16,int8`` as (None, "bfloat16", "int8").
+    """``none,bfloat16,int4:group-size=32`` as (None, "bfloat16", "int4:group-size=32").
 
     Raises:
-        MixtralError: exit code 64 for any other name.
+        MixtralError: exit code 64 for any other name, or options that a scheme does not have.
     """
     if text is None:
         return (None,)
-    known = (NO_SCHEME, *DTYPES, *get_args(DataFree))
-    names = [name.strip() for name in text.split(",")]
-    wrong = next((name for name in names if name not in known), None)
-    if wrong is not None:
-        expected, fix = ", ".join(known), "--schemes none,int8"
-        raise MixtralError("--schemes", expected=expected, got=repr(wrong), fix=fix, code=USAGE)
-    return tuple(None if name == NO_SCHEME else name for name in names)
+    plain = (NO_SCHEME, *DTYPES)
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if word in plain:
+            continue
+        if word.split(":")[0] not in spelling.names():
+            expected, fix = ", ".join((*plain, *spelling.names())), "--schemes none,int8"
+            raise MixtralError("--schemes", expected=expected, got=repr(word), fix=fix, code=USAGE)
+        try:
+            spelling.options_of(word)
+        except MixtralError as error:
+            raise MixtralError(f"--schemes {error}", code=error.code) from None
+    return tuple(None if word == NO_SCHEME else word for word in words)
+
+
+def is_made(scheme: str | None, *, has_text: bool) -> bool:
+    """Whether a scheme is made as a folder before it is loaded.
+
+    Args:
+        scheme: of an entry.
+        has_text: there is calibration text.
+    """
+    if scheme is None or scheme in DTYPES:
+        return False
+    return not spelling.is_made_at_load(scheme, has_text=has_text)
 
 
 def read_configs(
@@ -115,6 +158,24 @@ def weight_bytes(lm: LanguageModel) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(lm.model)))
 
 
+def experts_of(lm: LanguageModel) -> Experts:
+    """Counts what lies on the devices."""
+    specs = leaf_specs(lm.config)
+    flat = nnx.to_flat_state(nnx.state(lm.model))
+    weights = {".".join(map(str, path)): param.get_value() for path, param in flat}
+    rows = [row for row in coverage(weights, specs) if row.group == "experts"]
+    experts = [weight for path, weight in weights.items() if "expert" in specs[path].axes]
+    found = jax.tree.leaves(experts, is_leaf=lambda part: isinstance(part, QTensor))
+    groups = {q.shape[-1] // q.scales.shape[-1] for q in found if isinstance(q, QTensor)}
+    size = sum(row.bytes for row in rows)
+    return Experts(
+        scheme=", ".join(row.scheme for row in rows),
+        bytes=size,
+        bits=8 * size / sum(row.parameters for row in rows),
+        groups=tuple(sorted(groups)),
+    )
+
+
 def tabulate(
     wanted: Sequence[Entry],
     load: Callable[[Entry], LanguageModel],
@@ -123,8 +184,8 @@ def tabulate(
     windowing: Windowing | None = None,
     batch: int = DEFAULT_BATCH,
     ask: Callable[[LanguageModel], ExactScore] | None = None,
-) -> list[Row]:
-    """Measures every entry, and its distance to the first.
+) -> Iterator[Row]:
+    """Measures every entry, and its distance to the first; gives each row once it is known.
 
     Two models lie on the devices at a time: the first, and one other. The first is run once more
     for each of the others, so that no logits need to be kept.
@@ -143,18 +204,19 @@ def tabulate(
     first = load(wanted[0])
     if len(wanted) == 1:
         found = perplexity(first, token_ids(first), windowing=windowing, batch=batch)
-        return [_row(wanted[0], first, found, ask)]
-    rows: list[Row] = []
-    for entry in wanted[1:]:
+        yield _row(wanted[0], first, found, ask)
+    for k, entry in enumerate(wanted[1:]):
         other = load(entry)
         compared = compare(first, other, token_ids(first), windowing=windowing, batch=batch)
-        if not rows:
-            rows.append(_row(wanted[0], first, compared.first, ask))
+        if k == 0:
+            yield _row(wanted[0], first, compared.first, ask)
         difference = compared.other.perplexity - compared.first.perplexity
         row = _row(entry, other, compared.other, ask)
-        rows.append(dataclasses.replace(row, difference=difference, divergence=compared.divergence))
         del other  # before the next is loaded
-    return rows
+        # Every scheme has programs of its own: some 4,000 mappings and 500 MB of the embedded
+        # model, and a process may have 65,530. Those of the first are compiled again.
+        jax.clear_caches()
+        yield dataclasses.replace(row, difference=difference, divergence=compared.divergence)
 
 
 def _row(
@@ -169,6 +231,7 @@ def _row(
         difference=0.0,
         divergence=None,
         weight_bytes=weight_bytes(lm),
+        experts=experts_of(lm),
         dtype=str(lm.model.embed_tokens.get_value().dtype),
         exact=None if ask is None else ask(lm),
     )

@@ -22,7 +22,7 @@ from mixtral_jax.language_model import EMBEDDED
 from mixtral_jax.plan.bill import Bill, make_bill
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Train, Workload
-from mixtral_jax.plan.schemes import check_scheme
+from mixtral_jax.plan.schemes import check_scheme, stored_in
 from mixtral_jax.plan.sweep import (
     MAX_DEVICES,
     MOST_COMPILED,
@@ -64,7 +64,8 @@ class Options:
     kv_dtype: KVDtype | None = None
     """Of the cache instead: int8 or fp8 codes, and a scale for each head of each position."""
     quantize: str | None = None
-    """Size of the weights as int8, fp8, int4, nf4, fp4 or gptq (4 bits)."""
+    """Size of the weights as int8, fp8, int4, nf4, fp4, nf4-double-quant, or gptq in 2, 3, 4 or 8
+    bits (gptq3; gptq is gptq4). A folder that is quantized is planned as it is."""
     train: Train | None = None
     """A training step, not generation: full (AdamW), lora or qlora (rank 16 on attention)."""
     attention: Attention = "data"
@@ -129,9 +130,13 @@ def main(options: Options) -> int:
     if options.plot is not None:
         check_plot(options.plot)
     work = workload(options)
+    quantize = stored_in(options.model, options.quantize) or options.quantize
+    if quantize is not None and options.train == "full":
+        what = f"--train full: {options.model} is quantized, and cannot be trained"
+        _refuse(what, fix="--train lora, or the checkpoint that it was made from")
     simulate(max(work.mesh.num_devices, options.max_devices))
     shared: dict[str, Any] = {
-        "quantize": options.quantize,
+        "quantize": quantize,
         "memory_fraction": options.memory_fraction,
     }
     with Console(stderr=True).status("compiling") as status:
@@ -148,7 +153,7 @@ def main(options: Options) -> int:
             best = cheapest(work, options.device, most=most, note=tell, **shared)
             if options.mesh is None:
                 if best.bill is None:
-                    fix = what_would_fit(options)
+                    fix = what_would_fit(options, is_quantized=quantize is not None)
                     raise MixtralError(no_mesh(options, best), fix=fix, code=BAD_CONFIG)
                 work = best.bill.work
             # The backward pass of all layers takes minutes to compile.
@@ -172,10 +177,10 @@ def no_mesh(options: Options, found: Cheapest) -> str:
     return f"none of the {MOST_COMPILED} meshes of {where} that were compiled holds this"
 
 
-def what_would_fit(options: Options) -> str:
+def what_would_fit(options: Options, *, is_quantized: bool) -> str:
     """What to change where no mesh holds the workload."""
     if options.train is None:
-        quantize = "" if options.quantize else " or --quantize int4"
+        quantize = "" if is_quantized else " or --quantize int4"
         return f"choose a larger device, a smaller batch or context{quantize}"
     ways = ["choose a larger device"]
     if options.batch % 64:  # fewer devices may share it than there could be

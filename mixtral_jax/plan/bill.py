@@ -20,7 +20,7 @@ from mixtral_jax.plan.programs import (
     lora_shapes,
     state_shapes,
 )
-from mixtral_jax.plan.schemes import Weights, weight_bytes
+from mixtral_jax.plan.schemes import Scheme, Weights, weight_bytes
 from mixtral_jax.plan.step import (
     Step,
     between_devices,
@@ -141,7 +141,7 @@ def active_parameters(config: ModelConfig) -> int:
     return total
 
 
-def scheme_of(work: Workload, quantize: str | None) -> str | None:
+def scheme_of(work: Workload, quantize: Scheme | None) -> Scheme | None:
     """The scheme asked for; qlora means nf4 where none is."""
     return quantize or ("nf4" if work.train == "qlora" else None)
 
@@ -150,7 +150,7 @@ def holds(
     work: Workload,
     device: str,
     *,
-    quantize: str | None = None,
+    quantize: Scheme | None = None,
     memory_fraction: float = 0.9,
 ) -> bool:
     """Whether a device holds the workload, by programs of a few layers; ``make_bill`` reuses them.
@@ -168,7 +168,7 @@ def make_bill(
     work: Workload,
     device: str,
     *,
-    quantize: str | None = None,
+    quantize: Scheme | None = None,
     memory_fraction: float = 0.9,
     whole: bool = True,
 ) -> Bill:
@@ -177,7 +177,8 @@ def make_bill(
     Args:
         work: what runs where.
         device: a key of ``DEVICES``.
-        quantize: a scheme of ``plan/schemes.py`` for the weights; of the frozen ones in training.
+        quantize: a scheme of ``plan/schemes.py``, or what a folder holds, for the weights; of the
+            frozen ones in training.
         memory_fraction: of a device's memory that may be filled.
         whole: compile all layers; else a few (see ``_extrapolated``).
 
@@ -210,7 +211,7 @@ def make_bill(
         steps = generation_steps(work, found, weights, memory.cache_bytes, as_compiled)
     return Bill(
         work=work,
-        quantize=scheme,
+        quantize=None if scheme is None else str(scheme),
         parameters=num_parameters(work.config),
         active_parameters=active_parameters(work.config),
         memory=memory,

@@ -13,7 +13,7 @@ from mixtral_jax.errors import MixtralError
 from mixtral_jax.plan.bill import Bill, holds, make_bill, memory_of, scheme_of
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.programs import Workload
-from mixtral_jax.plan.schemes import weight_bytes
+from mixtral_jax.plan.schemes import Scheme, weight_bytes
 from mixtral_jax.plan.step import generation_steps, train_step
 from mixtral_jax.plots import check_plot, figure_file
 from mixtral_jax.sharding.mesh import MeshSpec
@@ -50,7 +50,7 @@ def sweep(
     *,
     counts: tuple[int, ...],
     note: Callable[[str], None],
-    quantize: str | None = None,
+    quantize: Scheme | None = None,
     memory_fraction: float = 0.9,
 ) -> Iterator[Bill]:
     """Bills of all meshes of each number of devices.
@@ -64,7 +64,11 @@ def sweep(
 
 
 def _bill(
-    work: Workload, device: str, note: Callable[[str], None], quantize: str | None, fraction: float
+    work: Workload,
+    device: str,
+    note: Callable[[str], None],
+    quantize: Scheme | None,
+    fraction: float,
 ) -> Bill:
     note(f"compiling for {work.mesh}")
     found = make_bill(work, device, quantize=quantize, memory_fraction=fraction, whole=False)
@@ -73,7 +77,7 @@ def _bill(
 
 
 def _candidates(
-    work: Workload, device: str, count: int, quantize: str | None, fraction: float
+    work: Workload, device: str, count: int, quantize: Scheme | None, fraction: float
 ) -> Iterator[tuple[Workload, float]]:
     """On meshes that hold weights, cache and training state, and tokens per second at most.
 
@@ -82,7 +86,12 @@ def _candidates(
     found = find_device(device)
     usable, scheme = found.memory_bytes * fraction, scheme_of(work, quantize)
     for spec in meshes(work, count):
-        weights = weight_bytes(work.config, spec, work.strategy, dtype=work.dtype, scheme=scheme)
+        try:
+            weights = weight_bytes(
+                work.config, spec, work.strategy, dtype=work.dtype, scheme=scheme
+            )
+        except MixtralError:  # it would cut groups of quantized weights
+            continue
         here = dataclasses.replace(work, mesh=spec)
         if weights.total > usable:
             continue
@@ -110,7 +119,7 @@ def cheapest(
     *,
     note: Callable[[str], None],
     most: int = MAX_DEVICES,
-    quantize: str | None = None,
+    quantize: Scheme | None = None,
     memory_fraction: float = 0.9,
 ) -> Cheapest:
     """The fastest of the meshes with the fewest devices that hold the workload.

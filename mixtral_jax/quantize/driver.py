@@ -24,11 +24,12 @@ from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.qtensor import SCHEMES
 from mixtral_jax.quantize.calibration import read_windows
 from mixtral_jax.quantize.coverage import Coded, Row, check_experts, coded, coverage
-from mixtral_jax.quantize.errors import MatrixError, by_weight
+from mixtral_jax.quantize.errors import MatrixError
 from mixtral_jax.quantize.gptq_leaves import GptqLeaves
 from mixtral_jax.quantize.gptq_matrices import Calibrated
 from mixtral_jax.quantize.gptq_report import LayerReport
 from mixtral_jax.quantize.makers import Recipe
+from mixtral_jax.quantize.recorded import errors_of, layers_of
 from mixtral_jax.quantize.source import QuantizingLeaves
 from mixtral_jax.tokenizer import Tokenizer
 
@@ -40,8 +41,8 @@ class QuantizeReport:
     Attributes:
         converted: of the folder, as ``convert`` reports it.
         coverage: of what was written.
-        errors: of each weight that this call quantized; an interrupted call's are not kept.
-        layers: of GPTQ, what calibration saw; of the layers that this call quantized.
+        errors: of each quantized weight, made by this call or an earlier one.
+        layers: of GPTQ, what calibration saw of each layer.
         coded: of rows that are coded, the codewords used; None where there are none.
     """
 
@@ -82,20 +83,13 @@ def quantize_checkpoint(
         MixtralError: as ``convert``; exit code 65 for a source that is quantized already or has
             NaN or infinite values, 78 for rows of no whole groups.
     """
-    sources: list[QuantizingLeaves] = []
 
     def change(leaves: Leaves) -> Leaves:
-        sources.append(QuantizingLeaves(leaves, recipe, measure=True))
-        return sources[-1]
+        return QuantizingLeaves(leaves, recipe, measure=True)
 
     options = ConvertOptions(verify=verify)
     converted = convert(src, dst, options, note=note, progress=progress, stop=stop, change=change)
-    return QuantizeReport(
-        converted=converted,
-        coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
-        errors=by_weight(sources[0].errors),
-        coded=_coded(Path(dst)),
-    )
+    return _report(converted, Path(dst), SCHEMES[recipe.codes].bits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,24 +159,27 @@ def quantize_gptq(
     note(f"calibration: {len(windows)} windows, {count:,} tokens of {calibration.path}")
     if len(windows) < calibration.samples:
         note(f"the text has fewer windows than --samples {calibration.samples}: all are used")
-    sources: list[GptqLeaves] = []
     written = Path(f"{os.path.abspath(dst)}{WORK_SUFFIX}") / OUTPUT_NAME
 
     def change(leaves: Leaves) -> Leaves:
-        made = GptqLeaves(
+        return GptqLeaves(
             leaves, config, recipe, windows, written=written, note=note, say=say, stop=stop
         )
-        sources.append(made)
-        return made
 
     options = ConvertOptions(verify=verify)
     converted = convert(src, dst, options, progress=progress, note=note, stop=stop, change=change)
+    return _report(converted, Path(dst), recipe.bits)
+
+
+def _report(converted: ConvertReport, folder: Path, bits: int) -> QuantizeReport:
+    """What the folder's manifest says of it; proves that all experts are there."""
+    records = read_manifest(folder).leaves
     return QuantizeReport(
         converted=converted,
-        coverage=_coverage(Path(dst), SCHEMES[recipe.scheme].bits),
-        errors=by_weight(sources[0].errors),
-        layers=[report for _, report in sorted(sources[0].reports.items())],
-        coded=_coded(Path(dst)),
+        coverage=_coverage(folder, bits),
+        errors=errors_of(records),
+        layers=layers_of(records),
+        coded=_coded(folder),
     )
 
 

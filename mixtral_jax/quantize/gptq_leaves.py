@@ -31,6 +31,7 @@ from mixtral_jax.quantize.errors import MatrixError
 from mixtral_jax.quantize.gptq_layer import LayerInput, LayerPass, batches_of, embedded
 from mixtral_jax.quantize.gptq_matrices import Calibrated, NewMatrices, OldMatrices
 from mixtral_jax.quantize.gptq_report import LayerReport, told
+from mixtral_jax.quantize.recorded import recorded, weight_of_codes
 from mixtral_jax.quantize.source import DerivedLeaves, not_finite, origin_of
 
 
@@ -108,12 +109,18 @@ class GptqLeaves(DerivedLeaves):
         if part is None:
             self._read_plain(chunk, start, stop, out)
             return
-        layer = int(chunk.leaf.split(".")[1])
+        layer = _layer_of(chunk.leaf)
         with self._making:
             if self._layer != layer:
                 self._make(layer)
             found = self._parts[origin_of(chunk), part.part]
         out[...] = found.reshape(out.shape)
+
+    def report(self, leaf: str) -> dict[str, Any] | None:
+        """See Reporting."""
+        if weight_of_codes(leaf) is None:
+            return None
+        return recorded(leaf, self.errors, self.reports[_layer_of(leaf)])
 
     def _make(self, layer: int) -> None:
         """Goes through all layers up to this one, and quantizes this one."""
@@ -199,3 +206,7 @@ class GptqLeaves(DerivedLeaves):
         if not all_finite(value):
             raise not_finite(self.source.source_name(chunk))
         return value
+
+
+def _layer_of(leaf: str) -> int:
+    return int(leaf.split(".")[1])

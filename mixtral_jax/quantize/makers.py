@@ -7,6 +7,7 @@ same bytes whatever the device. Scales are computed in float32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import ml_dtypes
@@ -25,7 +26,9 @@ from mixtral_jax.qtensor import (
 from mixtral_jax.quantize.ternary import round_rows
 
 DataFree = Literal["int8", "int4", "fp8", "nf4", "fp4", "qmoe"]
-INT4_GROUPS = (32, 64, 128)
+# Round to nearest on the grid of GPTQ, in its codes of as many bits: what GPTQ is measured against.
+NEAREST = {f"rtn{bits}": f"gptq{bits}" for bits in (2, 3, 4, 8)}
+GROUPS = (32, 64, 128)
 BLOCK = 64  # of nf4 and fp4
 _LARGEST_FP8 = 448.0
 _SMALLEST = np.finfo(np.float32).tiny
@@ -39,9 +42,10 @@ class Recipe:
     """How weights are quantized.
 
     Attributes:
-        scheme: of the codes.
-        group_size: consecutive inputs that share a scale, of int4; 64 unless given.
-        symmetric: int4 without zero points.
+        scheme: a name of ``DataFree`` or ``NEAREST``.
+        group_size: consecutive inputs that share a scale, of int4 (64 unless given) and of rtn
+            (128 unless given).
+        symmetric: int4 or rtn without zero points.
         double_quant: the scales of nf4 and fp4 are quantized as well.
     """
 
@@ -51,18 +55,19 @@ class Recipe:
     double_quant: bool = False
 
     def __post_init__(self):
-        if self.scheme not in get_args(DataFree):
-            expected = ", ".join(get_args(DataFree))
+        known = (*get_args(DataFree), *NEAREST)
+        if self.scheme not in known:
+            expected = ", ".join(known)
             raise MixtralError("--scheme", expected=expected, got=repr(self.scheme), code=USAGE)
         if self.group_size is not None:
-            if self.scheme != "int4":
+            if not self.has_groups:
                 fix = "leave it out, or choose int4"
                 raise MixtralError(f"--group-size is not for {self.scheme}", fix=fix, code=USAGE)
-            if self.group_size not in INT4_GROUPS:
-                expected = ", ".join(map(str, INT4_GROUPS))
+            if self.group_size not in GROUPS:
+                expected = ", ".join(map(str, GROUPS))
                 got = self.group_size
                 raise MixtralError("--group-size", expected=expected, got=got, code=USAGE)
-        if not self.symmetric and self.scheme != "int4":
+        if not self.symmetric and not self.has_groups:
             fix = "leave it out, or choose int4"
             raise MixtralError(f"--asymmetric is not for {self.scheme}", fix=fix, code=USAGE)
         if self.double_quant and self.scheme not in ("nf4", "fp4"):
@@ -70,20 +75,33 @@ class Recipe:
             raise MixtralError(f"--double-quant is not for {self.scheme}", fix=fix, code=USAGE)
 
     @property
+    def has_groups(self) -> bool:
+        """Whether the size of groups can be chosen."""
+        return self.scheme == "int4" or self.scheme in NEAREST
+
+    @property
+    def codes(self) -> str:
+        """The key of ``SCHEMES``."""
+        return NEAREST.get(self.scheme, self.scheme)
+
+    @property
     def group(self) -> int | None:
         """Consecutive inputs that share a scale; None where a whole row does."""
+        if self.scheme in NEAREST:
+            return self.group_size or 128
         if self.scheme == "int4":
             return self.group_size or 64
         return BLOCK if self.scheme in ("nf4", "fp4") else None
 
     def check_fits(self, name: str, num_inputs: int) -> None:
         """Refuses a matrix whose rows are no whole number of groups (exit code 78)."""
-        multiple = self.group or SCHEMES[self.scheme].unit[0]
+        multiple = self.group or SCHEMES[self.codes].unit[0]
         if num_inputs % multiple:
-            smaller = [size for size in INT4_GROUPS if num_inputs % size == 0]
+            smaller = [size for size in GROUPS if num_inputs % size == 0]
             fix = "choose int8 or fp8"
-            if self.scheme == "int4" and smaller:
-                fix = f"quantize SRC DST --scheme int4 --group-size {smaller[-1]}"
+            if self.has_groups and smaller:
+                scheme = "int4" if self.scheme == "int4" else "rtn"
+                fix = f"quantize SRC DST --scheme {scheme} --group-size {smaller[-1]}"
             raise MixtralError(
                 f"{name}: {self.scheme} needs rows of whole groups",
                 expected=f"a multiple of {multiple} inputs",
@@ -118,6 +136,7 @@ def quantize_rows(w: np.ndarray, recipe: Recipe) -> Rows:
             fix="download the checkpoint again",
             code=BAD_DATA,
         )
+    nearest = functools.partial(_nearest, symmetric=recipe.symmetric)
     maker = {
         "int8": _int8,
         "fp8": _fp8,
@@ -125,9 +144,10 @@ def quantize_rows(w: np.ndarray, recipe: Recipe) -> Rows:
         "nf4": _by_table,
         "fp4": _by_table,
         "qmoe": _qmoe,
-    }[recipe.scheme]
-    codes, scales, zeros = maker(grouped, absmax, recipe.scheme)
-    return Rows(pack(recipe.scheme, codes.reshape(w.shape)), scales, zeros)
+        **dict.fromkeys(NEAREST.values(), nearest),
+    }[recipe.codes]
+    codes, scales, zeros = maker(grouped, absmax, recipe.codes)
+    return Rows(pack(recipe.codes, codes.reshape(w.shape)), scales, zeros)
 
 
 def _normal(scales: np.ndarray) -> np.ndarray:
@@ -179,6 +199,23 @@ def _int4_asymmetric(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
     zeros = np.rint(-low[..., None] * inverse).clip(0, 15)
     codes = (np.rint(w * inverse) + zeros).clip(0, 15)
     return Rows(codes.astype(np.uint8), scales, zeros[..., 0].astype(np.uint8))
+
+
+def _nearest(w: np.ndarray, absmax: np.ndarray, scheme: str, *, symmetric: bool) -> Rows:
+    """What ``gptq.round_to_nearest`` makes, its grid that of ``gptq.find_grid``."""
+    bits = SCHEMES[scheme].bits
+    most = np.float32(2**bits - 1)
+    low, high = w.min(axis=-1).clip(max=0), w.max(axis=-1).clip(min=0)
+    spread = 2 * absmax if symmetric else high - low
+    spread = np.where(spread == 0, np.float32(2), spread)  # a group of zeros: any step will do
+    scales = (spread / most).astype(_INT4_SCALES)
+    # A step that bfloat16 rounds to nothing stands for values that are nothing.
+    scales = np.where(scales == 0, _INT4_SCALES.type(1), scales)
+    steps = scales.astype(np.float32)
+    zeros = None if symmetric else np.rint(-low / steps).clip(0, most)
+    middle = np.float32(2 ** (bits - 1)) if zeros is None else zeros[..., None]
+    codes = (np.rint(w / steps[..., None]) + middle).clip(0, most)
+    return Rows(codes.astype(np.uint8), scales, None if zeros is None else zeros.astype(np.uint8))
 
 
 def _by_table(w: np.ndarray, absmax: np.ndarray, scheme: str) -> Rows:
@@ -250,4 +287,4 @@ def quantize(w: np.ndarray, recipe: Recipe, *, dtype: Any = None) -> QTensor:
             np.stack([one.absmax for one in found]).reshape(*stack, -1),
             np.stack([one.offset for one in found]).reshape(stack),
         )
-    return QTensor(codes, made, recipe.scheme, dtype or w.dtype, zeros=zeros)
+    return QTensor(codes, made, recipe.codes, dtype or w.dtype, zeros=zeros)

@@ -25,6 +25,7 @@ from mixtral_jax.model.transformer import LeafSpec
 from mixtral_jax.qtensor import SCHEMES, QTensor
 from mixtral_jax.quantize.errors import MatrixError, error_of
 from mixtral_jax.quantize.makers import Recipe, Rows, nest, quantize, quantize_rows
+from mixtral_jax.quantize.recorded import recorded
 
 # Bytes of the source that are quantized at a time; several arrays of that many numbers are made.
 BLOCK_BYTES = 1 << 20
@@ -56,8 +57,8 @@ def made_specs(leaf: str, spec: LeafSpec, recipe: Recipe) -> dict[str, LeafSpec]
     one_row = quantize(np.zeros((1, spec.shape[-1]), np.float32), recipe)
     groups = one_row.scales.shape[-1]
     return {
-        str(PartPath(leaf, recipe.scheme, name)): part_spec(
-            spec, recipe.scheme, name, groups, part.dtype
+        str(PartPath(leaf, recipe.codes, name)): part_spec(
+            spec, recipe.codes, name, groups, part.dtype
         )
         for name, part in take_apart(one_row).items()
     }
@@ -175,6 +176,10 @@ class QuantizingLeaves(DerivedLeaves):
                 found = self._make(part, chunk)
             out[...] = found.reshape(out.shape)
 
+    def report(self, leaf: str) -> dict[str, Any] | None:
+        """See Reporting."""
+        return recorded(leaf, self.errors)
+
     def _make(self, part: PartPath, chunk: Chunk) -> np.ndarray:
         """Quantizes a matrix and gives the part asked for; the other small ones will wait."""
         rows = self._quantize(origin_of(chunk))
@@ -187,7 +192,7 @@ class QuantizingLeaves(DerivedLeaves):
 
     def _tensor(self, rows: Rows, dtype: np.dtype) -> QTensor:
         scales: Any = nest(rows.scales) if self.recipe.double_quant else rows.scales
-        return QTensor(rows.codes, scales, self.recipe.scheme, dtype, zeros=rows.zeros)
+        return QTensor(rows.codes, scales, self.recipe.codes, dtype, zeros=rows.zeros)
 
     def _quantize(self, origin: Chunk) -> Rows:
         spec = self.source.specs[origin.leaf]

@@ -12,7 +12,7 @@ import tyro
 from mixtral_jax import cli
 from mixtral_jax.errors import OK
 from mixtral_jax.sharding.mesh import MeshSpec
-from mixtral_jax.sharding.report import find_config, lines, weight_report
+from mixtral_jax.sharding.report import find_config, lines, refuse_quantized, weight_report
 from mixtral_jax.sharding.strategy import Attention, Strategy
 
 
@@ -39,6 +39,7 @@ class Options:
 def main(options: Options) -> int:
     """Prints the table."""
     config = find_config(options.model)
+    refuse_quantized(options.model)
     spec = MeshSpec.parse(options.mesh).fit(config)
     strategy = Strategy(attention=options.attention, fsdp=options.fsdp)
     strategy.check(config, spec)

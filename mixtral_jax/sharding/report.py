@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from mixtral_jax.config import PRESETS, ModelConfig, read_config
-from mixtral_jax.errors import INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.errors import BAD_CONFIG, INPUT_NOT_FOUND, MixtralError
+from mixtral_jax.json_file import read_json
 from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.qtensor import SCHEMES
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.rules import partition_spec
 from mixtral_jax.sharding.strategy import Strategy
+
+# Files that say that published weights are quantized, beside config.json.
+_QUANTIZED = ("quantize_config.json", "quant_config.json")
 
 
 def find_config(model: str) -> ModelConfig:
@@ -35,6 +41,27 @@ def find_config(model: str) -> ModelConfig:
         raise MixtralError(
             f"no model {model}", fix=f"name a folder or one of {known}", code=INPUT_NOT_FOUND
         ) from None
+
+
+def refuse_quantized(model: str) -> None:
+    """Refuses a folder whose weights are quantized: ``weight_report`` is of plain ones.
+
+    Raises:
+        MixtralError: exit code 78.
+    """
+    folder = Path(model)
+    if model in PRESETS or not folder.is_dir():
+        return
+    config = folder / "config.json"
+    says_so = config.is_file() and read_json(config).get("quantization_config") is not None
+    says_so = says_so or any((folder / name).is_file() for name in _QUANTIZED)
+    parts = [path.name.rsplit(".", 2) for path in folder.glob("weights/*.codes")]
+    if says_so or any(len(part) == 3 and part[1] in SCHEMES for part in parts):
+        raise MixtralError(
+            f"{model} is quantized: this table is of plain weights",
+            fix=f"python -m mixtral_jax.plan --model {model} counts what lies there",
+            code=BAD_CONFIG,
+        )
 
 
 class WeightRow(NamedTuple):

@@ -82,6 +82,10 @@ def test_perplexity_from_outside(text):
     bits = wanted.nll * wanted.scored / np.log(2) / len(TEXT)
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
     assert found["kl"] is None
+    assert found["experts"] == {
+        "scheme": "float32", "bytes": 4 * 3_145_728, "bits": 32.0, "groups": [],
+    }  # fmt: skip
+    assert found["made"] is None
     assert "simulating the 1x8 mesh" in done.stderr
 
 
@@ -97,7 +101,7 @@ def test_text_for_people(text, capsys):
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()]
     assert names == ["text", "tokenizer", "tokens", "windows", "mesh", "dtype", "weights",
-                     "perplexity", "bits/byte"]  # fmt: skip
+                     "experts", "perplexity", "bits/byte"]  # fmt: skip
     assert "sha256" in out
 
 
@@ -137,6 +141,10 @@ def test_schemes(text, capsys):
     assert [row["dtype"] for row in (plain, rounded)] == ["float32", "bfloat16"]
     assert quantized["weight_bytes"] < 0.4 * plain["weight_bytes"]
     assert 0 < quantized["kl"] < 0.1
+    bits = quantized["experts"].pop("bits")
+    assert bits == 8 * quantized["experts"]["bytes"] / 3_145_728 == pytest.approx(8.2, abs=0.02)
+    # Groups are whole rows: 128 inputs of gate and up, 256 of down.
+    assert (quantized["experts"]["scheme"], quantized["experts"]["groups"]) == ("int8", [128, 256])
     assert plain["weight_bytes"] == 2 * rounded["weight_bytes"]
     assert 0 < rounded["kl"] < 0.01
     assert rounded["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)
@@ -192,6 +200,18 @@ def test_routing(text, tmp_path, capsys):
         ("perplexity --text TEXT --schemes int8,,none", 64, "--schemes: expected none,"),
         ("perplexity --text TEXT --schemes none,int9", 64, "got 'int9'"),
         ("perplexity --text TEXT --schemes none --quantize int8", 64, "--schemes none,int8"),
+        ("perplexity --text TEXT --schemes int4:group-size=3", 64, "expected 32, 64, 128, got 3"),
+        ("perplexity --text TEXT --schemes int4:group-size", 64, "expected group-size=64"),
+        ("perplexity --text TEXT --schemes int4:size=3", 64, "options among group-size"),
+        ("perplexity --text TEXT --schemes rtn3:asymmetric=1", 64, "expected asymmetric alone"),
+        ("perplexity --text TEXT --schemes nf4:asymmetric", 64, "--asymmetric is not for nf4"),
+        ("perplexity --text TEXT --schemes gptq", 64, "got 'gptq'"),
+        ("perplexity --text TEXT --schemes gptq4", 64, "gptq4 needs calibration text"),
+        ("perplexity --text TEXT --schemes int8 --calibration TEXT", 64, "no scheme reads it"),
+        ("perplexity --text TEXT --schemes int8 --keep folder", 64, "nothing to keep"),
+        ("perplexity --text TEXT --schemes gptq4 --calibration no.txt", 66, "no.txt: no such file"),
+        ("perplexity --text TEXT --schemes gptq4 --calibration EMPTY", 64, "expected .jsonl or"),
+        ("perplexity --text TEXT --schemes rtn2 --calibration-samples 0", 64, "at least 1, got 0"),
         ("perplexity --text TEXT --plot a.pdf", 64, "--plot: expected a name that ends in"),
         ("perplexity nowhere --text TEXT", 66, "no such folder: nowhere"),
         ("perplexity --text TEXT --data nowhere", 66, "--data nowhere: no such file"),

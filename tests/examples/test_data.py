@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from examples.tiny.data import QUESTIONS, TEXT, Options, main
-from examples.tiny.text import held_out
+import json
+
+from examples.tiny.data import CALIBRATION, QUESTIONS, TEXT, Options, main
+from examples.tiny.text import held_out, normalised
 from mixtral_jax import cli
 from mixtral_jax.evaluate.exact import read_questions
 
 
 def run(folder, *arguments: str) -> int:
-    given = [str(folder), "--per-family", "2", "--lines", "30", *arguments]
+    given = [str(folder), "--per-family", "2", "--lines", "30", "--conversations", "12", *arguments]
     return cli.run(main, Options, "data", given)
 
 
 def test_files(tmp_path, capsys):
     assert run(tmp_path / "a") == run(tmp_path / "b") == 0
-    for name in (QUESTIONS, TEXT):
+    for name in (QUESTIONS, TEXT, CALIBRATION):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     questions = read_questions(tmp_path / "a" / QUESTIONS)
     wanted = [(example.prompt, example.answer) for example in held_out(2, seed=0)]
     assert [(question.prompt, question.answer) for question in questions] == wanted
     assert len((tmp_path / "a" / TEXT).read_text(encoding="utf-8").splitlines()) == 30
+    rows = [json.loads(x) for x in (tmp_path / "a" / CALIBRATION).read_text("utf-8").splitlines()]
+    talks = [row["messages"] for row in rows if "messages" in row]
+    asked = {normalised(m["content"]) for talk in talks for m in talk if m["role"] == "user"}
+    assert (len(talks), len(rows)) == (12, 15)
+    assert not asked & {normalised(prompt) for prompt, _ in wanted}, "held out from training"
     capsys.readouterr()
     assert run(tmp_path / "a") == 73
     assert "exists; fix: name another folder" in capsys.readouterr().err

@@ -7,23 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
-from examples.tiny.text import Conversation, documents
+from examples.tiny.data import for_calibration
+from examples.tiny.text import documents
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from tests.convert import checkpoints
 
 
 def write_text(path: Path, count: int, *, seed: int) -> Path:
     """``count`` documents as .jsonl, some with messages and some with text."""
-    rows = []
-    for document in itertools.islice(documents(seed), count):
-        if not isinstance(document, Conversation):
-            rows.append({"text": document.text})
-            continue
-        messages = [{"role": "system", "content": document.system}] if document.system else []
-        for turn in document.turns:
-            messages.append({"role": "user", "content": turn.prompt})
-            messages.append({"role": "assistant", "content": turn.answer})
-        rows.append({"messages": messages})
+    rows = map(for_calibration, itertools.islice(documents(seed), count))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -355,9 +355,10 @@ def test_values_that_are_no_numbers_are_refused_by_tensor(tmp_path, small_config
 
 
 @pytest.mark.parametrize("cut", mostly_slow([0, 3, 8, 20], [8]))
-def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, cut):
+def test_an_interrupted_run_is_resumed_to_the_same_digest_and_report(tmp_path, small, cut):
     recipe = Recipe(scheme="nf4", double_quant=True)
-    whole = quantize_checkpoint(small, tmp_path / "whole", recipe).converted
+    report = quantize_checkpoint(small, tmp_path / "whole", recipe)
+    whole = report.converted
     asked = 0
 
     def stop() -> bool:
@@ -369,7 +370,12 @@ def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, cut):
         quantize_checkpoint(small, tmp_path / "q", recipe, stop=stop)
     assert refusal.value.code == INTERRUPTED
     lines: list[str] = []
-    resumed = quantize_checkpoint(small, tmp_path / "q", recipe, note=lines.append).converted
+    again = quantize_checkpoint(small, tmp_path / "q", recipe, note=lines.append)
+    resumed = again.converted
+    assert again.errors == report.errors
+    assert len(again.errors) == 7, "those that the interrupted run made, too"
+    finished = quantize_checkpoint(small, tmp_path / "q", recipe)
+    assert (finished.errors, finished.coverage) == (report.errors, report.coverage)
     assert resumed.digest == whole.digest
     assert resumed.parameters == whole.parameters
     assert any(f"resuming: {cut} of" in line for line in lines) == (cut > 0)

@@ -255,9 +255,13 @@ def test_an_interrupted_run_is_resumed_to_the_same_digest(tmp_path, small, text,
     with pytest.raises(MixtralError, match="interrupted") as refusal:
         quantize_gptq(small, tmp_path / "q", recipe, calibration, stop=stop)
     assert refusal.value.code == INTERRUPTED
-    again = quantize_gptq(small, tmp_path / "q", recipe, calibration)
+    notes: list[str] = []
+    again = quantize_gptq(small, tmp_path / "q", recipe, calibration, note=notes.append)
     assert again.converted.digest == whole.converted.digest
-    assert len(again.layers) == (1 if cut == 63 else 2)
+    made = [line for line in notes if line.startswith("layer ")]
+    assert len(made) == (1 if cut == 63 else 2)
+    assert again.layers == whole.layers, "those that the interrupted run made, too"
+    assert again.errors == whole.errors
 
 
 KILLED = """
@@ -265,12 +269,14 @@ import os, signal, sys
 import jax; jax.config.update("jax_platforms", "cpu")
 from mixtral_jax.quantize.driver import Calibration, quantize_gptq
 from mixtral_jax.quantize.gptq_recipe import GptqRecipe
+made = []
 def note(line):
+    made.append(line.startswith("layer "))
     if line.startswith(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
 calibration = Calibration(path=sys.argv[3], samples=20, length=64)
 report = quantize_gptq(sys.argv[1], sys.argv[2], GptqRecipe(group=32), calibration, note=note)
-print(report.converted.digest, len(report.layers))
+print(report.converted.digest, sum(made), len(report.layers), len(report.errors))
 """
 
 
@@ -291,8 +297,9 @@ def test_a_kill_and_a_rerun_give_the_same_digest(tmp_path, small, text):
     again = run_and_kill(small, tmp_path / "q", text, "never")
     whole = run_and_kill(small, tmp_path / "whole", text, "never")
     assert again.returncode == whole.returncode == 0, again.stderr + whole.stderr
-    assert again.stdout.split() == [whole.stdout.split()[0], "1"]
-    assert whole.stdout.split()[1] == "2"
+    digest, *counts = whole.stdout.split()
+    assert counts == ["2", "2", "14"]
+    assert again.stdout.split() == [digest, "1", "2", "14"], "one layer made, both reported"
 
 
 def run(*arguments: str) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, USAGE, MixtralError
 from mixtral_jax.qtensor import SCHEMES, Nested
-from mixtral_jax.quantize.makers import Recipe, nest, quantize
+from mixtral_jax.quantize.gptq import round_to_nearest, solve
+from mixtral_jax.quantize.gptq_matrices import tensor_of
+from mixtral_jax.quantize.gptq_recipe import SCALES, GptqRecipe
+from mixtral_jax.quantize.makers import NEAREST, Recipe, nest, quantize
 
 RECIPES = {
     "int8": Recipe(scheme="int8"),
@@ -165,3 +169,29 @@ def test_values_that_are_no_numbers_are_refused(name, bad):
     with pytest.raises(MixtralError, match="cannot be quantized") as refusal:
         quantize(w, RECIPES[name])
     assert refusal.value.code == BAD_DATA
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", NEAREST)
+def test_rtn_is_gptq_with_nothing_to_correct(scheme, symmetric):
+    """What GPTQ makes of inputs that are independent and alike, bit for bit; zero groups too."""
+    bits = SCHEMES[NEAREST[scheme]].bits
+    w = gaussian(16, 256)
+    w[3, :64] = 0
+    w[4] = 0
+    recipe = Recipe(scheme=scheme, group_size=64, symmetric=symmetric)
+    q = quantize(w, recipe)
+    grid = {"bits": bits, "group": 64, "symmetric": symmetric, "scale_dtype": SCALES}
+    solved = solve(jnp.asarray(w), jnp.eye(256), act_order=False, damp=jnp.float32(0.01), **grid)
+    want = tensor_of(solved, GptqRecipe(bits=bits, group=64, symmetric=symmetric))
+    assert q.scheme == want.scheme == f"gptq{bits}"
+    np.testing.assert_array_equal(q.codes, want.codes)
+    np.testing.assert_array_equal(q.scales, want.scales)
+    np.testing.assert_array_equal(dequantized(q), round_to_nearest(jnp.asarray(w), **grid))
+    assert (q.zeros is None) == symmetric
+
+
+def test_rtn_refuses_rows_of_no_whole_groups():
+    with pytest.raises(MixtralError, match="--group-size 64") as refusal:
+        quantize(gaussian(4, 64), Recipe(scheme="rtn3"))
+    assert refusal.value.code == BAD_CONFIG
