@@ -41,7 +41,7 @@ from mixtral_jax.sharding.quantized import check_split, make_ready
 from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.weights import ExpertSlots, Layout, Weight
 
-ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
+ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding | None]
 Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
 # (leaf, ids of the devices that hold what was read) -> bytes read from the checkpoint.
 Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
@@ -71,7 +71,7 @@ def load_weights(
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
             dim is on the expert axis, which fits the stack and each slot. Of a quantized weight, a
-            NamedSharding.
+            NamedSharding. None: the leaf stays in host memory, as numpy.
         source: given the opened folder, what to read instead: weights quantized on the way.
         dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
             differ, the dtype of the configuration if some have it, else that of most bytes.
@@ -127,19 +127,24 @@ def load_weights(
     weights = {path: found[path] for path in specs}
     if not quantized:
         return weights
-    shardings = {path: sharding_of(path) for path in specs}
-    return make_ready(weights, cast(Mapping[str, jax.sharding.NamedSharding], shardings))
+    placed = {path: sharding for path in specs if (sharding := sharding_of(path)) is not None}
+    shardings = cast(Mapping[str, jax.sharding.NamedSharding], placed)
+    return weights | make_ready({path: weights[path] for path in placed}, shardings)
 
 
 def _part_shardings(
     specs: Mapping[str, LeafSpec], quantized: Mapping[str, QTensor], sharding_of: ShardingOf
-) -> dict[str, jax.sharding.Sharding]:
+) -> dict[str, jax.sharding.Sharding | None]:
     """The sharding of every stored leaf; refuses parts that the mesh cannot split."""
-    found: dict[str, jax.sharding.Sharding] = {}
+    found: dict[str, jax.sharding.Sharding | None] = {}
     for path in specs:
         sharding = sharding_of(path)
         if path not in quantized:
             found[path] = sharding
+            continue
+        if sharding is None:
+            parts = take_apart(quantized[path])
+            found |= {str(PartPath(path, quantized[path].scheme, name)): None for name in parts}
             continue
         assert isinstance(sharding, jax.sharding.NamedSharding), path
         check_split(path, quantized[path], sharding)
@@ -162,7 +167,9 @@ def _joined(scheme: str, parts: dict[str, Any], dtype: Any) -> Weight:
         ]
         return ExpertSlots(tuple(slots))
     if "scale_offset" in parts:
-        parts = parts | {"scale_offset": _last_of_one(parts["scale_offset"])}
+        offset = parts["scale_offset"]
+        on_host = isinstance(offset, np.ndarray)
+        parts = parts | {"scale_offset": offset[..., 0] if on_host else _last_of_one(offset)}
     return join(scheme, parts, dtype)
 
 
@@ -208,7 +215,7 @@ class _Loader:
         self,
         path: str,
         shape: tuple[int, ...],
-        sharding: jax.sharding.Sharding,
+        sharding: jax.sharding.Sharding | None,
         *,
         expert_shards: int,
         layout: Layout,
@@ -250,7 +257,9 @@ class _Array:
         # Chunks that devices share parts of, read once for all of them.
         self.shared: dict[Chunk, np.ndarray] = {}
 
-    def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
+    def place(self, sharding: jax.sharding.Sharding | None) -> Any:
+        if sharding is None:
+            return self._piece(tuple((0, size) for size in self.shape), [])
         holders: dict[Bounds, list[Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(self.shape).items():
             assert index is not None
