@@ -214,7 +214,9 @@ class LanguageModel:
         valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
         hosts.agree("logits", lambda: {"the token ids": short(rows)})
         hosts.begin_step()
-        logits = hosts.fetch(self.executor.score(tokens, valid))[: len(rows), : len(rows[0])]
+        logits = np.asarray(hosts.fetch(self.executor.score(tokens, valid)))[
+            : len(rows), : len(rows[0])
+        ]
         for row, scores in enumerate(logits):
             if not np.isfinite(scores).all():
                 what = f"token_ids row {row}: logits are NaN; the weights are damaged"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs passes; states are donated and given back, as in ``decode/steps.py``."""
 

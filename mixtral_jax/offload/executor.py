@@ -87,6 +87,7 @@ class OffloadExecutor:
         placement: the kernels.
         device: where it runs.
         prefetch: copy ahead what the next layer's router says of this layer's residual stream.
+        compiler: of another executor of such a model on this device, to share its programs.
     """
 
     def __init__(
@@ -97,9 +98,10 @@ class OffloadExecutor:
         placement: LocalPlacement,
         device: Any,
         prefetch: bool = True,
+        compiler: Compiler | None = None,
     ):
         self.parts, self._placement, self.device = parts, placement, device
-        self._compiler = Compiler(parts, placement, device)
+        self.compiler = compiler or Compiler(parts, placement, device)
         self.ledger = Ledger(budget)
         self.ledger.hold("weights", parts.device_bytes)
         self._experts = DeviceExperts(parts.experts, self.ledger, device, prefetch=prefetch)
@@ -139,12 +141,12 @@ class OffloadExecutor:
             MixtralError: exit code 78 if the budget is too small, with the least that would do.
         """
         rows = len(last_tokens)
-        shapes = self._compiler.state(rows, slots, dtype)
+        shapes = self.compiler.state(rows, slots, dtype)
         self._passes = {
-            "prefill": self._compiler.get("prefill", rows, chunk, shapes),
-            "step": self._compiler.get("step", rows, 1, shapes),
+            "prefill": self.compiler.get("prefill", rows, chunk, shapes),
+            "step": self.compiler.get("step", rows, 1, shapes),
         }
-        least = self._compiler.least(shapes, *self._passes.values())
+        least = self.compiler.least(shapes, *self._passes.values())
         self._reserve(least, f"{rows} rows of {slots} cache slots")
         last_tokens, is_padding = jax.device_put((last_tokens, is_padding), self.device)
         return steps.empty_state(
@@ -209,8 +211,8 @@ class OffloadExecutor:
             MixtralError: as ``start``.
         """
         rows, length = tokens.shape
-        passed = self._compiler.get("score", rows, length)
-        least = self._compiler.least(_NO_STATE, passed)
+        passed = self.compiler.get("score", rows, length)
+        least = self.compiler.least(None, passed)
         self._reserve(least, f"{rows} rows of {length} tokens")
         began = time.perf_counter()
         begun = passed.begin.call(self.parts.ends, tokens, valid)
@@ -242,9 +244,6 @@ class OffloadExecutor:
                 shares, sign = visit.call(shares, out.rows, out.routing, weights, expert_id)
                 self._experts.read(layer, expert, sign)
         return x, shares, tuple(found)
-
-
-_NO_STATE: Any = ()
 
 
 def check_budget(budget: int, least: Least, what: str) -> None:

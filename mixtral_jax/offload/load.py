@@ -22,6 +22,7 @@ from mixtral_jax.offload.executor import OffloadExecutor, check_budget
 from mixtral_jax.offload.ledger import parse_size
 from mixtral_jax.offload.parts import Least, Parts, on_device, pinned, take_apart
 from mixtral_jax.offload.passes import Compiler
+from mixtral_jax.sharding import hosts
 from mixtral_jax.weights import ExpertSlots
 
 DEFAULT_SHARE = 0.9  # of what the backend says it has
@@ -31,8 +32,12 @@ def budget_of(asked: str | int | None, device: Any) -> int:
     """Bytes that may be used of a device.
 
     Raises:
-        MixtralError: exit code 64 for no size, and where there is none to be had from the device.
+        MixtralError: exit code 64 for no size, where there is none to be had from the device, and
+            among several processes.
     """
+    if hosts.num_processes() > 1:
+        what, fix = "--offload experts is for one process", "leave it out"
+        raise MixtralError(what, fix=fix, code=USAGE)
     if asked is not None:
         return parse_size(asked)
     limit = (device.memory_stats() or {}).get("bytes_limit")
@@ -75,9 +80,9 @@ class Generating(NamedTuple):
     kv_dtype: KVDtype | None = None
 
 
-def least_of(parts: Parts, what: Generating, placement: LocalPlacement, device: Any) -> Least:
-    """The device bytes that a generation cannot do without, from shapes alone."""
-    compiler = Compiler(parts, placement, device)
+def least_of(compiler: Compiler, what: Generating) -> Least:
+    """The device bytes that a generation cannot do without."""
+    parts = compiler.parts
     rows = row_bucket(what.rows)
     dtype = storage_dtype(what.kv_dtype, parts.ends.embed_tokens.get_value().dtype)
     state = compiler.state(rows, slot_bucket(parts.config, what.context), dtype)
@@ -108,7 +113,7 @@ def checked(
         kept = dtype or str(found.dtype("embed_tokens"))
         parts = abstract_parts(config, found.specs, kept)
         if parts.device_bytes + parts.expert_bytes > budget:
-            least = least_of(parts, Generating(), placement, device)
+            least = least_of(Compiler(parts, placement, device), Generating())
             check_budget(budget, least, "a short text")
         return found
 

@@ -104,7 +104,7 @@ class Compiler:
             jax.eval_shape(make, np.zeros((rows,), np.int32), np.zeros((rows,), np.bool_))
         )
 
-    def least(self, state: DecodeState, *passes: Pass) -> Least:
+    def least(self, state: DecodeState | None, *passes: Pass) -> Least:
         """What generation with this state, or scoring without one, must have."""
         working = max(each.working for each in passes) + self.code_bytes
         parts = self.parts
