@@ -115,7 +115,7 @@ class Adapter:
         self.notes = tuple(f"{self.folder}: {line}" for line in notes)
 
     def attach(
-        self, leaves: Mapping[str, Weight], sharding_of: Callable[[str], NamedSharding | None]
+        self, leaves: Mapping[str, Weight], sharding_of: Callable[[str], NamedSharding]
     ) -> dict[str, Weight]:
         """Returns the leaves with those that the adapter knows as ``Adapted``.
 
@@ -329,7 +329,7 @@ def _factor(part: Part, read: Callable[[str], np.ndarray], num_experts: int) -> 
     return Factors(a, b[part.rows], part.pair.scale)
 
 
-def _adapted(base: Weight, factors: Factors, sharding: NamedSharding | None) -> Weight:
+def _adapted(base: Weight, factors: Factors, sharding: NamedSharding) -> Weight:
     if isinstance(base, ExpertSlots):
         num_slots = len(base.slots)
         slots = []
@@ -341,19 +341,12 @@ def _adapted(base: Weight, factors: Factors, sharding: NamedSharding | None) -> 
     if base.ndim == 2:
         a, b = a[0], b[0]
     adapted = Adapted(cast(Matrix, base), a, b, factors.scale)
-
-    def in_dtype(array: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.ascontiguousarray(array.astype(base.dtype))
-
-    if sharding is None:  # the base is in host memory
-        return Adapted(adapted.base, in_dtype(a), in_dtype(b), factors.scale)
-    specs = kind_specs(adapted, sharding.spec)
+    specs, kind = kind_specs(adapted, sharding.spec), sharding.memory_kind
 
     def place(array: np.ndarray, spec: Any) -> jax.Array:
-        cast_array = in_dtype(array)
-        return jax.make_array_from_callback(
-            array.shape, NamedSharding(sharding.mesh, spec), lambda index: cast_array[index]
-        )
+        placed = NamedSharding(sharding.mesh, spec, memory_kind=kind)
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast_array = np.ascontiguousarray(array.astype(base.dtype))
+        return jax.make_array_from_callback(array.shape, placed, lambda index: cast_array[index])
 
     return Adapted(adapted.base, place(a, specs.a), place(b, specs.b), factors.scale)

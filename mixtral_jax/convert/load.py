@@ -41,12 +41,13 @@ from mixtral_jax.sharding.quantized import check_split, make_ready
 from mixtral_jax.sharding.rules import kind_specs
 from mixtral_jax.weights import ExpertSlots, Layout, Weight
 
-ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding | None]
+ShardingOf: TypeAlias = Callable[[str], jax.sharding.Sharding]
 Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
 # (leaf, ids of the devices that hold what was read) -> bytes read from the checkpoint.
 Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
 # Leaves in flight at a time; each costs its local bytes of host memory.
 THREADS = min(4, os.cpu_count() or 1)
+HOST = "pinned_host"  # the memory kind of what stays at the host
 _ALIGNMENT = 64  # bytes: JAX adopts host memory so aligned on the CPU instead of copying it
 
 
@@ -71,7 +72,7 @@ def load_weights(
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
             dim is on the expert axis, which fits the stack and each slot. Of a quantized weight, a
-            NamedSharding. None: the leaf stays in host memory, as numpy.
+            NamedSharding. Its memory kind says where at the device the leaf lies.
         source: given the opened folder, what to read instead: weights quantized on the way.
         dtype: cast to this on the host, piece by piece. None: what is stored; where tensors
             differ, the dtype of the configuration if some have it, else that of most bytes.
@@ -127,24 +128,19 @@ def load_weights(
     weights = {path: found[path] for path in specs}
     if not quantized:
         return weights
-    placed = {path: sharding for path in specs if (sharding := sharding_of(path)) is not None}
-    shardings = cast(Mapping[str, jax.sharding.NamedSharding], placed)
-    return weights | make_ready({path: weights[path] for path in placed}, shardings)
+    shardings = {path: sharding_of(path) for path in specs}
+    return make_ready(weights, cast(Mapping[str, jax.sharding.NamedSharding], shardings))
 
 
 def _part_shardings(
     specs: Mapping[str, LeafSpec], quantized: Mapping[str, QTensor], sharding_of: ShardingOf
-) -> dict[str, jax.sharding.Sharding | None]:
+) -> dict[str, jax.sharding.Sharding]:
     """The sharding of every stored leaf; refuses parts that the mesh cannot split."""
-    found: dict[str, jax.sharding.Sharding | None] = {}
+    found: dict[str, jax.sharding.Sharding] = {}
     for path in specs:
         sharding = sharding_of(path)
         if path not in quantized:
             found[path] = sharding
-            continue
-        if sharding is None:
-            parts = take_apart(quantized[path])
-            found |= {str(PartPath(path, quantized[path].scheme, name)): None for name in parts}
             continue
         assert isinstance(sharding, jax.sharding.NamedSharding), path
         check_split(path, quantized[path], sharding)
@@ -153,7 +149,9 @@ def _part_shardings(
             stored = (*spec, None) if name == "scale_offset" else spec  # [..., 1] on disk
             part = str(PartPath(path, quantized[path].scheme, name))
             found[part] = jax.sharding.NamedSharding(
-                sharding.mesh, jax.sharding.PartitionSpec(*stored)
+                sharding.mesh,
+                jax.sharding.PartitionSpec(*stored),
+                memory_kind=sharding.memory_kind,
             )
     return found
 
@@ -167,10 +165,19 @@ def _joined(scheme: str, parts: dict[str, Any], dtype: Any) -> Weight:
         ]
         return ExpertSlots(tuple(slots))
     if "scale_offset" in parts:
-        offset = parts["scale_offset"]
-        on_host = isinstance(offset, np.ndarray)
-        parts = parts | {"scale_offset": offset[..., 0] if on_host else _last_of_one(offset)}
+        parts = parts | {"scale_offset": _without_last(parts["scale_offset"])}
     return join(scheme, parts, dtype)
+
+
+def _without_last(offset: jax.Array) -> jax.Array:
+    """Its last dim, of one, taken off, where it lies."""
+    sharding = offset.sharding
+    if sharding.memory_kind != HOST:
+        return _last_of_one(offset)
+    assert isinstance(sharding, jax.sharding.NamedSharding)  # programs do not compute there
+    spec = jax.sharding.PartitionSpec(*sharding.spec[: offset.ndim - 1])
+    placed = jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=HOST)
+    return jax.device_put(np.asarray(offset)[..., 0], placed)
 
 
 @jax.jit
@@ -215,7 +222,7 @@ class _Loader:
         self,
         path: str,
         shape: tuple[int, ...],
-        sharding: jax.sharding.Sharding | None,
+        sharding: jax.sharding.Sharding,
         *,
         expert_shards: int,
         layout: Layout,
@@ -257,9 +264,7 @@ class _Array:
         # Chunks that devices share parts of, read once for all of them.
         self.shared: dict[Chunk, np.ndarray] = {}
 
-    def place(self, sharding: jax.sharding.Sharding | None) -> Any:
-        if sharding is None:
-            return self._piece(tuple((0, size) for size in self.shape), [])
+    def place(self, sharding: jax.sharding.Sharding) -> jax.Array:
         holders: dict[Bounds, list[Device]] = {}
         for device, index in sharding.addressable_devices_indices_map(self.shape).items():
             assert index is not None
@@ -268,7 +273,11 @@ class _Array:
         shards = []
         for bounds, devices in holders.items():
             piece = self._piece(bounds, devices)
-            shards += [jax.device_put(piece, device) for device in devices]
+            kind = sharding.memory_kind
+            shards += [
+                jax.device_put(piece, jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+                for device in devices
+            ]
         return jax.make_array_from_single_device_arrays(
             self.shape, sharding, shards, dtype=self.dtype
         )

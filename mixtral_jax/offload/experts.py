@@ -74,7 +74,8 @@ class DeviceExperts:
     """Experts on one device, within the room that a ledger leaves.
 
     Args:
-        host: ``host[layer][e]`` in host memory.
+        host: ``host[layer][e]`` in pinned memory. (Of a numpy array the CPU backend would adopt
+            the memory instead of copying it.)
         ledger: entered under ``experts``.
         device: where they go.
         prefetch: copy what the next layer is expected to need.
@@ -179,8 +180,7 @@ class DeviceExperts:
                 return False
             self._evict(self._victim(layer, others))
         self._ledger.hold("experts", size)
-        # Asynchronous. Never an alias: on a CPU that would be the host's own memory.
-        weights = jax.device_put(source, self._sharding, may_alias=False)
+        weights = jax.device_put(source, self._sharding)  # from pinned memory: asynchronous
         self.counts.copied_bytes += size
         self._clock += 1
         self._entries[key] = _Entry(weights, size, why, self._clock)

@@ -20,7 +20,7 @@ from mixtral_jax.model.placement import LocalPlacement
 from mixtral_jax.model.transformer import LeafSpec, Mixtral, leaf_specs
 from mixtral_jax.offload.executor import OffloadExecutor, check_budget
 from mixtral_jax.offload.ledger import parse_size
-from mixtral_jax.offload.parts import Least, Parts, on_device, pinned, take_apart
+from mixtral_jax.offload.parts import Least, Parts, on_device, take_apart
 from mixtral_jax.offload.passes import Compiler
 from mixtral_jax.sharding import hosts
 from mixtral_jax.weights import ExpertSlots
@@ -135,11 +135,9 @@ def offloaded(
         leaves: as ``load_weights`` gives them for ``host_experts``.
         budget: bytes of the device.
         placement: the kernels.
-        device: where it runs. Where it is none of the host's own, experts go to pinned memory.
+        device: where it runs.
     """
     parts = on_device(take_apart(config, leaves), device)
-    if device.platform != "cpu":
-        parts = pinned(parts, device)
     executor = OffloadExecutor(parts, budget=budget, placement=placement, device=device)
     model = nnx.merge(*nnx.split(parts.ends))
     model.layers = nnx.List(parts.blocks)

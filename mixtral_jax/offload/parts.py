@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.convert.load import HOST
 from mixtral_jax.convert.names import EXPERT_LEAF
 from mixtral_jax.kernels.experts import ExpertWeights
 from mixtral_jax.model.transformer import Block, Mixtral, assemble
@@ -28,10 +29,15 @@ def num_bytes(tree: Any) -> int:
 
 
 def host_experts(
-    sharding_of: Callable[[str], NamedSharding | None],
-) -> Callable[[str], NamedSharding | None]:
-    """What ``load_weights`` asks for: experts stay in host memory, the rest has its sharding."""
-    return lambda path: None if EXPERT_LEAF.fullmatch(path) else sharding_of(path)
+    sharding_of: Callable[[str], NamedSharding],
+) -> Callable[[str], NamedSharding]:
+    """What ``load_weights`` asks for: experts in host memory that the device can copy from."""
+
+    def found(path: str) -> NamedSharding:
+        whole = sharding_of(path)
+        return whole.with_memory_kind(HOST) if EXPERT_LEAF.fullmatch(path) else whole
+
+    return found
 
 
 class Parts(NamedTuple):
@@ -40,8 +46,8 @@ class Parts(NamedTuple):
     Attributes:
         ends: embedding, last norm and head; it has no layers.
         blocks: the layers without their experts.
-        experts: ``experts[layer][e]`` with leaves ``[1, O, I]`` of any kind, in host memory, or
-            shapes in place of arrays.
+        experts: ``experts[layer][e]`` with leaves ``[1, O, I]`` of any kind, in pinned memory of
+            the host, or shapes in place of arrays.
         config: of the whole model.
     """
 
@@ -89,17 +95,6 @@ def without_experts(config: ModelConfig, leaves: Mapping[str, Any]) -> Mixtral:
         for name in _HIDDEN:
             setattr(block.moe.experts, name, nnx.Param(None))
     return model
-
-
-def pinned(parts: Parts, device: Any) -> Parts:
-    """The experts in memory that the device copies from by itself."""
-    sharding = SingleDeviceSharding(device, memory_kind="pinned_host")
-    layers = []
-    for layer in parts.experts:  # one by one: the unpinned copy of each goes at once
-        layers.append([])
-        while layer:
-            layers[-1].append(jax.device_put(layer.pop(0), sharding))
-    return parts._replace(experts=layers)
 
 
 def on_device(parts: Parts, device: Any) -> Parts:

@@ -9,8 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from mixtral_jax.config import ModelConfig
+from mixtral_jax.convert.load import HOST
 from mixtral_jax.decode.executor import Executor, Resident
 from mixtral_jax.decode.generate import Generation, Request
 from mixtral_jax.decode.sampling import SamplingOptions
@@ -47,11 +49,14 @@ def with_quantized(
 
 
 def _slots(stack: Any) -> ExpertSlots:
-    """Each expert by itself, ``[1, O, I]``, in host memory."""
+    """Each expert by itself, ``[1, O, I]``."""
     each = range(stack.shape[0])
-    return ExpertSlots(
-        tuple(jax.tree.map(lambda x, e=e: np.ascontiguousarray(x[e : e + 1]), stack) for e in each)
-    )
+    return ExpertSlots(tuple(jax.tree.map(lambda x, e=e: x[e : e + 1], stack) for e in each))
+
+
+def on_host(device: Any) -> SingleDeviceSharding:
+    """Pinned memory beside a device."""
+    return SingleDeviceSharding(device, memory_kind=HOST)
 
 
 def both(
@@ -62,9 +67,9 @@ def both(
     whole, split = {}, {}
     for path, leaf in leaves.items():
         if leaf.ndim == 3:
-            split[path] = _slots(jax.tree.map(np.asarray, leaf))
+            split[path] = jax.device_put(_slots(jax.tree.map(np.asarray, leaf)), on_host(device))
             stacked = KERNELS[kernels].layout == "stacked"
-            whole[path] = jax.tree.map(jnp.asarray, leaf if stacked else split[path])
+            whole[path] = jax.tree.map(jnp.asarray, leaf if stacked else _slots(leaf))
         else:
             whole[path] = leaf
             split[path] = jax.device_put(leaf, device)

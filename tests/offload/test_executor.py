@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from mixtral_jax.convert.load import HOST
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_CONFIG, USAGE, MixtralError
 from mixtral_jax.model.placement import LOCAL
@@ -18,6 +19,7 @@ from mixtral_jax.offload.load import Generating, abstract_parts, least_of
 from mixtral_jax.offload.passes import Compiler
 from mixtral_jax.quantize.makers import Recipe
 from tests.offload.models import both, plain, with_quantized, within, write
+from tests.slow import mostly_slow
 
 TOLERANCE = 2e-6  # of log-probabilities in f32: programs are cut elsewhere and may round otherwise
 GREEDY = SamplingOptions(max_new_tokens=12, ignore_eos=True)
@@ -43,6 +45,12 @@ def prompts():
 def least(executor: OffloadExecutor, rows: int, context: int, prompt: int) -> int:
     what = Generating(rows=rows, context=context, prompt=prompt)
     return least_of(executor.compiler, what).total
+
+
+def floor_of(executor: OffloadExecutor) -> int:
+    """The least for what it ran last."""
+    held = executor.ledger.held
+    return executor.ledger.total - held["experts"] + executor.parts.expert_bytes
 
 
 def same(one, other) -> bool:
@@ -77,33 +85,33 @@ def test_a_long_prompt_alone_is_read_by_chunks(config):
     config = dataclasses.replace(config, sliding_window=16)
     prompt = [np.random.default_rng(1).integers(3, 64, 70).tolist()]
     resident, executor = both(config, plain(config))
-    small = within(executor, least(executor, 1, 82, 32) + executor.parts.expert_bytes)
     expected = write(resident, prompt, GREEDY, prefill_chunk=32)
-    for each in (executor, small):
-        assert same(write(each, prompt, GREEDY, prefill_chunk=32), expected)
+    assert same(write(executor, prompt, GREEDY, prefill_chunk=32), expected)
+    small = within(executor, floor_of(executor) + executor.parts.expert_bytes)
+    assert same(write(small, prompt, GREEDY, prefill_chunk=32), expected)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "ordered", "kernels"),
-    [
-        (Recipe(scheme="int8"), False, "visit"),
-        (Recipe(scheme="int4", group_size=32), True, "visit"),
-        (Recipe(scheme="nf4", double_quant=True), False, "visit"),
-        (None, False, "gpu"),
-    ],
-    ids=["int8", "gptq4 in an order", "nested nf4", "stacked"],
-)
-def test_experts_of_any_kind_stay_packed(small_config, prompts, recipe, ordered, kernels):
+KINDS: dict[str, tuple[Recipe | None, str]] = {
+    "int8": (Recipe(scheme="int8"), "visit"),
+    "gptq4 in an order": (Recipe(scheme="int4", group_size=32), "visit"),
+    "nested nf4": (Recipe(scheme="nf4", double_quant=True), "visit"),
+    "stacked": (None, "gpu"),
+}
+
+
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ["gptq4 in an order"]))
+def test_experts_of_any_kind_stay_packed(small_config, prompts, kind):
     """Two layers of three are quantized: programs of two structures in one model."""
+    (recipe, kernels), ordered = KINDS[kind], "order" in kind
     config = small_config(
         initializer_range=0.3, num_hidden_layers=3, hidden_size=64, num_local_experts=4
     )
     leaves = with_quantized(plain(config), {0: recipe, 2: recipe}, ordered=ordered)
     resident, executor = both(config, leaves, kernels)
     expected = write(resident, prompts[1:], GREEDY)
-    budget = least(executor, 2, 35, 32) + executor.parts.expert_bytes
-    for each in (executor, within(executor, budget)):
-        assert same(write(each, prompts[1:], GREEDY), expected)
+    assert same(write(executor, prompts[1:], GREEDY), expected)
+    small = within(executor, floor_of(executor) + executor.parts.expert_bytes)
+    assert same(write(small, prompts[1:], GREEDY), expected)
     whole = sum(
         w.nbytes for layer in executor.parts.experts for e in layer for w in jax.tree.leaves(e)
     )
@@ -126,7 +134,8 @@ def on_device(device) -> int:
     return sum(
         x.nbytes
         for x in jax.live_arrays()
-        if x.sharding.device_set == {device} and not x.is_deleted()
+        if not x.is_deleted() and x.sharding.device_set == {device}
+        if x.sharding.memory_kind != HOST
     )
 
 
