@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from mixtral_jax.config import ModelConfig
@@ -17,11 +17,12 @@ from mixtral_jax.decode.generate import LENGTH_BUCKET, chunk_bucket, row_bucket,
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.model.placement import LocalPlacement
-from mixtral_jax.model.transformer import LeafSpec, Mixtral, leaf_specs
+from mixtral_jax.model.transformer import Mixtral, leaf_specs
 from mixtral_jax.offload.executor import OffloadExecutor, check_budget
 from mixtral_jax.offload.ledger import parse_size
 from mixtral_jax.offload.parts import Least, Parts, on_device, take_apart
 from mixtral_jax.offload.passes import Compiler
+from mixtral_jax.qtensor import QTensor
 from mixtral_jax.sharding import hosts
 from mixtral_jax.weights import ExpertSlots
 
@@ -50,18 +51,17 @@ def budget_of(asked: str | int | None, device: Any) -> int:
     return int(limit * DEFAULT_SHARE)
 
 
-def abstract_parts(config: ModelConfig, specs: Mapping[str, LeafSpec], dtype: Any) -> Parts:
+def abstract_parts(config: ModelConfig, quantized: Mapping[str, QTensor], dtype: Any) -> Parts:
     """A model in parts, with shapes in place of arrays.
 
     Args:
         config: sizes.
-        specs: what is stored: weights, or the parts of quantized ones.
-        dtype: of weights that are not quantized, and of activations.
+        quantized: weights that are, whole, by path.
+        dtype: of the other weights, and of activations.
     """
-    quantized = quantized_weights(specs, np.dtype(dtype))
     leaves: dict[str, Any] = {}
     for path, spec in leaf_specs(config).items():
-        whole = quantized.get(path, jax.ShapeDtypeStruct(spec.shape, dtype))
+        whole = quantized.get(path, jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)))
         if EXPERT_LEAF.fullmatch(path):
             slot = jax.tree.map(
                 lambda part: jax.ShapeDtypeStruct((1, *part.shape[1:]), part.dtype), whole
@@ -111,7 +111,7 @@ def checked(
     def opened(leaves: Leaves) -> Leaves:
         found = source(leaves)
         kept = dtype or str(found.dtype("embed_tokens"))
-        parts = abstract_parts(config, found.specs, kept)
+        parts = abstract_parts(config, quantized_weights(found.specs, jnp.dtype(kept)), kept)
         if parts.device_bytes + parts.expert_bytes > budget:
             least = least_of(Compiler(parts, placement, device), Generating())
             check_budget(budget, least, "a short text")

@@ -13,7 +13,6 @@ from mixtral_jax.convert.load import HOST
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_CONFIG, USAGE, MixtralError
 from mixtral_jax.model.placement import LOCAL
-from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.offload.executor import OffloadExecutor
 from mixtral_jax.offload.load import Generating, abstract_parts, least_of
 from mixtral_jax.offload.passes import Compiler
@@ -61,15 +60,15 @@ def same(one, other) -> bool:
 def test_tokens_are_those_of_the_resident_model(pair, prompts, options):
     """Three rows; a layer of a prompt chooses all 8 experts, and there is room for 1 to 24."""
     resident, first = pair
-    expected = write(resident, prompts, options, prefill_chunk=16)
+    expected = write(resident, prompts, options)
     floor, size = least(first, 3, 52, 16), first.parts.expert_bytes
     plenty = within(first, first.ledger.budget)
-    assert same(write(plenty, prompts, options, prefill_chunk=16), expected)
+    assert same(write(plenty, prompts, options), expected)
     assert plenty.report().resident_experts == 24
     rates = []
     for extra in (0, 1, 9):
         executor = within(first, floor + extra * size)
-        found = write(executor, prompts, options, prefill_chunk=16)
+        found = write(executor, prompts, options)
         assert same(found, expected), extra
         report = executor.report()
         assert report.resident_experts == extra + 1
@@ -142,7 +141,7 @@ def on_device(device) -> int:
 def test_nothing_lies_on_the_device_that_the_ledger_does_not_know(pair, prompts, monkeypatch):
     """After each expert, and between generations of different sizes."""
     alone(pair)
-    budget = least(pair[1], 3, 52, 64) + 4 * pair[1].parts.expert_bytes
+    budget = least(pair[1], 3, 52, 16) + 4 * pair[1].parts.expert_bytes
     executor = within(pair[1], budget)
     seen: list[tuple[int, int]] = []
     noted = executor._experts.read
@@ -174,7 +173,7 @@ def alone(pair) -> None:
 def test_the_audit_finds_an_expert_that_was_not_taken_away(pair, prompts, monkeypatch):
     """The planted fault of the test above."""
     alone(pair)
-    executor = within(pair[1], least(pair[1], 3, 52, 64))
+    executor = within(pair[1], least(pair[1], 3, 52, 16))
     kept = []
     evict = executor._experts._evict
 
@@ -204,7 +203,7 @@ def test_layers_share_their_programs(pair, prompts):
 
 
 def test_a_budget_too_small_says_the_least(pair, prompts):
-    floor = least(pair[1], 3, 52, 64)
+    floor = least(pair[1], 3, 52, 16)
     exact = within(pair[1], floor)
     write(exact, prompts, GREEDY)
     assert exact.report().peak == floor
@@ -217,8 +216,8 @@ def test_a_budget_too_small_says_the_least(pair, prompts):
 
 
 def test_shapes_alone_give_the_same_least(config, pair):
-    parts = abstract_parts(config, leaf_specs(config), "float32")
-    what = Generating(rows=3, context=52, prompt=64)
+    parts = abstract_parts(config, {}, "float32")
+    what = Generating(rows=3, context=52, prompt=16)
     of_arrays, of_shapes = (
         least_of(Compiler(each, LOCAL, pair[1].device), what) for each in (pair[1].parts, parts)
     )
@@ -233,7 +232,7 @@ def test_drafts_are_refused(pair, prompts):
 
 
 def test_prefetch_changes_times_and_no_token(pair, prompts):
-    budget = least(pair[1], 3, 52, 64) + 12 * pair[1].parts.expert_bytes
+    budget = least(pair[1], 3, 52, 16) + 12 * pair[1].parts.expert_bytes
     found = []
     for prefetch in (True, False):
         executor = within(pair[1], budget, prefetch=prefetch)
