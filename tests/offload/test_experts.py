@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,7 +29,7 @@ def rows_of(*experts: int) -> np.ndarray:
 @pytest.fixture
 def host():
     def expert(layer: int, e: int) -> ExpertWeights:
-        parts = [np.full((1, 2, 4), 10 * layer + e + part, np.float32) for part in (0.1, 0.2, 0.3)]
+        parts = [jnp.full((1, 2, 4), 10 * layer + e + part) for part in (0.1, 0.2, 0.3)]
         return jax.device_put(ExpertWeights(*parts), on_host(DEVICE))
 
     return [[expert(layer, e) for e in range(EXPERTS)] for layer in range(LAYERS)]
@@ -52,7 +53,8 @@ def visit(experts: DeviceExperts, host, layer: int, needed, guess=NONE) -> list[
         for mine, its in zip(jax.tree.leaves(weights), host[layer][e], strict=True):
             np.testing.assert_array_equal(np.asarray(mine), its)
             assert mine.sharding.device_set == {DEVICE}
-        sign = jax.numpy.add(weights.gate[0, 0, 0], 1)
+        assert isinstance(weights.gate, jax.Array)
+        sign = weights.gate[0, 0, 0] + 1
         experts.read(layer, e, sign)
         came.append(e)
     return came

@@ -12,6 +12,7 @@ from mixtral_jax import cli
 from mixtral_jax.config import PRESETS
 from mixtral_jax.decode.generate import row_bucket, slot_bucket
 from mixtral_jax.errors import BAD_CONFIG, USAGE
+from mixtral_jax.offload.executor import OffloadExecutor
 from mixtral_jax.offload.load import Generating, least_of
 from mixtral_jax.plan import offload as plans
 from mixtral_jax.plan.__main__ import Options, main, workload
@@ -35,6 +36,7 @@ def test_it_holds_what_a_run_would_hold(capsys):
     assert run("--device-memory", "9MB", "--json", "--quantize", "int8") == 0
     found = json.loads(capsys.readouterr().out)
     lm = mj.load("tiny", offload="experts", device_memory="9MB", quantize="int8")
+    assert isinstance(lm.executor, OffloadExecutor)
     least = least_of(lm.executor.compiler, Generating(1, 100, 100))
     assert found["least"] == dataclasses.asdict(least)
     assert found["host_bytes"] == 32 * found["expert_bytes"] == 32 * least.expert
