@@ -190,7 +190,6 @@ def main(options: Options) -> int:
     report(rows, is_json=options.json, **dataclasses.asdict(options), **sizes)
     are_fine = [row["same tokens"] and row["peak MB"] <= row["budget MB"] for row in rows]
     return OK if all(are_fine) else INTERNAL
-    )
 
 
 if __name__ == "__main__":
