@@ -23,17 +23,15 @@ from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KVDtype
-from mixtral_jax.kernels.table import KERNELS, kernels_for
+from mixtral_jax.kernels.table import kernels_for
 from mixtral_jax.load_options import LoadOptions, load_facts
-from mixtral_jax.model.placement import LocalPlacement, Placement
-from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.model.placement import Placement
+from mixtral_jax.model.transformer import Mixtral, leaf_specs
 from mixtral_jax.offload.executor import OffloadExecutor
-from mixtral_jax.offload.load import budget_of, checked, offloaded
-from mixtral_jax.offload.parts import host_experts
+from mixtral_jax.offload.load import offloading, resident
 from mixtral_jax.quantize.load import quantizing, report
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import short
-from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
@@ -76,15 +74,11 @@ def load(
         asked = LoadOptions(**options)
     except TypeError as error:
         raise MixtralError(f"load: {error}", code=USAGE) from None
-    dispatch = DispatchOptions(
-        method=asked.dispatch, capacity_factor=asked.capacity_factor, overflow=asked.overflow
-    )
     spec = None if asked.mesh is None else MeshSpec.parse(asked.mesh)
-    is_embedded = str(checkpoint) == EMBEDDED
     folder = resolve(checkpoint, note).folder
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
     hosts.agree("load", lambda: load_facts(asked, folder))
-    dtype = asked.dtype or ("float32" if is_embedded else None)
+    dtype = asked.dtype or ("float32" if str(checkpoint) == EMBEDDED else None)
     if spec is not None:
         spec = spec.fit(config)
         simulate_on_cpu(spec, note)
@@ -92,24 +86,24 @@ def load(
     strategy = Strategy(attention=asked.attention)
     strategy.check(config, spec)
     mesh = spec.build()
-    device = mesh.devices.flat[0]
-    kernels = asked.kernels or kernels_for(device.platform)
+    kernels = asked.kernels or kernels_for(mesh.devices.flat[0].platform)
     adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
-    sharding_of = weight_shardings(leaf_specs(config), mesh, strategy).__getitem__
-    source = quantizing(asked.quantize, verify=asked.verify)
-    local = {"placement": LocalPlacement(kernels), "device": device}
+    way = resident(
+        config,
+        sharding_of=weight_shardings(leaf_specs(config), mesh, strategy).__getitem__,
+        source=quantizing(asked.quantize, verify=asked.verify),
+        kernels=kernels,
+    )
     if asked.offload:
-        local["budget"] = budget_of(asked.device_memory, device)
-        source = checked(source, config, dtype=dtype, **local)
-        sharding_of = host_experts(sharding_of)
+        way = offloading(way, asked.device_memory, device=mesh.devices.flat[0], dtype=dtype)
     leaves = load_weights(
         folder,
         config,
-        sharding_of=sharding_of,
-        source=source,
+        sharding_of=way.sharding_of,
+        source=way.source,
         dtype=dtype,
         expert_shards=spec.expert,
-        layout="slots" if asked.offload else KERNELS[kernels].layout,
+        layout=way.layout,
         verify=asked.verify,
         progress=progress,
         note=note,
@@ -118,18 +112,15 @@ def load(
     if adapter is not None:
         for line in adapter.notes:
             note(line)
-        leaves = adapter.attach(leaves, sharding_of)
+        leaves = adapter.attach(leaves, way.sharding_of)
     hosts.barrier("loaded")
-    if asked.offload:
-        model, executor = offloaded(config, leaves, **local)
-    else:
-        model, executor = assemble(config, leaves), None
+    model, executor = way.assemble(leaves)
     has_tokenizer = find_tokenizer(folder) is not None
     return LanguageModel(
         model,
         executor=executor,
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
-        placement=MeshPlacement(mesh, dispatch, kernels, strategy),
+        placement=MeshPlacement(mesh, asked.dispatch_options, kernels, strategy),
         spec=spec,
         kv_dtype=asked.kv_dtype,
         folder=folder,

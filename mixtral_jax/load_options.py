@@ -104,6 +104,13 @@ class LoadOptions:
                 what = f"--offload experts: --{name} is for several devices"
                 raise MixtralError(what, fix=f"leave out --{name}", code=USAGE)
 
+    @property
+    def dispatch_options(self) -> DispatchOptions:
+        """How rows travel."""
+        return DispatchOptions(
+            method=self.dispatch, capacity_factor=self.capacity_factor, overflow=self.overflow
+        )
+
     def refuse_offload(self, verb: str) -> None:
         """For commands that need the experts on the devices (exit code 64)."""
         if self.offload is not None:

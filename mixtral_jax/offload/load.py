@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.convert.leaves import Leaves
@@ -16,15 +17,16 @@ from mixtral_jax.convert.parts import quantized_weights
 from mixtral_jax.decode.generate import LENGTH_BUCKET, chunk_bucket, row_bucket, slot_bucket
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
+from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.placement import LocalPlacement
-from mixtral_jax.model.transformer import Mixtral, leaf_specs
+from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.offload.executor import OffloadExecutor, check_budget
 from mixtral_jax.offload.ledger import parse_size
-from mixtral_jax.offload.parts import Least, Parts, on_device, take_apart
+from mixtral_jax.offload.parts import Least, Parts, host_experts, on_device, take_apart
 from mixtral_jax.offload.passes import Compiler
 from mixtral_jax.qtensor import QTensor
 from mixtral_jax.sharding import hosts
-from mixtral_jax.weights import ExpertSlots
+from mixtral_jax.weights import ExpertSlots, Layout
 
 DEFAULT_SHARE = 0.9  # of what the backend says it has
 
@@ -93,31 +95,70 @@ def least_of(compiler: Compiler, what: Generating) -> Least:
     return compiler.least(state, *passes)
 
 
-def checked(
-    source: Callable[[Leaves], Leaves],
-    config: ModelConfig,
-    *,
-    budget: int,
-    dtype: str | None,
-    placement: LocalPlacement,
-    device: Any,
-) -> Callable[[Leaves], Leaves]:
-    """A ``source`` of ``load_weights`` that refuses a budget which weights and an expert exceed.
+class Way(NamedTuple):
+    """How a checkpoint becomes a model: what ``load_weights`` is asked, and what is made of it.
 
-    Raises:
-        MixtralError: exit code 78, with the least that a short text would take.
+    Attributes:
+        config: sizes.
+        sharding_of, source, layout: see ``load_weights``.
+        kernels: a row of the kernels table.
+        assemble: of loaded leaves, the model, and what runs it if that is no ``Resident``.
     """
 
-    def opened(leaves: Leaves) -> Leaves:
-        found = source(leaves)
+    config: ModelConfig
+    sharding_of: Callable[[str], NamedSharding]
+    source: Callable[[Leaves], Leaves]
+    layout: Layout
+    kernels: str
+    assemble: Callable[[Mapping[str, Any]], tuple[Mixtral, OffloadExecutor | None]]
+
+
+def resident(
+    config: ModelConfig,
+    *,
+    sharding_of: Callable[[str], NamedSharding],
+    source: Callable[[Leaves], Leaves],
+    kernels: str,
+) -> Way:
+    """All weights on the devices."""
+
+    def whole(leaves: Mapping[str, Any]) -> tuple[Mixtral, None]:
+        return assemble(config, leaves), None
+
+    return Way(config, sharding_of, source, KERNELS[kernels].layout, kernels, whole)
+
+
+def offloading(way: Way, memory: str | None, *, device: Any, dtype: str | None) -> Way:
+    """The same with experts in host memory.
+
+    Args:
+        way: of the resident model, on one device.
+        memory: of the device, to be used; see ``budget_of``.
+        device: that one.
+        dtype: to load in; what is stored, if None.
+
+    Raises:
+        MixtralError: as ``budget_of``. While the checkpoint opens: exit code 78 if weights and an
+            expert alone exceed the budget, with the least that a short text would take.
+    """
+    budget, placement = budget_of(memory, device), LocalPlacement(way.kernels)
+
+    def checked(leaves: Leaves) -> Leaves:
+        found = way.source(leaves)
         kept = dtype or str(found.dtype("embed_tokens"))
-        parts = abstract_parts(config, quantized_weights(found.specs, jnp.dtype(kept)), kept)
+        quantized = quantized_weights(found.specs, jnp.dtype(kept))
+        parts = abstract_parts(way.config, quantized, kept)
         if parts.device_bytes + parts.expert_bytes > budget:
             least = least_of(Compiler(parts, placement, device), Generating())
             check_budget(budget, least, "a short text")
         return found
 
-    return opened
+    def split(leaves: Mapping[str, Any]) -> tuple[Mixtral, OffloadExecutor]:
+        return offloaded(way.config, leaves, budget=budget, placement=placement, device=device)
+
+    return way._replace(
+        sharding_of=host_experts(way.sharding_of), source=checked, layout="slots", assemble=split
+    )
 
 
 def offloaded(

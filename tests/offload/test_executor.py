@@ -79,6 +79,7 @@ def test_tokens_are_those_of_the_resident_model(pair, prompts, options):
     assert rates[0] < rates[-1] < plenty.report().counts.hit_rate
 
 
+@pytest.mark.slow
 def test_a_long_prompt_alone_is_read_by_chunks(config):
     """A prompt of several chunks through a window shorter than itself."""
     config = dataclasses.replace(config, sliding_window=16)
