@@ -120,7 +120,7 @@ def load(
         model,
         executor=executor,
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
-        placement=MeshPlacement(mesh, asked.dispatch_options, kernels, strategy),
+        placement=MeshPlacement(mesh, asked.dispatch_options(), kernels, strategy),
         spec=spec,
         kv_dtype=asked.kv_dtype,
         folder=folder,

@@ -75,6 +75,7 @@ class LoadOptions:
         if self.kernels is not None and self.kernels not in tuple(KERNELS):
             expected = ", ".join(KERNELS)
             raise MixtralError("--kernels", expected=expected, got=repr(self.kernels), code=USAGE)
+        self.dispatch_options()
         self._check_offload()
         window = self.sliding_window
         if window is not None and (not isinstance(window, int) or window < 1):
@@ -104,9 +105,8 @@ class LoadOptions:
                 what = f"--offload experts: --{name} is for several devices"
                 raise MixtralError(what, fix=f"leave out --{name}", code=USAGE)
 
-    @property
     def dispatch_options(self) -> DispatchOptions:
-        """How rows travel."""
+        """How rows travel; refuses what is no such way (exit code 64)."""
         return DispatchOptions(
             method=self.dispatch, capacity_factor=self.capacity_factor, overflow=self.overflow
         )
