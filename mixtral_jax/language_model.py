@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.chat import encode_chat
 from mixtral_jax.config import ModelConfig, read_config
@@ -20,19 +17,21 @@ from mixtral_jax.convert.hub import EMBEDDED, EMBEDDED_FOLDER, resolve  # noqa: 
 from mixtral_jax.convert.load import load_weights
 from mixtral_jax.convert.save import save_model
 from mixtral_jax.decode.completion import Batch, Completion
+from mixtral_jax.decode.executor import Executor, Resident
 from mixtral_jax.decode.generate import Generation, check_token_ids, row_bucket
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.decode.steps import STEPS_PER_CALL
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
 from mixtral_jax.kernels.scaled_kv import KVDtype
-from mixtral_jax.kernels.table import KERNELS, kernels_for
-from mixtral_jax.load_options import LoadOptions
+from mixtral_jax.kernels.table import kernels_for
+from mixtral_jax.load_options import LoadOptions, load_facts
 from mixtral_jax.model.placement import Placement
-from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.model.transformer import Mixtral, leaf_specs
+from mixtral_jax.offload.executor import OffloadExecutor
+from mixtral_jax.offload.load import offloading, resident
 from mixtral_jax.quantize.load import quantizing, report
 from mixtral_jax.sharding import hosts
-from mixtral_jax.sharding.agreement import Facts, file_facts, option_facts, short
-from mixtral_jax.sharding.dispatch import DispatchOptions
+from mixtral_jax.sharding.agreement import short
 from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
@@ -75,70 +74,61 @@ def load(
         asked = LoadOptions(**options)
     except TypeError as error:
         raise MixtralError(f"load: {error}", code=USAGE) from None
-    dispatch = DispatchOptions(
-        method=asked.dispatch, capacity_factor=asked.capacity_factor, overflow=asked.overflow
-    )
     spec = None if asked.mesh is None else MeshSpec.parse(asked.mesh)
-    is_embedded = str(checkpoint) == EMBEDDED
     folder = resolve(checkpoint, note).folder
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
-    hosts.agree("load", lambda: _load_facts(asked, folder))
-    dtype = asked.dtype or ("float32" if is_embedded else None)
+    hosts.agree("load", lambda: load_facts(asked, folder))
+    dtype = asked.dtype or ("float32" if str(checkpoint) == EMBEDDED else None)
     if spec is not None:
         spec = spec.fit(config)
         simulate_on_cpu(spec, note)
-    spec, strategy = spec or default_spec(config, note), Strategy(attention=asked.attention)
+    spec = MeshSpec() if asked.offload else spec or default_spec(config, note)
+    strategy = Strategy(attention=asked.attention)
     strategy.check(config, spec)
     mesh = spec.build()
     kernels = asked.kernels or kernels_for(mesh.devices.flat[0].platform)
     adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
-    shardings = weight_shardings(leaf_specs(config), mesh, strategy)
+    way = resident(
+        config,
+        sharding_of=weight_shardings(leaf_specs(config), mesh, strategy).__getitem__,
+        source=quantizing(asked.quantize, verify=asked.verify),
+        kernels=kernels,
+    )
+    if asked.offload:
+        way = offloading(way, asked.device_memory, device=mesh.devices.flat[0], dtype=dtype)
 
     def adapt(leaves: dict[str, Any]) -> dict[str, Any]:
         for line in adapter.notes if adapter else ():
             note(line)
-        return adapter.attach(leaves, shardings.__getitem__) if adapter else leaves
+        return adapter.attach(leaves, way.sharding_of) if adapter else leaves
 
     leaves = load_weights(
         folder,
         config,
-        sharding_of=lambda path: shardings[path],
-        source=quantizing(asked.quantize, verify=asked.verify),
+        sharding_of=way.sharding_of,
+        source=way.source,
         adapt=adapt,
         dtype=dtype,
         expert_shards=spec.expert,
-        layout=KERNELS[kernels].layout,
+        layout=way.layout,
         verify=asked.verify,
         progress=progress,
         note=note,
     )
     report(leaves, leaf_specs(config), asked.quantize, note)
     hosts.barrier("loaded")
+    model, executor = way.assemble(leaves)
     has_tokenizer = find_tokenizer(folder) is not None
     return LanguageModel(
-        assemble(config, leaves),
+        model,
+        executor=executor,
         tokenizer=Tokenizer.from_folder(folder) if has_tokenizer else None,
-        placement=MeshPlacement(mesh, dispatch, kernels, strategy),
+        placement=MeshPlacement(mesh, asked.dispatch_options(), kernels, strategy),
         spec=spec,
         kv_dtype=asked.kv_dtype,
         folder=folder,
         note=note,
     )
-
-
-def _load_facts(asked: LoadOptions, folder: Path) -> Facts:
-    """What all processes must load alike."""
-    adapter = {} if asked.adapter is None else file_facts(Path(asked.adapter))
-    adapter = {f"{name} of the adapter": fact for name, fact in adapter.items()}
-    return {**option_facts(asked), **file_facts(folder), **adapter}
-
-
-@functools.partial(jax.jit, static_argnames=("placement",))
-def score(
-    model: Mixtral, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], *, placement: Placement
-) -> Float[Array, "B T V"]:
-    """Teacher-forced logits, f32."""
-    return model(tokens, valid, placement=placement)
 
 
 class LanguageModel:
@@ -149,6 +139,7 @@ class LanguageModel:
         tokenizer: None where the checkpoint has none; only text needs one.
         folder: where it was loaded from.
         kv_dtype: of the cache that generation reads; ``logits`` needs none.
+        executor: runs the passes; an ``OffloadExecutor`` reports on itself.
     """
 
     def __init__(
@@ -158,12 +149,14 @@ class LanguageModel:
         tokenizer: Tokenizer | None,
         placement: Placement,
         spec: MeshSpec,
+        executor: Executor | None = None,
         folder: Path | None = None,
         kv_dtype: KVDtype | None = None,
         note: Callable[[str], None] = _silent,
     ):
         self.model, self.placement, self.spec, self.folder = model, placement, spec, folder
         self.kv_dtype: KVDtype | None = kv_dtype
+        self.executor: Executor = executor or Resident(model, placement)
         self.config: ModelConfig = model.config
         self.tokenizer = tokenizer
         self._note = note
@@ -215,8 +208,9 @@ class LanguageModel:
         valid = np.pad(np.ones((len(rows), len(rows[0])), np.bool_), padding)
         hosts.agree("logits", lambda: {"the token ids": short(rows)})
         hosts.begin_step()
-        scored = score(self.model, tokens, valid, placement=self.placement)
-        logits = hosts.fetch(scored)[: len(rows), : len(rows[0])]
+        logits = np.asarray(hosts.fetch(self.executor.score(tokens, valid)))[
+            : len(rows), : len(rows[0])
+        ]
         for row, scores in enumerate(logits):
             if not np.isfinite(scores).all():
                 what = f"token_ids row {row}: logits are NaN; the weights are damaged"
@@ -337,6 +331,7 @@ class LanguageModel:
             data_shards=self.spec.data,
             speculate=batch.options.speculate,
             kv_dtype=self.kv_dtype,
+            executor=self.executor,
         )
         for chunk in generation.chunks(steps):
             yield batch.take(chunk, generation.stop)
@@ -345,9 +340,13 @@ class LanguageModel:
         if any(dropped):
             counts = ", ".join(map(str, dropped))
             self._note(f"dropped {sum(dropped)} expert assignments; per layer: {counts}")
+        if isinstance(self.executor, OffloadExecutor):
+            self._note(self.executor.report().line())
 
     def save(self, dst: str | Path) -> str:
         """Saves weights and small files as ``convert`` does (see save_model); gives the digest."""
+        if isinstance(self.executor, OffloadExecutor):
+            raise MixtralError("save: the experts are offloaded", fix="convert", code=USAGE)
         return save_model(self.model, dst, companions=self.folder, note=self._note).digest
 
     def complete(self, batch: Batch) -> list[Completion]:

@@ -11,6 +11,7 @@ import tyro
 
 from mixtral_jax import cli
 from mixtral_jax.decode.completion import Batch, Completion
+from mixtral_jax.decode.generate import speculation_refused
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_DATA, OK, USAGE, MixtralError
 from mixtral_jax.interactive import interact
@@ -93,6 +94,8 @@ def _check(options: Options) -> None:
             fix='--prompt "Hello"',
             code=USAGE,
         )
+    if options.load.offload is not None and options.sampling.speculate is not None:
+        raise speculation_refused()
     if options.system is not None and not (options.chat or options.interactive):
         raise MixtralError("--system needs --chat", code=USAGE)
     if options.prompt_ids is not None and options.chat:

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 import mixtral_jax as mj
 from mixtral_jax.decode import steps
+from mixtral_jax.decode.executor import score
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
-from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load, score
+from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load
 
 # The same sums in another order: another number of rows or devices, f32.
 LOGIT_TOLERANCE = 1e-4

@@ -341,13 +341,12 @@ def _adapted(base: Weight, factors: Factors, sharding: NamedSharding) -> Weight:
     if base.ndim == 2:
         a, b = a[0], b[0]
     adapted = Adapted(cast(Matrix, base), a, b, factors.scale)
-    specs = kind_specs(adapted, sharding.spec)
+    specs, kind = kind_specs(adapted, sharding.spec), sharding.memory_kind
 
     def place(array: np.ndarray, spec: Any) -> jax.Array:
+        placed = NamedSharding(sharding.mesh, spec, memory_kind=kind)
         with np.errstate(over="ignore", invalid="ignore"):
             cast_array = np.ascontiguousarray(array.astype(base.dtype))
-        return jax.make_array_from_callback(
-            array.shape, NamedSharding(sharding.mesh, spec), lambda index: cast_array[index]
-        )
+        return jax.make_array_from_callback(array.shape, placed, lambda index: cast_array[index])
 
     return Adapted(adapted.base, place(a, specs.a), place(b, specs.b), factors.scale)

@@ -48,6 +48,7 @@ Device: TypeAlias = Any  # a jax.Device, which type checkers take for a variable
 Reads: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
 # Leaves in flight at a time; each costs its local bytes of host memory.
 THREADS = min(4, os.cpu_count() or 1)
+HOST = "pinned_host"  # the memory kind of what stays at the host
 _ALIGNMENT = 64  # bytes: JAX adopts host memory so aligned on the CPU instead of copying it
 
 
@@ -73,7 +74,7 @@ def load_weights(
         config: the model's configuration.
         sharding_of: leaf path -> sharding; for an expert leaf, of a ``[*, O, I]`` array whose first
             dim is on the expert axis, which fits the stack and each slot. Of a quantized weight, a
-            NamedSharding.
+            NamedSharding. Its memory kind says where at the device the leaf lies.
         source: given the opened folder, what to read instead: weights quantized on the way.
         adapt: given the weights on the mesh, what to load instead: with an adapter's factors,
             whose channels are still in the checkpoint's order then.
@@ -167,7 +168,9 @@ def _part_shardings(
             stored = (*spec, None) if name == "scale_offset" else spec  # [..., 1] on disk
             part = str(PartPath(path, quantized[path].scheme, name))
             found[part] = jax.sharding.NamedSharding(
-                sharding.mesh, jax.sharding.PartitionSpec(*stored)
+                sharding.mesh,
+                jax.sharding.PartitionSpec(*stored),
+                memory_kind=sharding.memory_kind,
             )
     return found
 
@@ -175,8 +178,19 @@ def _part_shardings(
 def _joined(scheme: str, parts: dict[str, Any], dtype: Any) -> Weight:
     """A QTensor of placed parts."""
     if "scale_offset" in parts:
-        parts = parts | {"scale_offset": _last_of_one(parts["scale_offset"])}
+        parts = parts | {"scale_offset": _without_last(parts["scale_offset"])}
     return join(scheme, parts, dtype)
+
+
+def _without_last(offset: jax.Array) -> jax.Array:
+    """Its last dim, of one, taken off, where it lies."""
+    sharding = offset.sharding
+    if sharding.memory_kind != HOST:
+        return _last_of_one(offset)
+    assert isinstance(sharding, jax.sharding.NamedSharding)  # programs do not compute there
+    spec = jax.sharding.PartitionSpec(*sharding.spec[: offset.ndim - 1])
+    placed = jax.sharding.NamedSharding(sharding.mesh, spec, memory_kind=HOST)
+    return jax.device_put(np.asarray(offset)[..., 0], placed)
 
 
 @jax.jit
@@ -278,7 +292,11 @@ class _Array:
         shards = []
         for bounds, devices in holders.items():
             piece = self._piece(bounds, devices)
-            shards += [jax.device_put(piece, device) for device in devices]
+            kind = sharding.memory_kind
+            shards += [
+                jax.device_put(piece, jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
+                for device in devices
+            ]
         return jax.make_array_from_single_device_arrays(
             self.shape, sharding, shards, dtype=self.dtype
         )

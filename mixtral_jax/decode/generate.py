@@ -15,6 +15,7 @@ import numpy as np
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode import steps
+from mixtral_jax.decode.executor import Executor, Resident
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
 from mixtral_jax.decode.speculation import Speculated, Speculator
 from mixtral_jax.decode.timing import Stopwatch
@@ -111,6 +112,13 @@ def check_requests(requests: Sequence[Request], config: ModelConfig) -> None:
             )
 
 
+def speculation_refused() -> MixtralError:
+    """The error of --speculate where the experts are not all on the device."""
+    return MixtralError(
+        "--speculate: drafts are not supported with --offload", fix="leave one out", code=USAGE
+    )
+
+
 def row_bucket(num_rows: int, data: int = 1) -> int:
     """Rows that a batch is padded to: a power of two, at least MIN_ROWS, for each data shard."""
     per_shard = max(MIN_ROWS, -(-num_rows // data))
@@ -149,6 +157,8 @@ class Generation:
         prefill_chunk: prompt tokens read per call at most, at absolute multiples of it.
         speculate: tokens drafted per step at most, or None for plain decoding.
         kv_dtype: of the cache; the activations', if None.
+        executor: runs the passes; the whole model on its devices, if None. Another one cannot
+            speculate.
 
     Raises:
         MixtralError: before anything is traced, if a request cannot be served.
@@ -164,8 +174,12 @@ class Generation:
         prefill_chunk: int = PREFILL_CHUNK,
         speculate: int | None = None,
         kv_dtype: KVDtype | None = None,
+        executor: Executor | None = None,
     ):
         check_requests(requests, model.config)
+        if executor is not None and not isinstance(executor, Resident) and speculate is not None:
+            raise speculation_refused()
+        self._executor = executor or Resident(model, placement)
         self.model, self.placement = model, placement
         self.requests = list(requests)
         self.progress = Progress()
@@ -184,16 +198,14 @@ class Generation:
         self._stopped[row] = True
 
     def _state(self) -> steps.DecodeState:
-        config = self.model.config
         last = [r.prompt_ids[-1] for r in self.requests]
         fill = self.rows - len(last)
-        return steps.empty_state(
-            config,
+        return self._executor.start(
             np.asarray(last + [0] * fill, np.int32),
             np.asarray([False] * len(last) + [True] * fill),
-            slots=slot_bucket(config, self._total, self._largest_chunk),
+            slots=slot_bucket(self.model.config, self._total, self._largest_chunk),
+            chunk=self.chunk,
             dtype=self._kv_dtype,
-            placement=self.placement,
         )
 
     def _prefill(self, state: steps.DecodeState) -> steps.DecodeState:
@@ -207,7 +219,7 @@ class Generation:
                 tokens[row, : len(part)] = part
                 counts[row] = len(part)
             hosts.begin_step()
-            state = steps.prefill(self.model, state, tokens, counts, placement=self.placement)
+            state = self._executor.prefill(state, tokens, counts)
         return state
 
     def _speculator(self) -> Speculator | None:
@@ -254,14 +266,7 @@ class Generation:
             limits = self._limits()
             if speculator is None:
                 hosts.begin_step()
-                state, emitted = steps.decode_step(
-                    self.model,
-                    state,
-                    rows,
-                    limits,
-                    np.int32(steps_per_chunk),
-                    placement=self.placement,
-                )
+                state, emitted = self._executor.decode_step(state, rows, limits, steps_per_chunk)
             else:
                 state, emitted = speculator.step(self.model, state, rows, limits, steps_per_chunk)
             tokens, logprobs, counts, done, bad, dropped = hosts.fetch(

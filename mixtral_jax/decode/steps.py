@@ -18,7 +18,7 @@ from mixtral_jax.decode.sampling import Column, RowSampling, sample
 from mixtral_jax.kernels.rows import write_rows
 from mixtral_jax.model.cache import KVCache, init_cache, rewind
 from mixtral_jax.model.placement import Placement, Routing, constrain_kv
-from mixtral_jax.model.transformer import Mixtral
+from mixtral_jax.model.transformer import Hidden, Mixtral
 
 STEPS_PER_CALL = 32  # steps that one call of decode_step can take
 
@@ -68,6 +68,11 @@ class Draft(NamedTuple):
 
     tokens: Int[Array, "B K"]
     counts: Int[Array, " B"]
+
+
+def nothing_drafted(rows: int) -> Draft:
+    """The draft of plain decoding."""
+    return Draft(jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows,), jnp.int32))
 
 
 def _constrained(state: DecodeState, placement: Placement) -> DecodeState:
@@ -164,6 +169,17 @@ def prefill(
     tokens = placement.constrain(tokens, ("batch", "length"))
     valid = jnp.arange(tokens.shape[1])[None, :] < placement.constrain(counts, ("batch",))[:, None]
     hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
+    return has_read(state, hidden, tokens, valid, placement)
+
+
+def has_read(
+    state: DecodeState,
+    hidden: Hidden,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    placement: Placement,
+) -> DecodeState:
+    """The state after tokens of prompts went through the model."""
     assert hidden.cache is not None
     state = state._replace(
         cache=hidden.cache,
@@ -240,13 +256,32 @@ def write_tokens(
     Returns:
         The state, and at most K + 1 tokens per row.
     """
-    goes_on = ~state.is_done[:, None]
+    tokens, valid = next_tokens(state, draft)
+    hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
+    logits = model.unembed(hidden.x, placement)
+    return has_written(state, hidden, logits, draft, rows, limits, placement)
+
+
+def next_tokens(state: DecodeState, draft: Draft) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """What a step reads: each row's last token and its draft, and which of them are real."""
     tokens = jnp.concatenate([state.token[:, None], draft.tokens], axis=1)
     place = jnp.arange(tokens.shape[1])
-    valid = goes_on & (place <= draft.counts[:, None])
-    hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
+    return tokens, ~state.is_done[:, None] & (place <= draft.counts[:, None])
+
+
+def has_written(
+    state: DecodeState,
+    hidden: Hidden,
+    logits: Float[Array, "B T V"],
+    draft: Draft,
+    rows: RowSampling,
+    limits: Limits,
+    placement: Placement,
+) -> tuple[DecodeState, Wrote]:
+    """The second half of ``write_tokens``: samples, and keeps what counts."""
     assert hidden.cache is not None
-    logits = model.unembed(hidden.x, placement)
+    tokens, valid = next_tokens(state, draft)
+    goes_on, place = ~state.is_done[:, None], jnp.arange(tokens.shape[1])
     # Split as the head is, then whole rows: one collective of logits, not one of the head, nor
     # the dozen that sorting a split row would take.
     logits = placement.constrain(logits, ("batch", "length", "vocab_parts"))
@@ -314,7 +349,7 @@ def decode_step(
     """
     B = state.step.shape[0]
     state = state._replace(is_done=state.is_done | limits.stopped)
-    no_draft = Draft(jnp.zeros((B, 0), jnp.int32), jnp.zeros((B,), jnp.int32))
+    no_draft = nothing_drafted(B)
 
     def body(carry: tuple[jax.Array, DecodeState, Emitted]):
         i, state, emitted = carry

@@ -245,6 +245,7 @@ def _check_text(options: OnText) -> TextFile:
 
 
 def _load(options: Shared, checkpoint: str, scheme: str | None, bar: _Bar) -> LanguageModel:
+    options.load.refuse_offload("evaluate")
     fields = dataclasses.asdict(options.load)
     if scheme in DTYPES:
         fields["dtype"] = scheme

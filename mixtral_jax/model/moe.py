@@ -29,6 +29,14 @@ class MoEOutput(NamedTuple):
     overflowed: Int[Array, ""]
 
 
+class Choice(NamedTuple):
+    """The rows that go to experts, and where each goes."""
+
+    rows: Float[Array, "N D"]
+    logits: Float[Array, "N E"]
+    routing: Routing
+
+
 class Router(nnx.Module):
     """A linear map from a token to one logit per expert."""
 
@@ -70,9 +78,15 @@ class SparseMoE(nnx.Module):
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], placement: Placement
     ) -> MoEOutput:
         """Applies each token's experts; padding gets zeros."""
+        choice = self.choose(x, valid, placement)
+        routed = placement.experts(choice.rows, choice.routing, self.experts.weights())
+        y = routed.y.reshape(x.shape)
+        return MoEOutput(y, choice.logits, choice.routing, routed.dropped, routed.overflowed)
+
+    def choose(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"], placement: Placement
+    ) -> Choice:
+        """What the router says of each token; needs no expert."""
         rows = x.reshape(-1, x.shape[-1])
         logits = self.router(rows, placement)
-        routing = route(logits, valid.reshape(-1), top_k=self.router.top_k)
-        routed = placement.experts(rows, routing, self.experts.weights())
-        y = routed.y.reshape(x.shape)
-        return MoEOutput(y, logits, routing, routed.dropped, routed.overflowed)
+        return Choice(rows, logits, route(logits, valid.reshape(-1), top_k=self.router.top_k))

@@ -17,7 +17,7 @@ from mixtral_jax.model.cache import KVCache, Window, advance
 from mixtral_jax.model.moe import SparseMoE
 from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.placement import LOCAL, Placement, Routing
-from mixtral_jax.model.rope import rotation
+from mixtral_jax.model.rope import Rotation, rotation
 from mixtral_jax.weights import AXES_KEY, AxisNames, Leaf, Weight, weight
 
 RESIDUAL = ("batch", "length", "embed")
@@ -38,6 +38,16 @@ class Hidden(NamedTuple):
     overflowed: Int[Array, " L"]
 
 
+class Start(NamedTuple):
+    """Tokens looked up, and what every layer is told of their positions."""
+
+    x: Float[Array, "B T D"]
+    valid: Bool[Array, "B T"]
+    by: Rotation
+    window: Window
+    cache: KVCache | None
+
+
 class Block(nnx.Module):
     """Pre-norm attention, then pre-norm experts, each added to the residual stream."""
 
@@ -48,6 +58,19 @@ class Block(nnx.Module):
         self.attention = Attention(config, key=attention_key, dtype=dtype)
         self.moe_norm = RMSNorm(D, eps=eps, dtype=dtype)
         self.moe = SparseMoE(config, key=moe_key, dtype=dtype)
+
+    def attend(
+        self, x: Float[Array, "B T D"], start: Start, cache: LayerKV | None, placement: Placement
+    ) -> tuple[Float[Array, "B T D"], LayerKV | None]:
+        """The first half of the block: the residual stream with attention added, and the cache."""
+        attended, cache = self.attention(
+            self.attention_norm(x),
+            by=start.by,
+            window=start.window,
+            cache=cache,
+            placement=placement,
+        )
+        return placement.constrain(x + attended, RESIDUAL), cache
 
 
 class Mixtral(nnx.Module):
@@ -90,23 +113,13 @@ class Mixtral(nnx.Module):
             Hidden, with the advanced cache.
         """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-        # Else positions and masks are split as the rows that travel to experts, and gathered again.
-        valid = placement.constrain(valid, ("batch", "length"))
-        config = self.config
-        if cache is None:
-            window = _uncached(valid)
-        else:
-            cache, window = advance(cache, valid)
-        by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
-        x = placement.constrain(placement.lookup(self.embed_tokens[...], tokens), RESIDUAL)
+        start = self.begin(tokens, valid, cache=cache, placement=placement)
+        x, cache = start.x, start.cache
         keys, values, layers = [], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else LayerKV(cache.keys[i], cache.values[i])
-            attended, layer = block.attention(
-                block.attention_norm(x), by=by, window=window, cache=layer, placement=placement
-            )
-            x = placement.constrain(x + attended, RESIDUAL)
-            moe = block.moe(block.moe_norm(x), valid, placement)
+            x, layer = block.attend(x, start, layer, placement)
+            moe = block.moe(block.moe_norm(x), start.valid, placement)
             x = placement.constrain(x + moe.y, RESIDUAL)
             layers.append(moe)
             if layer is not None:
@@ -122,6 +135,26 @@ class Mixtral(nnx.Module):
             dropped=jnp.stack([moe.dropped for moe in layers]),
             overflowed=jnp.stack([moe.overflowed for moe in layers]),
         )
+
+    def begin(
+        self,
+        tokens: Int[Array, "B T"],
+        valid: Bool[Array, "B T"],
+        *,
+        cache: KVCache | None,
+        placement: Placement,
+    ) -> Start:
+        """What comes before the layers; arguments as for ``hidden``."""
+        # Else positions and masks are split as the rows that travel to experts, and gathered again.
+        valid = placement.constrain(valid, ("batch", "length"))
+        config = self.config
+        if cache is None:
+            window = _uncached(valid)
+        else:
+            cache, window = advance(cache, valid)
+        by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
+        x = placement.constrain(placement.lookup(self.embed_tokens[...], tokens), RESIDUAL)
+        return Start(x, valid, by, window, cache)
 
     def unembed(
         self, x: Float[Array, "*rows D"], placement: Placement = LOCAL

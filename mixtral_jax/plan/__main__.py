@@ -21,6 +21,7 @@ from mixtral_jax.kernels.scaled_kv import KVDtype
 from mixtral_jax.language_model import EMBEDDED
 from mixtral_jax.plan.bill import Bill, make_bill
 from mixtral_jax.plan.devices import find_device
+from mixtral_jax.plan.offload import check_offload, print_offload
 from mixtral_jax.plan.programs import Train, Workload
 from mixtral_jax.plan.schemes import check_scheme, stored_in
 from mixtral_jax.plan.sweep import (
@@ -80,6 +81,15 @@ class Options:
     """Beyond the capacity: exact (a dropless path) or drop."""
     memory_fraction: float = 0.9
     """Of a device's memory that may be filled."""
+    offload: Literal["experts"] | None = None
+    """One device, with experts in its host's memory and copied when needed (docs/offload.md)."""
+    device_memory: str | None = None
+    """With --offload, of the device: 20GB. Unless given: what --memory-fraction leaves of it."""
+    hit_rate: float | None = None
+    """With --offload: share of expert visits that find theirs on the device. Unless given: the
+    share of the experts that are there, which is what uniform routing makes of it."""
+    host_bandwidth: float | None = None
+    """With --offload: GB/s from host to device; the data sheet's unless given."""
     price: float | None = None
     """Of one device for one hour, in any currency: adds the price of a million tokens."""
     sweep: bool = False
@@ -115,6 +125,7 @@ class Options:
             _refuse("--kv-dtype: training has no cache", fix="leave it out")
         if self.fsdp and self.train != "full":
             _refuse("--fsdp", fix="give --train full too")
+        check_offload(self)
         check_scheme(self.quantize)
         if self.quantize is not None and self.train == "full":
             what = "--quantize with --train full: quantized weights cannot be trained"
@@ -135,6 +146,8 @@ def main(options: Options) -> int:
         what = f"--train full: {options.model} is quantized, and cannot be trained"
         _refuse(what, fix="--train lora, or the checkpoint that it was made from")
     simulate(max(work.mesh.num_devices, options.max_devices))
+    if options.offload:
+        return print_offload(options, work)
     shared: dict[str, Any] = {
         "quantize": quantize,
         "memory_fraction": options.memory_fraction,

@@ -124,6 +124,8 @@ def test_attention_router_and_experts(tmp_path, config, tensors, base):
     assert want != tokens(base, "1x1")
     assert want == tokens(base, "1x4", adapter=str(adapter))
     assert want == tokens(base, "1x4", adapter=str(adapter), kernels="gpu")  # stacked experts
+    offloaded = {"offload": "experts", "device_memory": "2MB"}
+    assert want == tokens(base, "1x1", adapter=str(adapter), **offloaded)
 
 
 def test_experts_without_an_adapter_and_of_other_ranks_and_scales(tmp_path, config, tensors, base):

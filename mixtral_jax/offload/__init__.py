@@ -1,0 +1,1 @@
+"""Experts in host memory, the rest on one device: ``--offload experts``."""
