@@ -101,8 +101,9 @@ jax.tree_util.register_dataclass(ExpertSlots, data_fields=("slots",), meta_field
 Weight: TypeAlias = jax.Array | QTensor | Adapted | ExpertSlots
 Matrix: TypeAlias = jax.Array | QTensor | Adapted
 # Of experts: `ExpertSlots`, or one `[E, O, I]` array. Quantized experts are stacked in both: what
-# widens their codes finds an expert by its index, and its program is one expert's.
-Layout: TypeAlias = Literal["slots", "stacked"]
+# widens their codes finds an expert by its index, and its program is one expert's. With "apart"
+# they are slots too.
+Layout: TypeAlias = Literal["slots", "stacked", "apart"]
 
 
 def _only_ellipsis(index: object) -> None:

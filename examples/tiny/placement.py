@@ -27,6 +27,7 @@ class PackedPlacement:
 
     segments: jax.Array
     capacity_factor: float
+    kernels: str = "reference"  # of the cache, which training has none of
 
     def contract(self, einsum: str, x: jax.Array, w: Any, *, dtype: Any = None) -> jax.Array:
         """One flat product, which XLA's CPU backend runs faster than a batched one."""

@@ -82,7 +82,7 @@ def load_weights(
             differ, the dtype of the configuration if some have it, else that of most bytes.
         expert_shards: size of the expert axis; must divide the number of experts.
         layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``,
-            which quantized ones are in any case.
+            which quantized ones are too, unless it is ``apart``.
         verify: prove what ``convert`` wrote against its manifest, weights chunk by chunk (and the
             small files, beside Orbax weights). Where
             devices hold parts of a chunk, the whole chunk is read for it, once per process.
@@ -115,7 +115,7 @@ def load_weights(
                 leaves.specs[path].shape,
                 part_shardings[path],
                 expert_shards=expert_shards,
-                layout=layout if path in specs else "stacked",
+                layout=layout if path in specs or layout == "apart" else "stacked",
             )
             for path in paths
         }
@@ -176,7 +176,13 @@ def _part_shardings(
 
 
 def _joined(scheme: str, parts: dict[str, Any], dtype: Any) -> Weight:
-    """A QTensor of placed parts."""
+    """A QTensor of placed parts, or slots of them."""
+    if isinstance(parts["codes"], ExpertSlots):
+        columns = zip(*(part.slots for part in parts.values()), strict=True)
+        slots = [
+            _joined(scheme, dict(zip(parts, column, strict=True)), dtype) for column in columns
+        ]
+        return ExpertSlots(tuple(slots))
     if "scale_offset" in parts:
         parts = parts | {"scale_offset": _without_last(parts["scale_offset"])}
     return join(scheme, parts, dtype)

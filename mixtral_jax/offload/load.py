@@ -16,8 +16,8 @@ from mixtral_jax.convert.names import EXPERT_LEAF
 from mixtral_jax.convert.parts import quantized_weights
 from mixtral_jax.decode.generate import LENGTH_BUCKET, chunk_bucket, row_bucket, slot_bucket
 from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
-from mixtral_jax.kernels.table import KERNELS
+from mixtral_jax.kernels.scaled_kv import KVDtype
+from mixtral_jax.kernels.table import KERNELS, cache_dtype
 from mixtral_jax.model.placement import LocalPlacement
 from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
 from mixtral_jax.offload.executor import OffloadExecutor, check_budget
@@ -86,7 +86,8 @@ def least_of(compiler: Compiler, what: Generating) -> Least:
     """The device bytes that a generation cannot do without."""
     parts = compiler.parts
     rows = row_bucket(what.rows)
-    dtype = storage_dtype(what.kv_dtype, parts.ends.embed_tokens.get_value().dtype)
+    activations = parts.ends.embed_tokens.get_value().dtype
+    dtype = cache_dtype(compiler.placement.kernels, what.kv_dtype, activations)
     state = compiler.state(rows, slot_bucket(parts.config, what.context), dtype)
     passes = [
         compiler.get("prefill", rows, chunk_bucket(what.prompt), state),
@@ -157,7 +158,7 @@ def offloading(way: Way, memory: str | None, *, device: Any, dtype: str | None) 
         return offloaded(way.config, leaves, budget=budget, placement=placement, device=device)
 
     return way._replace(
-        sharding_of=host_experts(way.sharding_of), source=checked, layout="slots", assemble=split
+        sharding_of=host_experts(way.sharding_of), source=checked, layout="apart", assemble=split
     )
 
 

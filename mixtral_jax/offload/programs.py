@@ -25,7 +25,7 @@ from mixtral_jax.model.norm import RMSNorm
 from mixtral_jax.model.placement import LocalPlacement, Routing
 from mixtral_jax.model.router import route
 from mixtral_jax.model.transformer import Block, Hidden, Mixtral, Start
-from mixtral_jax.weights import ExpertSlots
+from mixtral_jax.weights import ExpertSlots, takes_slots
 
 _jit = functools.partial(jax.jit, static_argnames=("placement",))
 
@@ -151,7 +151,7 @@ def visit(
     """
     kernels = KERNELS[placement.kernels]
     if kernels.layout == "slots":
-        expert = ExpertWeights(*(ExpertSlots((w,)) for w in expert))
+        expert = ExpertWeights(*(ExpertSlots((w,)) if takes_slots(w) else w for w in expert))
     ids = jnp.where(routing.expert_ids == expert_id, 0, 1)  # counted from the one that is here
     shares = kernels.routed_experts(
         shares,

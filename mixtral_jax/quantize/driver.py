@@ -168,7 +168,7 @@ def quantize_gptq(
 
     options = ConvertOptions(verify=verify)
     converted = convert(src, dst, options, progress=progress, note=note, stop=stop, change=change)
-    return _report(converted, Path(dst), recipe.bits)
+    return _report(converted, Path(dst), SCHEMES[recipe.scheme].bits)
 
 
 def _report(converted: ConvertReport, folder: Path, bits: int) -> QuantizeReport:

@@ -59,7 +59,8 @@ def test_a_cache_of_16_bits_may_be_held_in_f32(kernel, dtype):
     wide = (q, k.astype("float32"), v.astype("float32"), *places)
     got, want = kernel(*wide, window=None), kernel(q, k, v, *places, window=None)
     assert got.dtype == want.dtype == jnp.dtype(dtype)
-    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (got, want)), atol=1e-2)
+    got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
+    np.testing.assert_allclose(got, want, atol=1e-2)
 
 
 def test_scores_are_never_held_whole():
