@@ -177,7 +177,7 @@ class Failed:
 Event: TypeAlias = Started | TokenEvent | Finished | Failed
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - an answer, not a fault
     """A request that is not taken at all.
 
     Args:
