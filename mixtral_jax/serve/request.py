@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 NUM_SEEDS = 2**64
 MOST_TOP_LOGPROBS = 20
@@ -193,6 +193,7 @@ class Refused(Exception):  # noqa: N818 - an answer, not a fault
         self.retry_seconds = retry_seconds
 
 
+@runtime_checkable
 class Ticket(Protocol):
     """One accepted request. Thread-safe; its events are read once, by one reader."""
 
@@ -282,6 +283,7 @@ class EngineStats:
     dropped: tuple[int, ...] = ()
 
 
+@runtime_checkable
 class EngineProtocol(Protocol):
     """What a front may ask of an engine. Thread-safe."""
 
