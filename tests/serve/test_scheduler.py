@@ -55,7 +55,7 @@ def test_every_request_ends_and_no_place_is_lost(seed, num_turns):
             submitted.append(turn)
         except Refused as refused:
             too_long = job.prompt_tokens > LIMITS.max_input_tokens or job.total > 32
-            assert refused.kind == ("invalid" if too_long else "overloaded")
+            assert refused.kind == ("invalid" if too_long else "overloaded")  # noqa: PT017
         for place in sched.admit():
             live[place.job.key] = place
             reading.add(place.job.key)
