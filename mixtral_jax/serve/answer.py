@@ -9,11 +9,13 @@ from mixtral_jax.decode.text import TextStream
 from mixtral_jax.serve.request import Event, FinishReason, ServeRequest, TokenEvent, TokenScore
 from mixtral_jax.tokenizer import Tokenizer
 
+UNLIKELY = 9999.0  # what stands for minus infinity is minus this, as OpenAI has it
+
 
 def token_score(tokenizer: Tokenizer | None, token_id: int, logprob: float | None) -> TokenScore:
     """A token as it is reported: the text of its piece, and a number that JSON can hold."""
     if logprob is not None and not math.isfinite(logprob):
-        logprob = None if math.isnan(logprob) else math.copysign(1e30, logprob)
+        logprob = None if math.isnan(logprob) else math.copysign(UNLIKELY, logprob)
     if tokenizer is None or token_id >= tokenizer.vocab_size:
         # A model may have more rows than its tokenizer has pieces (padded vocabularies).
         return TokenScore(id=token_id, text="", logprob=logprob, is_special=tokenizer is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -237,15 +237,15 @@ class Device:
         return Mask(bits, is_on)
 
 
-def warm(device: Device) -> None:
-    """Runs every program of every class once, so that nothing compiles later."""
+def warm(device: Device, execute: Callable[[Command], Any]) -> None:
+    """Runs every program of every class, so that nothing compiles later."""
     plan = device.plan
     vocab = device.config.vocab_size
     allowed = np.full((num_words(vocab),), 2**32 - 1, np.uint32)
     controls = {"options": {"temperature": 1.0}, "wants_best": True}
     for class_id, _ in enumerate(plan.classes):
         for command in _warming(device, class_id, controls, allowed):
-            device.execute(command)
+            execute(command)
 
 
 def _warming(

@@ -38,7 +38,7 @@ class PoolState(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Keys and values of one chunk of one row, ``[K, chunk, C]`` per layer (or codes and scales)."""
+    """Keys and values of a chunk of a row, ``[K, chunk, C]`` per layer (or codes and scales)."""
 
     keys: tuple[Any, ...]
     values: tuple[Any, ...]
