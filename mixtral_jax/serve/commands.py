@@ -17,7 +17,6 @@ import numpy as np
 class Restart:
     """Empty a scratch row for another prompt."""
 
-    class_id: int
     row: int
 
 
@@ -25,7 +24,6 @@ class Restart:
 class Restore:
     """Put a kept chunk into a scratch row, whose first ``start`` tokens are there."""
 
-    class_id: int
     row: int
     start: int
     block_id: int
@@ -39,7 +37,6 @@ class Read:
     ``tokens`` and ``targets`` are int32 ``[rows, size]``, ``counts`` int32 ``[rows]``.
     """
 
-    class_id: int
     tokens: np.ndarray
     counts: np.ndarray
     targets: np.ndarray | None = None
@@ -49,7 +46,6 @@ class Read:
 class Keep:
     """Keep the chunk at ``start`` of a scratch row under a number."""
 
-    class_id: int
     row: int
     start: int
     block_id: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ class DevicePlan:
 
     Attributes:
         classes: the pools.
-        scratch_rows: prompts read at one time, per class.
+        scratch_rows: prompts read at one time.
         chunk: prompt tokens read per call, at absolute multiples.
         sizes: of the calls, ascending, the last is ``chunk``: the end of a prompt takes the
             smallest that holds it.
@@ -45,22 +45,14 @@ class DevicePlan:
 
 
 class _Class:
-    """One pool, its scratch state, and the options of its rows (numpy, as the host knows them)."""
+    """One pool, and the options of its rows (numpy, as the host knows them)."""
 
     def __init__(self, spec: LengthClass, plan: DevicePlan, model: Mixtral, placement: Placement):
         config = model.config
         dtype = storage_dtype(plan.kv_dtype, model.embed_tokens.get_value().dtype)
-        self.slots = num_slots(config, total=spec.length, chunk=plan.chunk)
+        slots = num_slots(config, total=spec.length, chunk=plan.chunk)
         self.pool = programs.empty_pool(
-            config, rows=spec.rows, slots=self.slots, dtype=dtype, placement=placement
-        )
-        self.scratch = steps.empty_state(
-            config,
-            np.zeros((plan.scratch_rows,), np.int32),
-            np.ones((plan.scratch_rows,), np.bool_),
-            slots=self.slots,
-            dtype=dtype,
-            placement=placement,
+            config, rows=spec.rows, slots=slots, dtype=dtype, placement=placement
         )
         self.rows: RowControls = row_controls([_IDLE] * spec.rows, config.vocab_size)
         self.budget = np.zeros((spec.rows,), np.int32)
@@ -92,12 +84,19 @@ class Device:
         self.model, self.placement, self.plan = model, placement, plan
         self.config = model.config
         self._classes = [_Class(spec, plan, model, placement) for spec in plan.classes]
+        # Of the longest class: one for all costs less memory than one for each, and its programs
+        # compile once.
+        self.slots = num_slots(self.config, total=plan.classes[-1].length, chunk=plan.chunk)
+        self._scratch = steps.empty_state(
+            self.config,
+            np.zeros((plan.scratch_rows,), np.int32),
+            np.ones((plan.scratch_rows,), np.bool_),
+            slots=self.slots,
+            dtype=storage_dtype(plan.kv_dtype, model.embed_tokens.get_value().dtype),
+            placement=placement,
+        )
         self._blocks: dict[int, programs.Block] = {}
         self._eos_ids = np.asarray(self.config.eos_token_ids, np.int32)
-
-    def slots(self, class_id: int) -> int:
-        """Cache slots of each row of a class: a prompt longer than that wraps around."""
-        return self._classes[class_id].slots
 
     def execute(self, command: Command) -> Any:
         """Does what is asked.
@@ -127,20 +126,20 @@ class Device:
 
     def block_bytes(self) -> int:
         """Bytes of a kept chunk, over all devices."""
-        cache = self._classes[0].scratch.cache
+        cache = self._scratch.cache
         kept = jax.tree.leaves((cache.keys, cache.values))
         return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in kept) * self.plan.chunk
 
     def _restart(self, command: commands.Restart) -> None:
-        at = self._classes[command.class_id]
         hosts.begin_step()
-        at.scratch = programs.restart(at.scratch, np.int32(command.row), placement=self.placement)
+        self._scratch = programs.restart(
+            self._scratch, np.int32(command.row), placement=self.placement
+        )
 
     def _restore(self, command: commands.Restore) -> None:
-        at = self._classes[command.class_id]
         hosts.begin_step()
-        at.scratch = programs.restore(
-            at.scratch,
+        self._scratch = programs.restore(
+            self._scratch,
             self._blocks[command.block_id],
             np.int32(command.row),
             np.int32(command.start),
@@ -151,7 +150,7 @@ class Device:
     def _keep(self, command: commands.Keep) -> None:
         hosts.begin_step()
         self._blocks[command.block_id] = programs.extract(
-            self._classes[command.class_id].scratch,
+            self._scratch,
             np.int32(command.row),
             np.int32(command.start),
             size=self.plan.chunk,
@@ -159,16 +158,15 @@ class Device:
         )
 
     def _read(self, command: commands.Read) -> np.ndarray | None:
-        at = self._classes[command.class_id]
         hosts.begin_step()
         if command.targets is None:
-            at.scratch = steps.prefill(
-                self.model, at.scratch, command.tokens, command.counts, placement=self.placement
+            self._scratch = steps.prefill(
+                self.model, self._scratch, command.tokens, command.counts, placement=self.placement
             )
             return None
-        at.scratch, logprobs = programs.score(
+        self._scratch, logprobs = programs.score(
             self.model,
-            at.scratch,
+            self._scratch,
             command.tokens,
             command.targets,
             command.counts,
@@ -185,7 +183,7 @@ class Device:
         hosts.begin_step()
         at.pool = programs.insert(
             at.pool,
-            at.scratch,
+            self._scratch,
             np.int32(command.from_row),
             np.int32(command.to_row),
             np.int32(command.token),
@@ -238,34 +236,29 @@ class Device:
 
 
 def warm(device: Device, execute: Callable[[Command], Any]) -> None:
-    """Runs every program of every class, so that nothing compiles later."""
-    plan = device.plan
-    vocab = device.config.vocab_size
-    allowed = np.full((num_words(vocab),), 2**32 - 1, np.uint32)
-    controls = {"options": {"temperature": 1.0}, "wants_best": True}
-    for class_id, _ in enumerate(plan.classes):
-        for command in _warming(device, class_id, controls, allowed):
-            execute(command)
-
-
-def _warming(
-    device: Device, class_id: int, controls: dict[str, Any], allowed: np.ndarray
-) -> Sequence[Command]:
+    """Runs every program, so that nothing compiles later."""
     plan, rows = device.plan, device.plan.scratch_rows
-    todo: list[Command] = [commands.Restart(class_id=class_id, row=0)]
+    vocab_size = device.config.vocab_size
+    execute(commands.Restart(row=0))
+    counts = np.zeros((rows,), np.int32)
+    counts[0] = 1
     for size in plan.sizes:
-        tokens, counts = np.zeros((rows, size), np.int32), np.zeros((rows,), np.int32)
-        counts[0] = 1
-        read = commands.Read(class_id=class_id, tokens=tokens, counts=counts)
-        # Twice: the second call meets the state that the first one made.
-        todo += [read, read, dataclasses.replace(read, targets=tokens)]
-    at = {"class_id": class_id, "row": 0, "start": 0, "block_id": 0}
-    if device.slots(class_id) >= plan.chunk:
-        todo += [commands.Keep(**at), commands.Restore(**at, tokens=(0,) * plan.chunk)]
+        execute(commands.Read(tokens=np.zeros((rows, size), np.int32), counts=counts))
+    tokens = np.zeros((rows, plan.chunk), np.int32)
+    execute(commands.Read(tokens=tokens, counts=counts, targets=tokens))
+    if device.slots >= plan.chunk:
+        execute(commands.Keep(row=0, start=0, block_id=0))
+        execute(commands.Restore(row=0, start=0, block_id=0, tokens=(0,) * plan.chunk))
+        execute(commands.Forget(block_ids=(0,)))
+    controls = {"options": {"temperature": 1.0}, "wants_best": True}
+    allowed = np.full((num_words(vocab_size),), 2**32 - 1, np.uint32)
     places: dict[str, Any] = {"from_row": 0, "to_row": 0, "token": 0, "budget": 3}
-    todo += [commands.Insert(class_id=class_id, controls=controls, **places)]
-    step = commands.Step(class_id=class_id, num_steps=1, running=(0,))
-    todo += [step, dataclasses.replace(step, masks={0: allowed})]
-    todo += [dataclasses.replace(step, running=())]
-    todo += [commands.Restart(class_id=class_id, row=0), commands.Forget(block_ids=(0,))]
-    return todo
+    for class_id in range(len(plan.classes)):
+        execute(commands.Insert(class_id=class_id, controls=controls, **places))
+        step = commands.Step(class_id=class_id, num_steps=1, running=(0,))
+        # The second call meets the state that the first one made.
+        execute(step)
+        execute(dataclasses.replace(step, masks={0: allowed}))
+        execute(commands.Insert(class_id=class_id, controls=controls, **places))
+        execute(dataclasses.replace(step, running=()))
+    execute(commands.Restart(row=0))

@@ -57,6 +57,7 @@ class EngineOptions:
         max_waiting_tokens: see there.
         prefill_chunk: prompt tokens read between two calls of decoding, and the unit of the
             prefix cache.
+        prefill_rows: prompts that are read at one time.
         prefix_cache_bytes: kept keys and values of prompts; 0 keeps none.
         steps_per_call: tokens that a row writes between two looks from outside, while others wait;
             twice as many while nobody does.
@@ -71,6 +72,7 @@ class EngineOptions:
     waiting_served_ratio: float = 0.3
     max_waiting_tokens: int = MAX_WAITING_TOKENS
     prefill_chunk: int = 256
+    prefill_rows: int = 4
     prefix_cache_bytes: int = 256 << 20
     steps_per_call: int = 4
 
@@ -127,9 +129,10 @@ def plan_limits(lm: LanguageModel, options: EngineOptions) -> tuple[EngineLimits
         slots=slots,
     )
     chunk = options.prefill_chunk
+    scratch_rows = -(-options.prefill_rows // multiple) * multiple
     sizes = (chunk,) if chunk <= _TAIL else (_TAIL, chunk)
     plan = DevicePlan(
-        classes=classes, scratch_rows=multiple, chunk=chunk, sizes=sizes, kv_dtype=lm.kv_dtype
+        classes=classes, scratch_rows=scratch_rows, chunk=chunk, sizes=sizes, kv_dtype=lm.kv_dtype
     )
     return limits, plan
 
@@ -333,7 +336,7 @@ class Engine:
             prefixes=self._prefixes,
             facts=LoopFacts(
                 plan=self._plan,
-                slots=tuple(device.slots(i) for i in range(len(self._plan.classes))),
+                slots=device.slots,
                 block_bytes=device.block_bytes(),
                 steps_per_call=self._options.steps_per_call,
             ),

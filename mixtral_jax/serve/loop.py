@@ -30,13 +30,13 @@ class LoopFacts:
 
     Attributes:
         plan: shapes.
-        slots: cache slots of each class's rows.
+        slots: cache slots of the rows that prompts are read into.
         block_bytes: of a kept chunk.
         steps_per_call: while others wait for a turn; twice as many while nobody does.
     """
 
     plan: DevicePlan
-    slots: tuple[int, ...]
+    slots: int
     block_bytes: int
     steps_per_call: int
 
@@ -69,14 +69,13 @@ class Loop:
         self._facts, self._metrics = facts, metrics
         self._tokenizer, self._eos_ids = tokenizer, frozenset(eos_ids)
         num_classes = len(facts.plan.classes)
-        self._reading: list[dict[int, Work]] = [{} for _ in range(num_classes)]  # by scratch row
+        self._reading: dict[int, Work] = {}  # by scratch row
         self._running: list[dict[int, Work]] = [{} for _ in range(num_classes)]  # by slot
-        self._next_class = 0
 
     @property
     def works(self) -> list[Work]:
         """All admitted requests."""
-        return [w for rows in (*self._reading, *self._running) for w in rows.values()]
+        return [w for rows in (self._reading, *self._running) for w in rows.values()]
 
     @property
     def num_running(self) -> int:
@@ -91,17 +90,17 @@ class Loop:
             work = place.job.key
             assert isinstance(work, Work)
             work.place, work.began = place, time.monotonic()
-            self._reading[place.slot.class_id][place.scratch_row] = work
+            self._reading[place.scratch_row] = work
             self._restart(work, place)
 
     def _restart(self, work: Work, place: Admitted) -> None:
-        class_id, row, request = place.slot.class_id, place.scratch_row, work.request
-        self._execute(commands.Restart(class_id=class_id, row=row))
+        row, request = place.scratch_row, work.request
+        self._execute(commands.Restart(row=row))
         if not self._prefixes.max_bytes:
             return
         chunk = self._facts.plan.chunk
         # A chunk is whole in the ring only while the row has not wrapped around.
-        most = self._facts.slots[class_id] // chunk
+        most = self._facts.slots // chunk
         digests = chunk_digests(
             request.prompt_ids, chunk, cache_key=request.cache_key, adapter_id=request.adapter_id
         )
@@ -112,7 +111,6 @@ class Loop:
             tokens = request.prompt_ids[work.num_read : work.num_read + chunk]
             self._execute(
                 commands.Restore(
-                    class_id=class_id,
                     row=row,
                     start=work.num_read,
                     block_id=block_id,
@@ -130,28 +128,21 @@ class Loop:
     def turn(self) -> int:
         """Reads one chunk, and takes steps in every pool that has rows; returns steps taken."""
         self._insert_read()
-        self._read_chunk()
-        self._insert_read()
+        if self._reading:
+            self._read(self._reading)
+            self._insert_read()
         return max((self._step(c) for c, rows in enumerate(self._running) if rows), default=0)
 
-    def _read_chunk(self) -> None:
-        """One chunk for all prompts of one class; the classes take turns."""
-        num_classes = len(self._reading)
-        for offset in range(num_classes):
-            class_id = (self._next_class + offset) % num_classes
-            if self._reading[class_id]:
-                self._next_class = class_id + 1
-                self._read(class_id, self._reading[class_id])
-                return
-
-    def _read(self, class_id: int, works: dict[int, Work]) -> None:
+    def _read(self, works: dict[int, Work]) -> None:
+        """The next chunk of every prompt."""
         plan, started = self._facts.plan, time.monotonic()
         parts = {
             row: work.request.prompt_ids[work.num_read : work.num_to_read][: plan.chunk]
             for row, work in works.items()
         }
         longest = max(map(len, parts.values()))
-        size = next(s for s in plan.sizes if s >= longest)
+        is_scored = any(work.request.sampling.prompt_logprobs for work in works.values())
+        size = plan.chunk if is_scored else next(s for s in plan.sizes if s >= longest)
         tokens = np.zeros((plan.scratch_rows, size), np.int32)
         targets, counts = np.zeros_like(tokens), np.zeros((plan.scratch_rows,), np.int32)
         for row, part in parts.items():
@@ -159,10 +150,8 @@ class Loop:
             tokens[row, : len(part)] = part
             targets[row, : len(part)] = work.request.prompt_ids[start + 1 : start + 1 + len(part)]
             counts[row] = len(part)
-        is_scored = any(work.request.sampling.prompt_logprobs for work in works.values())
         scores = self._execute(
             commands.Read(
-                class_id=class_id,
                 tokens=tokens,
                 counts=counts,
                 targets=targets if is_scored else None,
@@ -172,13 +161,13 @@ class Loop:
             work = works[row]
             if work.request.sampling.prompt_logprobs:
                 work.prompt_logprobs += scores[row, : len(part)].tolist()
-            self._keep(work, class_id, row, len(part))
+            self._keep(work, row, len(part))
             work.num_read += len(part)
         self._metrics.count("prefill_calls")
         self._metrics.count("prefill_tokens", int(counts.sum()))
         self._metrics.observe("prefill_call_seconds", time.monotonic() - started)
 
-    def _keep(self, work: Work, class_id: int, row: int, size: int) -> None:
+    def _keep(self, work: Work, row: int, size: int) -> None:
         """Keeps a chunk that was just read, if it is whole and new."""
         chunk = self._facts.plan.chunk
         index = work.num_read // chunk
@@ -189,27 +178,26 @@ class Loop:
             self._execute(commands.Forget(block_ids=tuple(left)))
         if block_id is not None:
             start = work.num_read
-            self._execute(commands.Keep(class_id=class_id, row=row, start=start, block_id=block_id))
+            self._execute(commands.Keep(row=row, start=start, block_id=block_id))
 
     def _insert_read(self) -> None:
         """Moves prompts that are read into their slots."""
-        for class_id, works in enumerate(self._reading):
-            for row in [row for row, work in works.items() if work.is_read]:
-                work = works.pop(row)
-                assert work.place is not None
-                slot, sampling = work.place.slot, work.request.sampling
-                self._execute(
-                    commands.Insert(
-                        class_id=class_id,
-                        from_row=row,
-                        to_row=slot.row,
-                        token=work.request.prompt_ids[-1],
-                        budget=sampling.max_new_tokens,
-                        controls=controls(sampling),
-                    )
+        for row in [row for row, work in self._reading.items() if work.is_read]:
+            work = self._reading.pop(row)
+            assert work.place is not None
+            slot, sampling = work.place.slot, work.request.sampling
+            self._execute(
+                commands.Insert(
+                    class_id=slot.class_id,
+                    from_row=row,
+                    to_row=slot.row,
+                    token=work.request.prompt_ids[-1],
+                    budget=sampling.max_new_tokens,
+                    controls=controls(sampling),
                 )
-                self._scheduler.has_read(work)
-                self._running[class_id][slot.row] = work
+            )
+            self._scheduler.has_read(work)
+            self._running[slot.class_id][slot.row] = work
 
     def _step(self, class_id: int) -> int:
         """Some steps in one pool; returns how many."""
@@ -222,7 +210,7 @@ class Loop:
                     self._fail(work, "generation", f"grammar: {error}")
         if not works:
             return 0
-        is_crowded = any(self._reading) or self._scheduler.num_waiting
+        is_crowded = self._reading or self._scheduler.num_waiting
         num_steps = 1 if masks else self._facts.steps_per_call * (1 if is_crowded else 2)
         started = time.monotonic()
         stepped: Stepped = self._execute(
@@ -328,6 +316,6 @@ class Loop:
             slot = work.place.slot
             if self._running[slot.class_id].get(slot.row) is work:
                 del self._running[slot.class_id][slot.row]
-            elif self._reading[slot.class_id].get(work.place.scratch_row) is work:
-                del self._reading[slot.class_id][work.place.scratch_row]
+            elif self._reading.get(work.place.scratch_row) is work:
+                del self._reading[work.place.scratch_row]
         self._scheduler.end(work)

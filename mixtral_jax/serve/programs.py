@@ -107,7 +107,8 @@ def insert(
 
     Args:
         pool: donated.
-        scratch: where the prompt was read, all but its last token.
+        scratch: where the prompt was read, all but its last token. It has as many slots as the
+            pool, or more, and then no row of this pool wraps around.
         from_row: of ``scratch``.
         to_row: of ``pool``; whatever was there is overwritten.
         token: the last token of the prompt.
@@ -115,7 +116,9 @@ def insert(
     """
 
     def copied(into: jax.Array, source: jax.Array) -> jax.Array:
-        return _with_row(into, _row_of(source, from_row), to_row)
+        """A row; of its slots those that a shorter pool has, which are the first."""
+        row = _row_of(source, from_row)
+        return _with_row(into, row[tuple(slice(size) for size in into.shape[1:])], to_row)
 
     old, new = pool.decode, scratch
     state = DecodeState(

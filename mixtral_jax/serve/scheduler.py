@@ -1,7 +1,7 @@
 """Who runs next: a queue, admission by tokens, slots. Pure Python; names and rules as TGI's.
 
-A request waits, is being read (its prompt goes through a row of the scratch state of its class,
-chunk by chunk), then runs in its slot. Both places are taken when it is admitted, so a prompt that
+A request waits, is being read (its prompt goes through a row of the scratch state, chunk by
+chunk), then runs in its slot. Both places are taken when it is admitted, so a prompt that
 is read always finds its slot.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
 
@@ -34,7 +35,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Admitted:
-    """A job with its places: a row of its class's scratch state, then its slot."""
+    """A job with its places: a row of the scratch state, then its slot."""
 
     job: Job
     slot: Slot
@@ -42,7 +43,7 @@ class Admitted:
 
 
 class Scheduler:
-    """Order and admission. Not thread-safe.
+    """Order and admission. Thread-safe: clients submit, the engine's thread does the rest.
 
     First come, first served, with one exception: a request may pass others that wait for slots of
     longer classes than it needs, since they could not use its slot.
@@ -50,7 +51,7 @@ class Scheduler:
     Args:
         limits: see EngineLimits.
         classes: the pools.
-        scratch_rows: prompts that are read at one time, per class.
+        scratch_rows: prompts that are read at one time.
         max_waiting_tokens: steps after which waiting requests no longer wait for
             ``waiting_served_ratio`` to be reached.
     """
@@ -65,11 +66,12 @@ class Scheduler:
     ):
         self.limits, self.max_waiting_tokens = limits, max_waiting_tokens
         self.slots = Slots(classes)
-        self._scratch = [list(range(scratch_rows - 1, -1, -1)) for _ in classes]
+        self._scratch = list(range(scratch_rows - 1, -1, -1))
         self._waiting: deque[Job] = deque()
         self._places: dict[Hashable, Admitted] = {}
         self._reading: set[Hashable] = set()
         self._steps = 0  # since the last admission
+        self._lock = threading.RLock()
 
     @property
     def num_waiting(self) -> int:
@@ -84,12 +86,14 @@ class Scheduler:
     @property
     def admitted_tokens(self) -> int:
         """Tokens that the admitted requests may come to."""
-        return sum(place.job.total for place in self._places.values())
+        with self._lock:
+            return sum(place.job.total for place in self._places.values())
 
     @property
     def reading_tokens(self) -> int:
         """Prompt tokens of the requests being read."""
-        return sum(self._places[key].job.prompt_tokens for key in self._reading)
+        with self._lock:
+            return sum(self._places[key].job.prompt_tokens for key in self._reading)
 
     def submit(self, job: Job) -> None:
         """Takes a request into the queue.
@@ -111,22 +115,27 @@ class Scheduler:
                 f"together, got {job.prompt_tokens} + {job.max_new_tokens}; "
                 "fix: shorten the prompt or lower max_new_tokens",
             )
-        if self.num_waiting + self.num_admitted >= limits.max_concurrent_requests:
-            raise Refused(
-                "overloaded",
-                f"the server is full: {limits.max_concurrent_requests} requests wait or run; "
-                "fix: come again later",
-            )
-        self._waiting.append(job)
+        with self._lock:
+            if self.num_waiting + self.num_admitted >= limits.max_concurrent_requests:
+                raise Refused(
+                    "overloaded",
+                    f"the server is full: {limits.max_concurrent_requests} requests wait or run; "
+                    "fix: come again later",
+                )
+            self._waiting.append(job)
 
     def admit(self) -> list[Admitted]:
         """Requests that start being read now."""
+        with self._lock:
+            return self._admit()
+
+    def _admit(self) -> list[Admitted]:
         admitted: list[Admitted] = []
         if not self._waiting or self._must_wait():
             return admitted
         blocked: set[int] = set()
         rest: deque[Job] = deque()
-        while self._waiting:
+        while self._waiting and self._scratch:
             job = self._waiting.popleft()
             if not self._fits_batch(job):
                 rest.append(job)  # nobody passes it: it would never fit
@@ -137,7 +146,7 @@ class Scheduler:
                 # What this one waits for is not for those behind it.
                 blocked.update(self.slots.fitting(job.total))
                 continue
-            place = Admitted(job, self.slots.take(class_id), self._scratch[class_id].pop())
+            place = Admitted(job, self.slots.take(class_id), self._scratch.pop())
             self._places[job.key] = place
             self._reading.add(job.key)
             admitted.append(place)
@@ -165,16 +174,15 @@ class Scheduler:
 
     def _choose_class(self, job: Job, blocked: set[int]) -> int | None:
         for class_id in self.slots.fitting(job.total):
-            is_free = self.slots.num_free(class_id) and self._scratch[class_id]
-            if class_id not in blocked and is_free:
+            if class_id not in blocked and self.slots.num_free(class_id):
                 return class_id
         return None
 
     def has_read(self, key: Hashable) -> None:
         """Its prompt is read: the scratch row is free."""
-        self._reading.remove(key)
-        place = self._places[key]
-        self._scratch[place.slot.class_id].append(place.scratch_row)
+        with self._lock:
+            self._reading.remove(key)
+            self._scratch.append(self._places[key].scratch_row)
 
     def note_steps(self, num_steps: int) -> None:
         """Decode steps were taken."""
@@ -182,11 +190,12 @@ class Scheduler:
 
     def end(self, key: Hashable) -> None:
         """It finished, failed or was cancelled, wherever it was: its places are free."""
-        place = self._places.get(key)
-        if place is None:
-            self._waiting = deque(job for job in self._waiting if job.key != key)
-            return
-        if key in self._reading:
-            self.has_read(key)
-        del self._places[key]
-        self.slots.free(place.slot)
+        with self._lock:
+            place = self._places.get(key)
+            if place is None:
+                self._waiting = deque(job for job in self._waiting if job.key != key)
+                return
+            if key in self._reading:
+                self.has_read(key)
+            del self._places[key]
+            self.slots.free(place.slot)

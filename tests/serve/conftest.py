@@ -1,0 +1,60 @@
+"""Engines for tests: of a small random model without text, and of the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mixtral_jax.language_model import LanguageModel, load
+from mixtral_jax.model.placement import LOCAL
+from mixtral_jax.serve.engine import Engine, EngineOptions
+from mixtral_jax.sharding.mesh import MeshSpec
+from tests.models import random_model
+
+# Two classes of slots, prompts of several chunks, and a cache that a few prompts fill.
+SMALL = EngineOptions(
+    max_total_tokens=512,
+    max_batch_size=6,
+    prefill_chunk=16,
+    prefix_cache_bytes=0,
+    max_concurrent_requests=200,
+)
+
+
+@pytest.fixture(scope="session")
+def small_lm(small_config) -> LanguageModel:
+    config = small_config(initializer_range=0.2, max_position_embeddings=512, eos_token_id=2)
+    spec = MeshSpec.parse("1x1")
+    return LanguageModel(random_model(config), tokenizer=None, placement=LOCAL, spec=spec)
+
+
+@pytest.fixture(scope="module")
+def make_engine() -> Iterator[Callable[..., Engine]]:
+    """Starts engines that end with the module."""
+    engines: list[Engine] = []
+
+    def make(lm: LanguageModel, options: EngineOptions = SMALL, **kwargs) -> Engine:
+        engine = Engine(lm, options, **kwargs)
+        engines.append(engine)
+        engine.start(wait=True)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def small_engine(make_engine, small_lm) -> Engine:
+    return make_engine(small_lm)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> LanguageModel:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(make_engine, tiny_lm) -> Engine:
+    return make_engine(tiny_lm, EngineOptions(max_total_tokens=128, prefill_chunk=32))
