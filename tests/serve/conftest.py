@@ -24,7 +24,7 @@ SMALL = EngineOptions(
 
 @pytest.fixture(scope="session")
 def small_lm(small_config) -> LanguageModel:
-    config = small_config(initializer_range=0.2, max_position_embeddings=512, eos_token_id=2)
+    config = small_config(initializer_range=0.2, max_position_embeddings=512, eos_token_ids=(2,))
     spec = MeshSpec.parse("1x1")
     return LanguageModel(random_model(config), tokenizer=None, placement=LOCAL, spec=spec)
 
