@@ -107,6 +107,7 @@ def test_a_regex_is_obeyed(tiny_engine, tiny_lm, is_answer):
             assert last.reason == "eos_token"
 
 
+@pytest.mark.slow
 def test_text_streams_and_seeds_hold_on_the_embedded_model(tiny_engine, tiny_lm):
     """Stop strings, chats and samples beside each other equal the library's answers."""
     prompts = ["Once upon a time", "Es war einmal", "El perro", "Le chat"]
@@ -175,21 +176,22 @@ MUST_FAIL = {"[", "(?=a)b", "", "[]", "nan", '{"$ref": "file:///etc/passwd"}', "
 def test_hostile_grammars_cost_less_than_a_second(compiler, kind):
     for text in HOSTILE[kind]:
         started = time.process_time()
-        is_refused = False
+        fault = None
         try:
             matcher = compiler.compile(Grammar(kind=kind, text=text))
             for _ in range(20):  # what is accepted must stay cheap
                 bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
                 matcher.take(int(bits.nonzero()[0][-1]))
         except Refused as refused:
-            is_refused = True
-            assert refused.kind == "invalid"  # noqa: PT017
-            assert len(refused.message) < 500
-            assert "passwd:" not in refused.message
+            fault = refused
         except ValueError:
             pass  # the grammar has ended, or has become too complex on the way
         assert time.process_time() - started < 1.0, text[:60]
-        assert is_refused or text not in MUST_FAIL
+        assert fault is not None or text not in MUST_FAIL
+        if fault is not None:
+            assert fault.kind == "invalid"
+            assert len(fault.message) < 500
+            assert "passwd:" not in fault.message
 
 
 def test_the_engine_lives_through_hostile_grammars(tiny_engine, tiny_lm):
