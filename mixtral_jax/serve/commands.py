@@ -15,9 +15,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restart:
-    """Empty a scratch row for another prompt."""
+    """Empty a scratch row for another prompt, which uses an adapter (0: none)."""
 
     row: int
+    adapter: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class Insert:
     to_row: int
     token: int
     budget: int
+    adapter: int
     controls: dict[str, Any]
 
 

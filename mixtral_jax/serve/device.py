@@ -35,6 +35,7 @@ class DevicePlan:
         sizes: of the calls, ascending, the last is ``chunk``: the end of a prompt takes the
             smallest that holds it.
         kv_dtype: of the caches.
+        num_adapters: that rows may choose (``with_adapters``).
     """
 
     classes: tuple[LengthClass, ...]
@@ -42,6 +43,7 @@ class DevicePlan:
     chunk: int
     sizes: tuple[int, ...]
     kv_dtype: KVDtype | None = None
+    num_adapters: int = 0
 
 
 class _Class:
@@ -56,8 +58,11 @@ class _Class:
         )
         self.rows: RowControls = row_controls([_IDLE] * spec.rows, config.vocab_size)
         self.budget = np.zeros((spec.rows,), np.int32)
+        self.adapters = np.zeros((spec.rows,), np.int32)
 
-    def set_row(self, row: int, controls: Controls, budget: int, vocab_size: int) -> None:
+    def set_row(
+        self, row: int, controls: Controls, budget: int, adapter: int, vocab_size: int
+    ) -> None:
         """Takes the options of a row; copies, since a call may still read the old arrays."""
         one = row_controls([controls], vocab_size)
 
@@ -67,8 +72,8 @@ class _Class:
             return column
 
         self.rows = jax.tree.map(put, self.rows, one)
-        self.budget = self.budget.copy()
-        self.budget[row] = budget
+        self.budget = put(self.budget, np.asarray([budget]))
+        self.adapters = put(self.adapters, np.asarray([adapter]))
 
 
 class Device:
@@ -95,6 +100,8 @@ class Device:
             dtype=storage_dtype(plan.kv_dtype, model.embed_tokens.get_value().dtype),
             placement=placement,
         )
+        self._scratch_adapters = np.zeros((plan.scratch_rows,), np.int32)
+        self._has_adapters = plan.num_adapters > 0
         self._blocks: dict[int, programs.Block] = {}
         self._eos_ids = np.asarray(self.config.eos_token_ids, np.int32)
 
@@ -131,6 +138,8 @@ class Device:
         return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in kept) * self.plan.chunk
 
     def _restart(self, command: commands.Restart) -> None:
+        self._scratch_adapters = self._scratch_adapters.copy()
+        self._scratch_adapters[command.row] = command.adapter
         hosts.begin_step()
         self._scratch = programs.restart(
             self._scratch, np.int32(command.row), placement=self.placement
@@ -158,10 +167,16 @@ class Device:
         )
 
     def _read(self, command: commands.Read) -> np.ndarray | None:
+        adapters = self._scratch_adapters if self._has_adapters else None
         hosts.begin_step()
         if command.targets is None:
-            self._scratch = steps.prefill(
-                self.model, self._scratch, command.tokens, command.counts, placement=self.placement
+            self._scratch = programs.read(
+                self.model,
+                self._scratch,
+                command.tokens,
+                command.counts,
+                adapters,
+                placement=self.placement,
             )
             return None
         self._scratch, logprobs = programs.score(
@@ -170,6 +185,7 @@ class Device:
             command.tokens,
             command.targets,
             command.counts,
+            adapters,
             placement=self.placement,
         )
         return hosts.fetch(logprobs)
@@ -179,7 +195,8 @@ class Device:
         fields = dict(command.controls)
         options = SamplingOptions(**fields.pop("options"))
         controls = Controls(options=options, **fields)
-        at.set_row(command.to_row, controls, command.budget, self.config.vocab_size)
+        vocab_size = self.config.vocab_size
+        at.set_row(command.to_row, controls, command.budget, command.adapter, vocab_size)
         hosts.begin_step()
         at.pool = programs.insert(
             at.pool,
@@ -204,6 +221,7 @@ class Device:
             self._mask(num_rows, command.masks),
             steps.Limits(at.budget, stopped, self._eos_ids),
             np.int32(command.num_steps),
+            at.adapters if self._has_adapters else None,
             placement=self.placement,
         )
         state = at.pool.decode
@@ -252,7 +270,7 @@ def warm(device: Device, execute: Callable[[Command], Any]) -> None:
         execute(commands.Forget(block_ids=(0,)))
     controls = {"options": {"temperature": 1.0}, "wants_best": True}
     allowed = np.full((num_words(vocab_size),), 2**32 - 1, np.uint32)
-    places: dict[str, Any] = {"from_row": 0, "to_row": 0, "token": 0, "budget": 3}
+    places: dict[str, Any] = {"from_row": 0, "to_row": 0, "token": 0, "budget": 3, "adapter": 0}
     for class_id in range(len(plan.classes)):
         execute(commands.Insert(class_id=class_id, controls=controls, **places))
         step = commands.Step(class_id=class_id, num_steps=1, running=(0,))

@@ -5,24 +5,24 @@ HTTP or a test submits a request and reads its ticket. All of jax happens in the
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mixtral_jax.decode.generate import PREFILL_CHUNK, check_token_ids
+from mixtral_jax.decode.generate import check_token_ids
 from mixtral_jax.decode.timing import num_compiled
-from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.errors import MixtralError
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.serve.answer import Answer
 from mixtral_jax.serve.commands import Command, Stop
-from mixtral_jax.serve.device import Device, DevicePlan, warm
+from mixtral_jax.serve.device import Device, warm
+from mixtral_jax.serve.follow import tell as tell_others
+from mixtral_jax.serve.limits import EngineOptions, plan_limits
 from mixtral_jax.serve.loop import Loop, LoopFacts
 from mixtral_jax.serve.metrics import Metrics
 from mixtral_jax.serve.prefix import PrefixCache
 from mixtral_jax.serve.request import (
-    EngineLimits,
     EngineState,
     EngineStats,
     Failed,
@@ -30,111 +30,11 @@ from mixtral_jax.serve.request import (
     Refused,
     ServeRequest,
 )
-from mixtral_jax.serve.scheduler import MAX_WAITING_TOKENS, Scheduler
-from mixtral_jax.serve.slots import FEWEST_ROWS, plan_classes
+from mixtral_jax.serve.scheduler import Scheduler
 from mixtral_jax.serve.ticket import EngineTicket
 from mixtral_jax.serve.work import Work, check_sampling
 
-_MOST_TOTAL_TOKENS = 4096  # of a request, unless asked for more
 _IDLE_SECONDS = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How much the engine takes; TGI's names and meanings where it has them.
-
-    Attributes:
-        max_input_tokens: of a prompt; all of ``max_total_tokens`` but one, if None.
-        max_total_tokens: of a prompt and its answer; what the model has positions for, up to
-            4096, if None.
-        max_batch_prefill_tokens: prompt tokens being read at one time; 4096, or the longest
-            prompt, if None.
-        max_batch_total_tokens: tokens of all slots; see ``plan_classes`` for None.
-        max_batch_size: requests that run at one time; as many as there are slots, if None.
-        max_concurrent_requests: waiting and running; further ones are refused.
-        waiting_served_ratio: fewer waiting requests than this share of the running ones wait for
-            up to ``max_waiting_tokens`` steps.
-        max_waiting_tokens: see there.
-        prefill_chunk: prompt tokens read between two calls of decoding, and the unit of the
-            prefix cache.
-        prefill_rows: prompts that are read at one time.
-        prefix_cache_bytes: kept keys and values of prompts; 0 keeps none.
-        steps_per_call: tokens that a row writes between two looks from outside, while others wait;
-            twice as many while nobody does.
-    """
-
-    max_input_tokens: int | None = None
-    max_total_tokens: int | None = None
-    max_batch_prefill_tokens: int | None = None
-    max_batch_total_tokens: int | None = None
-    max_batch_size: int | None = None
-    max_concurrent_requests: int = 128
-    waiting_served_ratio: float = 0.3
-    max_waiting_tokens: int = MAX_WAITING_TOKENS
-    prefill_chunk: int = 256
-    prefill_rows: int = 4
-    prefix_cache_bytes: int = 256 << 20
-    steps_per_call: int = 4
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            least = 0 if name in ("prefix_cache_bytes", "waiting_served_ratio") else 1
-            if value is not None and not value >= least:
-                what = "--" + name.replace("_", "-")
-                raise MixtralError(what, expected=f"at least {least}", got=value, code=USAGE)
-        chunk = self.prefill_chunk
-        if chunk & (chunk - 1) or not _SMALLEST_CHUNK <= chunk <= PREFILL_CHUNK:
-            expected = f"a power of two from {_SMALLEST_CHUNK} to {PREFILL_CHUNK}"
-            raise MixtralError("--prefill-chunk", expected=expected, got=chunk, code=USAGE)
-
-
-_SMALLEST_CHUNK = 16
-_TAIL = 32  # prompts shorter than this, or ends of prompts, are read by a smaller program
-
-
-def plan_limits(lm: LanguageModel, options: EngineOptions) -> tuple[EngineLimits, DevicePlan]:
-    """What an engine takes, and the shapes it needs for that.
-
-    Raises:
-        MixtralError: exit code 64 for limits that do not fit each other or the model.
-    """
-    longest = lm.config.max_position_embeddings
-    total = options.max_total_tokens or min(longest, _MOST_TOTAL_TOKENS)
-    inputs = options.max_input_tokens or total - 1
-    prefill = options.max_batch_prefill_tokens or max(4096, inputs)
-    for what, is_fine, expected, got in (
-        ("--max-total-tokens", total <= longest, f"at most {longest} (the model's)", total),
-        ("--max-input-tokens", inputs < total, f"less than --max-total-tokens {total}", inputs),
-        ("--max-batch-prefill-tokens", prefill >= inputs, f"at least {inputs}", prefill),
-    ):
-        if not is_fine:
-            raise MixtralError(what, expected=expected, got=got, code=USAGE)
-    multiple = FEWEST_ROWS * lm.spec.data
-    classes = plan_classes(
-        total,
-        max_batch_total_tokens=options.max_batch_total_tokens,
-        max_batch_size=options.max_batch_size,
-        multiple=multiple,
-    )
-    slots = tuple((c.length, c.rows) for c in classes)
-    all_tokens = options.max_batch_total_tokens or sum(n * rows for n, rows in slots)
-    limits = EngineLimits(
-        max_input_tokens=inputs,
-        max_total_tokens=total,
-        max_batch_prefill_tokens=prefill,
-        max_batch_total_tokens=all_tokens,
-        max_concurrent_requests=options.max_concurrent_requests,
-        max_batch_size=options.max_batch_size,
-        waiting_served_ratio=options.waiting_served_ratio,
-        slots=slots,
-    )
-    chunk = options.prefill_chunk
-    scratch_rows = -(-options.prefill_rows // multiple) * multiple
-    sizes = (chunk,) if chunk <= _TAIL else (_TAIL, chunk)
-    plan = DevicePlan(
-        classes=classes, scratch_rows=scratch_rows, chunk=chunk, sizes=sizes, kv_dtype=lm.kv_dtype
-    )
-    return limits, plan
 
 
 class Engine:
@@ -148,7 +48,8 @@ class Engine:
         name: what clients call the model.
         digest: of the weights, where known.
         quantize: how the weights were quantized.
-        tell: sends a command to other processes before it is executed here.
+        adapters: names of those that ``with_adapters`` gave the model, in order.
+        tell: sends a command to other processes, if there are any, before it is executed here.
     """
 
     def __init__(
@@ -159,10 +60,11 @@ class Engine:
         name: str = "mixtral",
         digest: str | None = None,
         quantize: str | None = None,
-        tell: Callable[[Command], None] | None = None,
+        adapters: Sequence[str] = (),
+        tell: Callable[[Command], None] = tell_others,
     ):
         self._lm, self._options = lm, options or EngineOptions()
-        self.limits, self._plan = plan_limits(lm, self._options)
+        self.limits, self._plan = plan_limits(lm, self._options, len(adapters))
         config, tokenizer = lm.config, lm.tokenizer
         self.model = ModelFacts(
             name=name,
@@ -172,6 +74,7 @@ class Engine:
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             eos_ids=tuple(config.eos_token_ids),
+            adapters=tuple(adapters),
             is_v3=tokenizer is not None and tokenizer.version == "v3",
             mesh=str(lm.spec),
         )
@@ -225,7 +128,8 @@ class Engine:
         matcher = None
         if sampling.grammar is not None:
             matcher = self._compiler().compile(sampling.grammar)
-        work = Work(request, ticket, answer, matcher)
+        names = (None, *self.model.adapters)
+        work = Work(request, ticket, answer, matcher, adapter=names.index(request.adapter_id))
         with self._changed:
             self._check_state()
             try:
@@ -325,8 +229,7 @@ class Engine:
         device = Device(self._lm.model, self._lm.placement, self._plan)
 
         def execute(command: Command) -> Any:
-            if self._tell is not None:
-                self._tell(command)
+            self._tell(command)
             return device.execute(command)
 
         warm(device, execute)

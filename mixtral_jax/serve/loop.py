@@ -95,7 +95,7 @@ class Loop:
 
     def _restart(self, work: Work, place: Admitted) -> None:
         row, request = place.scratch_row, work.request
-        self._execute(commands.Restart(row=row))
+        self._execute(commands.Restart(row=row, adapter=work.adapter))
         if not self._prefixes.max_bytes:
             return
         chunk = self._facts.plan.chunk
@@ -193,6 +193,7 @@ class Loop:
                     to_row=slot.row,
                     token=work.request.prompt_ids[-1],
                     budget=sampling.max_new_tokens,
+                    adapter=work.adapter,
                     controls=controls(sampling),
                 )
             )

@@ -23,6 +23,7 @@ from mixtral_jax.kernels.rows import write_rows
 from mixtral_jax.model.cache import SLOT_AXIS, KVCache
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
+from mixtral_jax.weights import choose_adapters
 
 MOST_STEPS = 16  # steps that one call of ``step`` can take
 
@@ -187,6 +188,21 @@ def restore(
     return steps.constrained(state, placement)
 
 
+@functools.partial(jax.jit, static_argnames=("placement",), donate_argnames=("scratch",))
+def read(
+    model: Mixtral,
+    scratch: DecodeState,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    adapter_ids: Int[Array, " B"] | None,
+    *,
+    placement: Placement,
+) -> DecodeState:
+    """``prefill``, each row with its own adapter (None: the model has none)."""
+    model = choose_adapters(model, adapter_ids)
+    return steps.read(model, scratch, tokens, counts, placement=placement).state
+
+
 class Scored(NamedTuple):
     """The scratch state and the log-probability of every target, f32."""
 
@@ -201,10 +217,11 @@ def score(
     tokens: Int[Array, "B T"],
     targets: Int[Array, "B T"],
     counts: Int[Array, " B"],
+    adapter_ids: Int[Array, " B"] | None,
     *,
     placement: Placement,
 ) -> Scored:
-    """Prefill that also says how likely the token after each was.
+    """``read`` that also says how likely the token after each was.
 
     Args:
         model: weights.
@@ -212,8 +229,10 @@ def score(
         tokens: as for ``prefill``.
         targets: the token after each.
         counts: as for ``prefill``.
+        adapter_ids: as for ``read``.
         placement: where it runs.
     """
+    model = choose_adapters(model, adapter_ids)
     done = steps.read(model, scratch, tokens, counts, placement=placement)
     logits = model.unembed(done.x, placement)
     logits = placement.constrain(logits, ("batch", "length", "vocab_parts"))
@@ -230,6 +249,7 @@ def step(
     mask: Mask,
     limits: Limits,
     num_steps: Int[Column, ""],
+    adapter_ids: Int[Column, " B"] | None,
     *,
     placement: Placement,
 ) -> tuple[PoolState, Written]:
@@ -242,12 +262,14 @@ def step(
         mask: what grammars allow at the next token: one step per call while any is on.
         limits: when rows end.
         num_steps: at most ``MOST_STEPS``.
+        adapter_ids: as for ``read``.
         placement: where it runs.
 
     Returns:
         The pool and the tokens written.
     """
     B, V = pool.answered.shape
+    model = choose_adapters(model, adapter_ids)
     decode = pool.decode
     pool = pool._replace(decode=decode._replace(is_done=decode.is_done | limits.stopped))
     no_draft = Draft(jnp.zeros((B, 0), jnp.int32), jnp.zeros((B,), jnp.int32))

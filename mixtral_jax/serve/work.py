@@ -29,6 +29,7 @@ class Work:
         ticket: where its events go.
         answer: its text.
         matcher: of its grammar.
+        adapter: number of its adapter, 0 for none.
         submitted: on the clock of time.monotonic, as are the others.
         place: its rows, once admitted.
         num_read: tokens of the prompt that are in the scratch row; all but the last are read.
@@ -43,6 +44,7 @@ class Work:
     ticket: EngineTicket
     answer: Answer
     matcher: Matcher | None = None
+    adapter: int = 0
     submitted: float = dataclasses.field(default_factory=time.monotonic)
     place: Admitted | None = None
     num_read: int = 0

@@ -8,7 +8,8 @@ import pytest
 
 from mixtral_jax.language_model import LanguageModel, load
 from mixtral_jax.model.placement import LOCAL
-from mixtral_jax.serve.engine import Engine, EngineOptions
+from mixtral_jax.serve.engine import Engine
+from mixtral_jax.serve.limits import EngineOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from tests.models import random_model
 

@@ -56,12 +56,13 @@ def finished(ticket: Ticket) -> Finished:
 def check_events(events: Sequence[Event], last: Finished) -> None:
     started, *tokens, _ = events
     assert isinstance(started, Started)
-    shown = ""
+    shown, ids = "", []
     for index, event in enumerate(tokens):
         assert isinstance(event, TokenEvent)
         assert event.index == index
         shown += event.text
-    assert [event.token.id for event in tokens] == list(last.token_ids)
+        ids.append(event.token.id)
+    assert ids == list(last.token_ids)
     assert len(last.logprobs) == len(last.token_ids)
     assert shown + last.tail == last.text
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import cast
 
 import pytest
 
+from mixtral_jax.kernels.scaled_kv import KVDtype
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
@@ -21,7 +23,8 @@ MESHES = ["1x8", "2x4", "2x2x2", "1x8 int8", "2x4 fp8"]
 
 @pytest.mark.parametrize("case", mostly_slow(MESHES, ["2x4"]))
 def test_a_mesh_changes_no_token(make_engine, small_config, case):
-    mesh, kv_dtype = (*case.split(), None)[:2]
+    mesh, _, codes = case.partition(" ")
+    kv_dtype = cast(KVDtype, codes) if codes else None
     config = small_config(initializer_range=0.2, max_position_embeddings=512, sliding_window=None)
     model, spec = random_model(config), MeshSpec.parse(mesh)
     built = spec.build()

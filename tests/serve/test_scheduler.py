@@ -38,7 +38,7 @@ def check_places(sched: Scheduler, live: dict) -> None:
     assert len(set(slots)) == len(slots)
     for place in live.values():
         assert CLASSES[place.slot.class_id].length >= place.job.total
-    assert sched.num_admitted == len(live) <= LIMITS.max_batch_size
+    assert sched.num_admitted == len(live) <= (LIMITS.max_batch_size or 0)
     assert sched.admitted_tokens <= LIMITS.max_batch_total_tokens
     assert sched.slots.num_taken == len(live)
 
