@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtral_jax.decode.generate import check_token_ids
 from mixtral_jax.decode.timing import num_compiled
-from mixtral_jax.errors import MixtralError
+from mixtral_jax.errors import INTERNAL, MixtralError
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.serve.answer import Answer
 from mixtral_jax.serve.commands import Command, Stop
@@ -33,6 +33,7 @@ from mixtral_jax.serve.request import (
 from mixtral_jax.serve.scheduler import Scheduler
 from mixtral_jax.serve.ticket import EngineTicket
 from mixtral_jax.serve.work import Work, check_sampling
+from mixtral_jax.tokenizer import Tokenizer
 
 _IDLE_SECONDS = 1.0
 
@@ -98,18 +99,21 @@ class Engine:
         self._thread = threading.Thread(target=self._run, daemon=True, name="mixtral_jax engine")
 
     def start(self, *, wait: bool = False) -> None:
-        """Starts the thread; with ``wait`` returns once it is ready.
+        """Starts the thread; with ``wait`` returns once it is ready, as ``wait`` does."""
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once it no longer loads.
 
         Raises:
-            MixtralError: with ``wait``, if it does not become ready.
+            MixtralError: exit code 70 if it failed.
         """
-        self._thread.start()
-        if not wait:
-            return
         with self._changed:
             self._changed.wait_for(lambda: self._state != "loading")
             if self._state == "failed":
-                raise MixtralError(self._fault)
+                raise MixtralError(self._fault, code=INTERNAL)
 
     def submit(self, request: ServeRequest) -> EngineTicket:
         """See EngineProtocol."""
@@ -170,6 +174,11 @@ class Engine:
         with self._changed:
             self._cancelled.append(ticket)
             self._changed.notify_all()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the model; None where its checkpoint has none."""
+        return self._lm.tokenizer
 
     def state(self) -> EngineState:
         """See EngineProtocol."""

@@ -14,6 +14,7 @@ from mixtral_jax.serve.slots import FEWEST_ROWS, plan_classes
 
 _MOST_TOTAL_TOKENS = 4096  # of a request, unless asked for more
 _SMALLEST_CHUNK = 16
+_MAY_BE_ZERO = ("prefix_cache_bytes", "waiting_served_ratio", "max_waiting_tokens")
 _TAIL = 32  # prompts shorter than this, or ends of prompts, are read by a smaller program
 
 
@@ -56,7 +57,7 @@ class EngineOptions:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            least = 0 if name in ("prefix_cache_bytes", "waiting_served_ratio") else 1
+            least = 0 if name in _MAY_BE_ZERO else 1
             if value is not None and not value >= least:
                 what = "--" + name.replace("_", "-")
                 raise MixtralError(what, expected=f"at least {least}", got=value, code=USAGE)
