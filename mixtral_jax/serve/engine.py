@@ -38,6 +38,13 @@ from mixtral_jax.tokenizer import Tokenizer
 _IDLE_SECONDS = 1.0
 
 
+_ENDED = "the server has ended"
+
+
+class _EndedError(Exception):
+    """Asked to end while it was loading."""
+
+
 class Engine:
     """Serves one model; see EngineProtocol.
 
@@ -89,7 +96,7 @@ class Engine:
         )
         self._state: EngineState = "loading"
         self._fault = ""
-        self._must_end = False
+        self._must_end = self._is_warm = False
         self._works: dict[EngineTicket, Work] = {}
         self._cancelled: list[EngineTicket] = []
         self._metrics = Metrics(config.num_hidden_layers, config.num_local_experts)
@@ -167,7 +174,7 @@ class Engine:
         if state == "ready" and not self._must_end:
             return
         why = {"loading": "the model is loading", "draining": "the server is shutting down"}
-        line = self._fault if state == "failed" else why.get(state, "the server has ended")
+        line = self._fault if state == "failed" else why.get(state, _ENDED)
         raise Refused("unavailable", line)
 
     def _cancel(self, ticket: EngineTicket) -> None:
@@ -204,7 +211,7 @@ class Engine:
     def drain(self, seconds: float) -> bool:
         """See EngineProtocol."""
         with self._changed:
-            if self._state == "ready":
+            if self._state in ("ready", "loading"):
                 self._state = "draining"
             return self._changed.wait_for(lambda: not self._works, timeout=seconds)
 
@@ -219,7 +226,9 @@ class Engine:
     def _run(self) -> None:
         try:
             self._work()
-            self._end("the server has ended")
+            self._end(_ENDED)
+        except _EndedError:
+            self._end(_ENDED)
         except BaseException as error:  # whoever waits must hear of it, whatever it is
             fault = f"the engine stopped: {type(error).__name__}: {error}"
             print(f"error: {' '.join(fault.split())[:500]}", file=sys.stderr, flush=True)
@@ -238,6 +247,9 @@ class Engine:
         device = Device(self._lm.model, self._lm.placement, self._plan)
 
         def execute(command: Command) -> Any:
+            if self._must_end and not self._is_warm:
+                self._tell(Stop())
+                raise _EndedError
             self._tell(command)
             return device.execute(command)
 
@@ -257,8 +269,10 @@ class Engine:
             eos_ids=self.model.eos_ids,
         )
         before = num_compiled()
+        self._is_warm = True
         with self._changed:
-            self._state = "ready"
+            if self._state == "loading":  # or nobody wants it any more
+                self._state = "ready"
             self._changed.notify_all()
         while not self._must_end:
             self._turn(loop)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mixtral_jax.language_model import LanguageModel, load
+from mixtral_jax.language_model import EMBEDDED_FOLDER, LanguageModel, load
 from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.serve.engine import Engine
 from mixtral_jax.serve.limits import EngineOptions
 from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.tokenizer import Tokenizer
 from tests.models import random_model
 
 # Two classes of slots, prompts of several chunks, and a cache that a few prompts fill.
@@ -25,7 +26,7 @@ SMALL = EngineOptions(
 
 @pytest.fixture(scope="session")
 def small_lm(small_config) -> LanguageModel:
-    config = small_config(initializer_range=0.2, max_position_embeddings=512, eos_token_ids=(2,))
+    config = small_config(initializer_range=0.2, max_position_embeddings=512, num_local_experts=4)
     spec = MeshSpec.parse("1x1")
     return LanguageModel(random_model(config), tokenizer=None, placement=LOCAL, spec=spec)
 
@@ -59,3 +60,23 @@ def tiny_lm() -> LanguageModel:
 @pytest.fixture(scope="module")
 def tiny_engine(make_engine, tiny_lm) -> Engine:
     return make_engine(tiny_lm, EngineOptions(max_total_tokens=128, prefill_chunk=32))
+
+
+@pytest.fixture(scope="session")
+def text_lm(small_config) -> LanguageModel:
+    """Random weights with the embedded model's tokenizer: text that means nothing, soon."""
+    tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
+    config = small_config(
+        initializer_range=0.2,
+        max_position_embeddings=512,
+        num_local_experts=2,
+        num_hidden_layers=1,
+        vocab_size=tokenizer.vocab_size,
+    )
+    spec = MeshSpec.parse("1x1")
+    return LanguageModel(random_model(config), tokenizer=tokenizer, placement=LOCAL, spec=spec)
+
+
+@pytest.fixture(scope="module")
+def text_engine(make_engine, text_lm) -> Engine:
+    return make_engine(text_lm, EngineOptions(max_total_tokens=128, prefill_chunk=32))

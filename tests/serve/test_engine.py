@@ -11,14 +11,15 @@ import time
 import numpy as np
 import pytest
 
-from mixtral_jax.convert.load import load_weights  # noqa: F401 - loads before the engine's thread
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.serve import commands
 from mixtral_jax.serve.device import Device
+from mixtral_jax.serve.engine import Engine
 from mixtral_jax.serve.request import Failed, Finished, Refused, ServeRequest, ServeSampling
 from tests.serve.conftest import SMALL
 from tests.serve.requests import answer, failure, finished, mixed_request
+from tests.slow import mostly_slow
 
 V = 64
 LOGPROB_TOLERANCE = 2e-5
@@ -80,7 +81,7 @@ def test_64_answers_under_concurrency_equal_those_alone(small_engine):
         run_mixed(small_engine, 64, seed=seed)
 
 
-@pytest.mark.parametrize("length", [1, 16, 17, 100])
+@pytest.mark.parametrize("length", mostly_slow([1, 16, 17, 100], [17]))
 def test_the_server_and_the_library_agree(small_engine, small_lm, length):
     """Equal options, equal tokens: chunks and batches differ, numbers do not."""
     for fields in (
@@ -318,6 +319,17 @@ def test_draining_ends_what_runs_and_takes_nothing_new(make_engine, small_lm):
     assert len(finished(ticket).token_ids) == 60
     engine.close()
     assert not engine._thread.is_alive()
+
+
+def test_ending_while_loading_ends_soon(small_lm):
+    engine = Engine(small_lm, dataclasses.replace(SMALL, prefill_chunk=64))  # not compiled yet
+    engine.start()
+    assert engine.state() == "loading"
+    assert engine.drain(1.0)
+    engine.close()
+    assert engine.state() == "failed"
+    with pytest.raises(Refused, match="ended"):
+        engine.submit(request(3))
 
 
 def test_a_dead_engine_answers_every_waiter(make_engine, small_lm, monkeypatch, capsys):

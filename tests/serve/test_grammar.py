@@ -80,9 +80,9 @@ def check_schemas(engine, lm, number: int, seed: int) -> int:
     return num_complete
 
 
-def test_20_random_schemas_give_valid_json(tiny_engine, tiny_lm):
-    assert check_schemas(tiny_engine, tiny_lm, 20, seed=1) >= 10
-    assert tiny_engine.stats().counters["compilations_since_ready"] == 0
+def test_20_random_schemas_give_valid_json(text_engine, text_lm):
+    assert check_schemas(text_engine, text_lm, 20, seed=1) >= 10
+    assert text_engine.stats().counters["compilations_since_ready"] == 0
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_200_random_schemas_give_valid_json(tiny_engine, tiny_lm):
 
 
 @pytest.mark.parametrize("is_answer", [True, False])
-def test_a_regex_is_obeyed(tiny_engine, tiny_lm, is_answer):
+def test_a_regex_is_obeyed(text_engine, text_lm, is_answer):
     for pattern in (r"[0-9]{3}-[0-9]{4}", r"(yes|no|perhaps)", r"[a-z]+ und [a-z]{2,5}\."):
         sampling = ServeSampling(
             max_new_tokens=40,
@@ -99,9 +99,9 @@ def test_a_regex_is_obeyed(tiny_engine, tiny_lm, is_answer):
             seed=4,
             grammar=Grammar(kind="regex", text=pattern),
         )
-        ids = tuple(tiny_lm.encode("Tell me:"))
+        ids = tuple(text_lm.encode("Tell me:"))
         asked = ServeRequest(prompt_ids=ids, sampling=sampling, is_answer=is_answer)
-        last = finished(tiny_engine.submit(asked))
+        last = finished(text_engine.submit(asked))
         if last.reason != "length":
             assert re.fullmatch(pattern, last.text)
             assert last.reason == "eos_token"
@@ -194,17 +194,17 @@ def test_hostile_grammars_cost_less_than_a_second(compiler, kind):
             assert "passwd:" not in fault.message
 
 
-def test_the_engine_lives_through_hostile_grammars(tiny_engine, tiny_lm):
-    ids = tuple(tiny_lm.encode("x"))
+def test_the_engine_lives_through_hostile_grammars(text_engine, text_lm):
+    ids = tuple(text_lm.encode("x"))
     for text in HOSTILE["regex"]:
         sampling = ServeSampling(max_new_tokens=4, grammar=Grammar(kind="regex", text=text))
         try:
-            ticket = tiny_engine.submit(ServeRequest(prompt_ids=ids, sampling=sampling))
+            ticket = text_engine.submit(ServeRequest(prompt_ids=ids, sampling=sampling))
         except Refused as refused:
             assert refused.kind == "invalid"  # noqa: PT017
         else:
             list(ticket.iterate())
-    last = finished(tiny_engine.submit(ServeRequest(prompt_ids=ids, sampling=ServeSampling())))
+    last = finished(text_engine.submit(ServeRequest(prompt_ids=ids, sampling=ServeSampling())))
     assert last.token_ids
 
 

@@ -25,7 +25,7 @@ MESHES = ["1x8", "2x4", "2x2x2", "1x8 int8", "2x4 fp8"]
 def test_a_mesh_changes_no_token(make_engine, small_config, case):
     mesh, _, codes = case.partition(" ")
     kv_dtype = cast(KVDtype, codes) if codes else None
-    config = small_config(initializer_range=0.2, max_position_embeddings=512, sliding_window=None)
+    config = small_config(initializer_range=0.2, max_position_embeddings=512, num_hidden_layers=1)
     model, spec = random_model(config), MeshSpec.parse(mesh)
     built = spec.build()
     on_mesh = LanguageModel(
@@ -40,7 +40,7 @@ def test_a_mesh_changes_no_token(make_engine, small_config, case):
     rng, vocab = random.Random(3), config.vocab_size
     asked = [
         mixed_request(rng, vocab, longest=80, prompt_logprobs=i == 3, max_new_tokens=15)
-        for i in range(10)
+        for i in range(8)
     ]
     first = [finished(t) for t in [engine.submit(each) for each in asked]]
     second = [finished(t) for t in [engine.submit(each) for each in reversed(asked)]][::-1]
