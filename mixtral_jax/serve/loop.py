@@ -225,15 +225,16 @@ class Loop:
         self._metrics.observe("batch_size", len(works))
         self._metrics.set_dropped(class_id, stepped.dropped)
         for row, work in list(works.items()):
-            self._take(work, row, stepped, now)
+            self._take(work, row, stepped, started, now)
         self._metrics.observe("text_seconds", time.monotonic() - now)
         return taken
 
-    def _take(self, work: Work, row: int, stepped: Stepped, now: float) -> None:
-        """Makes events of what was written to a row."""
+    def _take(self, work: Work, row: int, stepped: Stepped, started: float, now: float) -> None:
+        """Makes events of what a call wrote to a row."""
         count, events = int(stepped.counts[row]), list[Event]()
         if count and not work.answer.token_ids:
-            work.first_token = now
+            # All tokens of a call come at once; the steps before the last took their share.
+            work.first_token = started + (now - started) / count
             events.append(self._started(work))
             self._metrics.observe("time_to_first_token_seconds", now - work.submitted)
         num_before = len(work.answer.token_ids)
