@@ -23,6 +23,8 @@ SMALL = EngineOptions(
     max_concurrent_requests=200,
 )
 
+TEXT = EngineOptions(max_total_tokens=128, prefill_chunk=32, max_concurrent_requests=500)
+
 
 @pytest.fixture(scope="session")
 def small_lm(small_config) -> LanguageModel:
@@ -59,7 +61,7 @@ def tiny_lm() -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def tiny_engine(make_engine, tiny_lm) -> Engine:
-    return make_engine(tiny_lm, EngineOptions(max_total_tokens=128, prefill_chunk=32))
+    return make_engine(tiny_lm, TEXT)
 
 
 @pytest.fixture(scope="session")
@@ -79,4 +81,4 @@ def text_lm(small_config) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def text_engine(make_engine, text_lm) -> Engine:
-    return make_engine(text_lm, EngineOptions(max_total_tokens=128, prefill_chunk=32))
+    return make_engine(text_lm, TEXT)
