@@ -63,6 +63,58 @@ jax.tree_util.register_dataclass(Adapted, data_fields=("base", "a", "b"), meta_f
 
 
 @dataclasses.dataclass(frozen=True)
+class RowAdapted:
+    """A frozen base ``[O, I]`` with several low-rank updates, of which each row uses one or none.
+
+    Attributes:
+        base: an array or a QTensor.
+        a: ``[M, R, I]``; smaller ranks are filled with zeros. The first of the M is zero: none.
+        b: ``[M, O, R]``.
+        scales: ``[M]``, f32, as ``scale`` of Adapted.
+        ids: which of the M each row of the batch uses, int ``[B]``; None: no row uses any.
+    """
+
+    base: Leaf | QTensor
+    a: Leaf
+    b: Leaf
+    scales: Leaf
+    ids: Leaf = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the base."""
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the base."""
+        return len(self.shape)
+
+    def __getitem__(self, index: object) -> RowAdapted:
+        _only_ellipsis(index)
+        return self
+
+
+jax.tree_util.register_dataclass(
+    RowAdapted, data_fields=("base", "a", "b", "scales", "ids"), meta_fields=()
+)
+
+
+def choose_adapters(tree: Any, ids: Any) -> Any:
+    """A tree whose ``RowAdapted`` weights use ``ids``, int ``[B]``; others stay as they are."""
+
+    def choose(w: Any) -> Any:
+        return dataclasses.replace(w, ids=ids) if isinstance(w, RowAdapted) else w
+
+    return jax.tree.map(choose, tree, is_leaf=lambda w: isinstance(w, RowAdapted))
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertSlots:
     """The experts of one layer laid out for kernels that visit whole experts.
 
@@ -98,8 +150,8 @@ class ExpertSlots:
 
 jax.tree_util.register_dataclass(ExpertSlots, data_fields=("slots",), meta_fields=())
 
-Weight: TypeAlias = jax.Array | QTensor | Adapted | ExpertSlots
-Matrix: TypeAlias = jax.Array | QTensor | Adapted
+Weight: TypeAlias = jax.Array | QTensor | Adapted | RowAdapted | ExpertSlots
+Matrix: TypeAlias = jax.Array | QTensor | Adapted | RowAdapted
 # Of experts: `ExpertSlots`, or one `[E, O, I]` array. Quantized experts are stacked in both: what
 # widens their codes finds an expert by its index, and its program is one expert's. With "apart"
 # they are slots too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeAlias
 
@@ -127,6 +127,13 @@ def row_sampling(
     )
 
 
+class Best(NamedTuple):
+    """The most likely tokens under the raw logits, best first."""
+
+    ids: Int[Array, "B n"]
+    logprobs: Float[Array, "B n"]
+
+
 class Sampled(NamedTuple):
     """A token per row, its log-probability under the raw logits, and rows with unusable logits."""
 
@@ -183,18 +190,42 @@ def sample(
         Sampled. A row with NaN, an infinite logit or none above -inf is bad; its token means
         nothing.
     """
+    return choose(logits, penalize(logits, seen, rows.repetition_penalty), rows, step)
+
+
+def choose(
+    logits: Float[Array, "B V"],
+    scores: Float[Array, "B V"],
+    rows: RowSampling,
+    step: Int[Array, " B"],
+    *,
+    keep: Callable[[jax.Array, RowSampling], jax.Array] = keep_likely,
+    seed_high: UInt32[Column, " B"] | None = None,
+) -> Sampled:
+    """The choice that ``sample`` makes, of scores that penalties have made of the logits.
+
+    Args:
+        logits: raw, f32; the log-probabilities are theirs.
+        scores: what to choose by.
+        rows: options per row.
+        step: as in ``sample``.
+        keep: divides the scores by the temperature, and puts -inf where a token is rejected.
+        seed_high: upper halves of seeds of 64 bits; none is the same as zeros.
+    """
     # Asked by itself: a maximum over NaN is not always NaN on the CPU (docs/log.md).
     is_bad = jnp.isnan(logits).any(axis=-1) | ~jnp.isfinite(logits.max(axis=-1))
-    penalized = penalize(logits, seen, rows.repetition_penalty)
-    greedy = jnp.argmax(penalized, axis=-1)
+    greedy = jnp.argmax(scores, axis=-1)
+    high = jnp.zeros_like(rows.seed) if seed_high is None else seed_high
 
-    def noise(seed: Column, sample_id: Column, step: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample_id), step)
+    def noise(seed: Column, high: Column, sample_id: Column, step: jax.Array) -> jax.Array:
+        key = jax.random.key(seed)
+        key = jnp.where(high == 0, key, jax.random.fold_in(key, high))
+        key = jax.random.fold_in(jax.random.fold_in(key, sample_id), step)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     def draw() -> jax.Array:
-        likely = keep_likely(penalized, rows)
-        drawn = jnp.argmax(likely + jax.vmap(noise)(rows.seed, rows.sample_id, step), axis=-1)
+        drawn = jax.vmap(noise)(rows.seed, high, rows.sample_id, step)
+        drawn = jnp.argmax(keep(scores, rows) + drawn, axis=-1)
         return jnp.where(rows.temperature > 0, drawn, greedy)
 
     tokens = jax.lax.cond((rows.temperature > 0).any(), draw, lambda: greedy)

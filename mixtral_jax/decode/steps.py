@@ -1,26 +1,38 @@
 """The two jitted functions of generation: prefill reads prompts, decode_step writes tokens.
 
-Both take the state as a donated argument and give it back, so the cache is updated in place. Their
-shapes depend on buckets of rows and lengths only, never on a prompt or on routing.
+Both take the state as a donated argument and give it back, so the cache is updated in place. Shapes
+depend on buckets of rows and lengths only, never on a prompt or on routing.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.decode.sampling import Column, RowSampling, sample
+from mixtral_jax.decode.sampling import Best, Column, RowSampling, Sampled, sample
 from mixtral_jax.kernels.rows import write_rows
 from mixtral_jax.model.cache import KVCache, init_cache, rewind
 from mixtral_jax.model.placement import Placement, Routing, constrain_kv
 from mixtral_jax.model.transformer import Hidden, Mixtral
 
 STEPS_PER_CALL = 32  # steps that one call of decode_step can take
+
+# Raw logits, tokens seen, options, steps taken: next tokens, and the likeliest where reported.
+Chooser: TypeAlias = Callable[
+    [jax.Array, jax.Array, RowSampling, jax.Array], tuple[Sampled, Best | None]
+]
+
+
+def _sample(
+    logits: jax.Array, seen: jax.Array, rows: RowSampling, step: jax.Array
+) -> tuple[Sampled, Best | None]:
+    return sample(logits, seen, rows, step), None
 
 
 class DecodeState(NamedTuple):
@@ -75,7 +87,7 @@ def nothing_drafted(rows: int) -> Draft:
     return Draft(jnp.zeros((rows, 0), jnp.int32), jnp.zeros((rows,), jnp.int32))
 
 
-def _constrained(state: DecodeState, placement: Placement) -> DecodeState:
+def constrained(state: DecodeState, placement: Placement) -> DecodeState:
     """The state where the placement wants it; without this a second call might compile again."""
     row = ("batch",)
     kv = [tuple(constrain_kv(x, placement) for x in side) for side in state.cache[:2]]
@@ -140,7 +152,7 @@ def empty_state(
         dropped=jnp.zeros((config.num_hidden_layers,), jnp.int32),
         expert_counts=jnp.zeros((B, config.num_hidden_layers, config.num_local_experts), jnp.int32),
     )
-    return _constrained(state, placement)
+    return constrained(state, placement)
 
 
 @functools.partial(jax.jit, static_argnames=("placement",), donate_argnames=("state",))
@@ -165,6 +177,25 @@ def prefill(
         The state with the chunk in its cache. The first decode_step reads the last token of each
         prompt, so no logits are computed here.
     """
+    return read(model, state, tokens, counts, placement=placement).state
+
+
+class Read(NamedTuple):
+    """The state after tokens were read, and their residual stream ``[B, T, D]``."""
+
+    state: DecodeState
+    x: Float[Array, "B T D"]
+
+
+def read(
+    model: Mixtral,
+    state: DecodeState,
+    tokens: Int[Array, "B T"],
+    counts: Int[Array, " B"],
+    *,
+    placement: Placement,
+) -> Read:
+    """What ``prefill`` does, for other programs to be made of."""
     # Else the compiler places what comes from the host, and everything made of it, as it likes.
     tokens = placement.constrain(tokens, ("batch", "length"))
     valid = jnp.arange(tokens.shape[1])[None, :] < placement.constrain(counts, ("batch",))[:, None]
@@ -183,16 +214,17 @@ def has_read(
     assert hidden.cache is not None
     state = state._replace(
         cache=hidden.cache,
-        seen=_mark(state.seen, tokens, valid),
+        seen=mark(state.seen, tokens, valid),
         dropped=state.dropped + hidden.dropped,
         expert_counts=_count(state.expert_counts, hidden.routing, valid),
     )
-    return _constrained(state, placement)
+    return Read(constrained(state, placement), hidden.x)
 
 
-def _mark(
+def mark(
     seen: Bool[Array, "B V"], tokens: Int[Array, "B T"], valid: Bool[Array, "B T"]
 ) -> Bool[Array, "B V"]:
+    """``seen`` with every row's valid tokens."""
     past_the_end = jnp.where(valid, tokens, seen.shape[-1])
     return jax.vmap(lambda row, ids: row.at[ids].set(True, mode="drop"))(seen, past_the_end)
 
@@ -222,11 +254,13 @@ class Wrote(NamedTuple):
 
     ``is_refused`` marks rows that wrote nothing because their logits were NaN beside a draft: NaN
     reaches the tokens before it through masked products, so the draft may have brought it. The
-    caller gives them no draft from then on, and what is the row's own will show.
+    caller gives them no draft from then on, and what is the row's own will show. ``best`` is what
+    the chooser gave, ``[B, K + 1, n]``.
     """
 
     emitted: Emitted
     is_refused: Bool[Array, " B"]
+    best: Best | None = None
 
 
 def write_tokens(
@@ -237,6 +271,7 @@ def write_tokens(
     limits: Limits,
     *,
     placement: Placement,
+    choose: Chooser = _sample,
 ) -> tuple[DecodeState, Wrote]:
     """Writes one token to every row that is not done, and one more for each drafted token met.
 
@@ -252,6 +287,7 @@ def write_tokens(
         rows: sampling options.
         limits: when rows end.
         placement: where it runs.
+        choose: the sampler.
 
     Returns:
         The state, and at most K + 1 tokens per row.
@@ -286,10 +322,10 @@ def has_written(
     # the dozen that sorting a split row would take.
     logits = placement.constrain(logits, ("batch", "length", "vocab_parts"))
     logits = placement.constrain(logits, ("batch", "length", "vocab"))
-    seen = [_mark(state.seen, tokens[:, :n], valid[:, :n]) for n in range(1, tokens.shape[1] + 1)]
+    seen = [mark(state.seen, tokens[:, :n], valid[:, :n]) for n in range(1, tokens.shape[1] + 1)]
     step = state.step[:, None] + place
-    each = jax.vmap(sample, in_axes=(1, 1, None, 1), out_axes=1)
-    sampled = each(logits, jnp.stack(seen, axis=1), rows, step)
+    each = jax.vmap(choose, in_axes=(1, 1, None, 1), out_axes=1)
+    sampled, best = each(logits, jnp.stack(seen, axis=1), rows, step)
 
     at_end = (sampled.tokens[..., None] == limits.eos_ids).any(axis=-1)
     ends = at_end & ~rows.ignore_eos[:, None]
@@ -310,7 +346,7 @@ def has_written(
     state = DecodeState(
         cache=cache,
         token=jnp.where(counts > 0, last, state.token),
-        seen=_mark(state.seen, tokens, counts_at),
+        seen=mark(state.seen, tokens, counts_at),
         step=state.step + counts,
         is_done=state.is_done | (counts_at & ends).any(axis=1),
         is_bad=state.is_bad | is_bad,
@@ -318,7 +354,7 @@ def has_written(
         expert_counts=_count(state.expert_counts, hidden.routing, counts_at),
     )
     emitted = Emitted(sampled.tokens, sampled.logprobs, counts)
-    return _constrained(state, placement), Wrote(emitted, is_refused)
+    return constrained(state, placement), Wrote(emitted, is_refused, best)
 
 
 @functools.partial(jax.jit, static_argnames=("placement",), donate_argnames=("state",))
@@ -349,11 +385,11 @@ def decode_step(
     """
     B = state.step.shape[0]
     state = state._replace(is_done=state.is_done | limits.stopped)
-    no_draft = nothing_drafted(B)
 
     def body(carry: tuple[jax.Array, DecodeState, Emitted]):
         i, state, emitted = carry
-        state, wrote = write_tokens(model, state, no_draft, rows, limits, placement=placement)
+        drafted = nothing_drafted(B)
+        state, wrote = write_tokens(model, state, drafted, rows, limits, placement=placement)
         return i + 1, state, append(emitted, wrote.emitted)
 
     def goes_on(carry: tuple[jax.Array, DecodeState, Emitted]) -> jax.Array:

@@ -27,7 +27,12 @@ class TextStream:
         self._stop = tuple(stop)
         self._shown = 0
         self.text = ""
-        self.is_stopped = False
+        self.stopped_by = ""  # the stop string that was met
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return bool(self.stopped_by)
 
     def push(self, token_id: int) -> str:
         """Takes the next token; returns text that may be shown now. Check ``is_stopped`` after."""
@@ -47,8 +52,9 @@ class TextStream:
         hits = [(self.text.find(stop, search_from), len(stop)) for stop in self._stop]
         found = [(hit + size, hit) for hit, size in hits if hit >= 0]
         if found:
-            self.is_stopped = True
-            self.text = self.text[: min(found)[1]]
+            end, start = min(found)
+            self.stopped_by = self.text[start:end]
+            self.text = self.text[:start]
             at_end = True
         safe = len(self.text) if at_end else len(self.text) - self._held_back()
         shown = self.text[self._shown : safe]

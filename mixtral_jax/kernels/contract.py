@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mixtral_jax.weights import Adapted, Matrix, QTensor
+from mixtral_jax.weights import Adapted, Matrix, QTensor, RowAdapted
 
 # A product of rows ``[N, I]`` with an array or a QTensor ``[O, I]``: f32 ``[N, O]``.
 Product = Callable[[jax.Array, jax.Array | QTensor], jax.Array]
@@ -38,7 +39,7 @@ def contract(
         einsum: letters of ``model/axes.py``, ``"BTD,OD->BTO"``: the matrix is ``[out, in]`` and its
             last letter is summed over.
         x: activations.
-        w: an array, a QTensor or an Adapted.
+        w: an array, a QTensor, an Adapted, or, for rows ``[B, T, I]``, a RowAdapted.
         dtype: of the result; the dtype of ``x`` unless given.
         product: what multiplies rows with a matrix.
 
@@ -50,6 +51,8 @@ def contract(
         x, w = x[..., w.order], dataclasses.replace(w, order=None)
     if isinstance(w, Adapted):
         return _contract_adapted(einsum, x, w, product).astype(dtype)
+    if isinstance(w, RowAdapted):
+        return _contract_row_adapted(einsum, x, w, product).astype(dtype)
     # One flat product: with more dims XLA's CPU compiler transposes the weight into a copy.
     out = product(x.reshape(-1, x.shape[-1]), w)
     return out.astype(dtype).reshape(*x.shape[:-1], w.shape[0])
@@ -68,3 +71,18 @@ def _contract_adapted(einsum: str, x: jax.Array, w: Adapted, product: Product) -
         f"{low_rank},{out}R->{result}", reduced, b, dtype=jnp.float32, product=product
     )
     return base + w.scale * update
+
+
+def _contract_row_adapted(
+    einsum: str, x: Float[Array, "B T I"], w: RowAdapted, product: Product
+) -> Float[Array, "B T O"]:
+    """As ``_contract_adapted``, with the factors of each row's own adapter."""
+    base = contract(einsum, x, w.base, dtype=jnp.float32, product=product)
+    if w.ids is None:
+        return base
+    multiply = functools.partial(
+        jnp.einsum, precision=precision_of(x), preferred_element_type=jnp.float32
+    )
+    reduced = multiply("BTI,BRI->BTR", x, w.a[w.ids].astype(x.dtype)).astype(x.dtype)
+    update = multiply("BTR,BOR->BTO", reduced, w.b[w.ids].astype(x.dtype))
+    return base + w.scales[w.ids][:, None, None] * update

@@ -153,6 +153,19 @@ def agree(name: str, facts: Callable[[], Facts]) -> None:
         _peers.barrier(name, facts())
 
 
+def order(message: dict) -> None:
+    """On process 0: tells the others, if there are any, what to do next (JSON, under 1 MB)."""
+    if _peers is not None:
+        _peers.order(message)
+
+
+def await_order() -> dict:
+    """On the others: waits for what process 0 says to do next."""
+    assert _peers is not None
+    assert not is_first()
+    return _peers.await_order()
+
+
 def leave(code: int) -> None:
     """Says goodbye. All go together; with a fault this process ends here and does not wait."""
     if _peers is None:

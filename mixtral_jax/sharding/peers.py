@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
 import sys
 import threading
@@ -77,6 +78,7 @@ class Peers:
         self._has_left = self._first_has_left = False
         self._heard_first = time.monotonic()
         self._to_first: socket.socket | None = None
+        self._orders: queue.SimpleQueue[dict] = queue.SimpleQueue()
         self._sockets: list[socket.socket] = []
 
     def join(self, seconds: float) -> None:
@@ -161,6 +163,15 @@ class Peers:
         for each in self._sockets:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+    def order(self, message: dict) -> None:
+        """On process 0: tells all others what to do next."""
+        for peer in self._others():
+            peer.send({"do": message})
+
+    def await_order(self) -> dict:
+        """On the others: what process 0 says to do next, in order."""
+        return self._orders.get()
 
     def wait_for_others(self) -> None:
         """On process 0: waits until all others have left."""
@@ -340,6 +351,8 @@ class Peers:
                 self._all_joined.set()
             if "open" in message:
                 self._open(message["open"])
+            if "do" in message:
+                self._orders.put(message["do"])
             if "lost" in message:
                 self._end(str(message["lost"]))
             if "refused" in message:

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh, PartitionSpec
 
 from mixtral_jax.qtensor import Nested
-from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
+from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, RowAdapted
 
 MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
@@ -99,6 +99,16 @@ def kind_specs(w: Any, spec: PartitionSpec) -> Any:
             base=kind_specs(w.base, spec),
             a=PartitionSpec(*stack, None, summed),
             b=PartitionSpec(*stack, out, None),
+        )
+    if isinstance(w, RowAdapted):
+        out, summed = spec
+        return dataclasses.replace(
+            w,
+            base=kind_specs(w.base, spec),
+            a=PartitionSpec(None, None, summed),
+            b=PartitionSpec(None, out, None),
+            scales=PartitionSpec(None),
+            ids=None,
         )
     return spec
 

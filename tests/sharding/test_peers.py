@@ -114,6 +114,15 @@ def test_barriers_hold_until_the_last_comes():
     assert passed
 
 
+def test_orders_come_in_order():
+    both, verdicts = two()
+    sent = [{"n": n, "list": list(range(n))} for n in range(200)]
+    for message in sent:
+        both[0].order(message)
+    assert [both[1].await_order() for _ in sent] == sent
+    assert verdicts == [[], []]
+
+
 def passing(both: list[Peers], *calls: tuple) -> list:
     """What each process met at its barrier: None, or the fault."""
     met: list = [TimeoutError()] * len(both)

@@ -1,0 +1,62 @@
+"""The engine on meshes: the same tokens, and nothing compiles after it is ready."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import cast
+
+import pytest
+
+from mixtral_jax.kernels.scaled_kv import KVDtype
+from mixtral_jax.language_model import LanguageModel
+from mixtral_jax.sharding.mesh import MeshSpec
+from mixtral_jax.sharding.place import place
+from mixtral_jax.sharding.placement import MeshPlacement
+from tests.models import random_model
+from tests.serve.conftest import SMALL
+from tests.serve.requests import finished, mixed_request
+from tests.slow import mostly_slow
+
+MESHES = ["1x8", "2x4", "2x2x2", "1x8 int8", "2x4 fp8"]
+
+
+@pytest.mark.parametrize("case", mostly_slow(MESHES, ["2x4"]))
+def test_a_mesh_changes_no_token(make_engine, small_config, case):
+    mesh, _, codes = case.partition(" ")
+    kv_dtype = cast(KVDtype, codes) if codes else None
+    config = small_config(initializer_range=0.2, max_position_embeddings=512, num_hidden_layers=1)
+    model, spec = random_model(config), MeshSpec.parse(mesh)
+    built = spec.build()
+    on_mesh = LanguageModel(
+        place(model, built),
+        tokenizer=None,
+        placement=MeshPlacement(built),
+        spec=spec,
+        kv_dtype=kv_dtype,
+    )
+    options = dataclasses.replace(SMALL, max_total_tokens=128, prefix_cache_bytes=1 << 20)
+    engine = make_engine(on_mesh, options)
+    rng, vocab = random.Random(3), config.vocab_size
+    asked = [
+        mixed_request(rng, vocab, longest=80, prompt_logprobs=i == 3, max_new_tokens=15)
+        for i in range(8)
+    ]
+    first = [finished(t) for t in [engine.submit(each) for each in asked]]
+    second = [finished(t) for t in [engine.submit(each) for each in reversed(asked)]][::-1]
+    assert sum(last.cached_tokens for last in second) > 0
+    for each, last, again in zip(asked, first, second, strict=True):
+        assert last.token_ids == again.token_ids
+        if each.sampling.temperature or each.sampling.logit_bias or each.sampling.top_logprobs:
+            continue
+        if each.sampling.repetition_penalty != 1.0 or each.sampling.frequency_penalty:
+            continue
+        if each.sampling.presence_penalty:
+            continue
+        theirs = on_mesh.generate(
+            prompt_token_ids=[each.prompt_ids],
+            max_new_tokens=15,
+            ignore_eos=each.sampling.ignore_eos,
+        )[0]
+        assert list(last.token_ids) == theirs.token_ids
+    assert engine.stats().counters["compilations_since_ready"] == 0
