@@ -1,0 +1,1 @@
+"""Serving: continuous batching of many requests on one model."""

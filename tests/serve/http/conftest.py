@@ -1,0 +1,50 @@
+"""A fake engine, the application around it, and a client that speaks to it without a socket."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from mixtral_jax.serve.app import create_app
+from mixtral_jax.serve.options import HttpFlags, RequestFlags, ServeOptions
+from tests.serve.http.fake import FakeEngine
+from tests.test_chat import V3
+from tests.test_tokenizer import V1
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine(V1, adapters=("poet",))
+
+
+@pytest.fixture
+def engine_v3() -> FakeEngine:
+    return FakeEngine(V3)
+
+
+def options(**fields: Any) -> ServeOptions:
+    """Server options: HTTP flags by name, request flags in ``request``."""
+    request = RequestFlags(**fields.pop("request", {}))
+    return ServeOptions(http=HttpFlags(**fields), request=request)
+
+
+def client_of(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any):
+    """An asynchronous client of an application around ``engine``."""
+    app = create_app(engine, engine.tokenizer, options(**fields), keys=keys)
+    transport = httpx.ASGITransport(app)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(engine) as made:
+        yield made
