@@ -31,7 +31,6 @@ WITHOUT_EFFECT = {
     "--huggingface-hub-cache": True,
     "--master-addr": True,
     "--master-port": True,
-    "--max-waiting-tokens": True,
     "--shard-uds-path": True,
     "--trust-remote-code": False,
     "--usage-stats": True,
@@ -110,10 +109,7 @@ def _from_environment(name: str, flag: str, kind: Any, text: str) -> list[str]:
             fix="set it to one of them",
             code=USAGE,
         )
-    is_on = text.lower() in _TRUE
-    if name == "prefix_caching":  # on by default
-        return [] if is_on else ["--no-prefix-caching"]
-    return [flag] if is_on else []
+    return [flag] if text.lower() in _TRUE else []
 
 
 def _fields() -> dict[str, Any]:

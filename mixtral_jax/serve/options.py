@@ -79,10 +79,16 @@ class BatchFlags:
     max_batch_size: int | None = None
     """Requests running at one time."""
     waiting_served_ratio: float = 0.3
-    """Running requests pause for waiting ones beyond this ratio of waiting to running."""
-    prefix_caching: bool = True
-    """Keep what was computed for a prompt for later ones that begin alike; shared only among
-    requests of one API key."""
+    """Fewer waiting requests than this share of the running ones wait a little."""
+    max_waiting_tokens: int = 20
+    """For so many steps at most."""
+    prefill_chunk: int = 256
+    """Prompt tokens read between two calls of decoding, and the unit of the prefix cache."""
+    prefix_cache_bytes: int = 256 << 20
+    """Keys and values kept of prompts, for later ones that begin alike and have the same API key; 0
+    keeps none."""
+    steps_per_call: int = 4
+    """Tokens that a row writes between two looks from outside."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,6 +232,10 @@ class ServeOptions:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
+    def engine_fields(self) -> dict[str, Any]:
+        """Keyword arguments for the engine's options."""
+        return dataclasses.asdict(self.batch)
+
 
 def _adapters(text: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
@@ -241,7 +251,7 @@ def _adapters(text: str | None) -> dict[str, str]:
     return found
 
 
-_MAY_BE_ZERO = {"port", "waiting_served_ratio", "prometheus_port"}
+_MAY_BE_ZERO = {"port", "waiting_served_ratio", "prefix_cache_bytes", "max_waiting_tokens"}
 
 
 def _check_numbers(group: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 from typing import Any
 
 import h11
@@ -63,8 +64,8 @@ class BoundedProtocol(H11Protocol):
             # An answer is under way on this connection: nothing can be said on it.
             self.transport.abort()
             return
-        # h11 keeps what it could not read: as much as was allowed means that it was too much.
-        if len(self.conn.trailing_data[0]) >= self._flags.header_limit:
+        error = sys.exception()
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             most = self._flags.header_limit
             self._refuse(Failure("headers_too_large", f"headers: expected at most {most} bytes"))
         else:

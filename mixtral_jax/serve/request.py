@@ -24,7 +24,7 @@ class Grammar:
     """What the text of an answer must obey.
 
     Attributes:
-        kind: ``json`` is any JSON value and needs no text.
+        kind: ``json`` is any JSON object and needs no text.
         text: a JSON schema, a regular expression, or a grammar in llguidance's Lark dialect.
     """
 

@@ -60,6 +60,8 @@ class FakeTicket:
         self.request = request
         self.script = script
         self.is_cancelled = False
+        self.made = 0  # tokens so far
+        self.is_done = False
         self._engine = engine
         self._failure: Failed | None = None
 
@@ -73,14 +75,15 @@ class FakeTicket:
 
     async def events(self) -> AsyncIterator[Event]:
         for event in self._events():
-            if isinstance(event, TokenEvent):
-                await asyncio.sleep(self.script.delay)
             if self._failure is not None:
                 event = self._failure
             yield event
             if isinstance(event, Failed | Finished):
                 self._engine.release(self)
                 return
+            # A token takes its time, the end comes with the last one.
+            is_last = isinstance(event, TokenEvent) and self.is_done
+            await asyncio.sleep(0 if is_last else self.script.delay)
 
     def iterate(self) -> Iterator[Event]:
         yield from self._events()
@@ -102,14 +105,18 @@ class FakeTicket:
                 yield Failed(kind=self.script.kind, message=f"scripted: {self.script.kind}")
                 return
             made.append(token_id)
+            self.made = len(made)
             is_end = token_id == tokenizer.eos_id and not sampling.ignore_eos
             text = "" if is_end else stream.push(token_id)
             best = [self._score(token_id + n) for n in range(sampling.top_logprobs)]
             top = tuple(dataclasses.replace(s, logprob=-0.5 - n) for n, s in enumerate(best))
+            self.is_done = (
+                is_end or stream.is_stopped or len(made) >= sampling.max_new_tokens
+            )
             yield TokenEvent(
                 index=len(made) - 1, token=self._score(token_id), text=text, top=top
             )
-            if is_end or stream.is_stopped or len(made) >= sampling.max_new_tokens:
+            if self.is_done:
                 reason = "eos_token" if is_end else "length"
                 reason = "stop_sequence" if stream.is_stopped else reason
                 break

@@ -1,0 +1,60 @@
+"""A real server on loopback, in a thread, around a fake engine."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mixtral_jax.serve.app import create_app
+from mixtral_jax.serve.server import Server, bind
+from tests.serve.http.conftest import options
+from tests.serve.http.fake import FakeEngine
+
+
+@contextlib.contextmanager
+def serving(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any) -> Iterator[int]:
+    """The port of a server that runs inside the block."""
+    asked = options(port=0, **fields)
+    listening = bind(asked.http)
+    server = Server(create_app(engine, engine.tokenizer, asked, keys=keys), asked)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+def wait_until(is_so: Any, seconds: float = 5.0) -> None:
+    """Waits for something to become true, and fails if it does not."""
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.005)
+
+
+def connect(port: int) -> socket.socket:
+    made = socket.create_connection(("127.0.0.1", port), timeout=10)
+    return made
+
+
+def post_bytes(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json"]
+    lines += [f"content-length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    data = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            data += part
+    return data
