@@ -38,6 +38,7 @@ class Access:
             return
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(scope)
+        state["log"] = {}
         status = 0
         started = time.perf_counter()
 
@@ -53,7 +54,6 @@ class Access:
         finally:
             self._count(scope, status, time.perf_counter() - started)
             if scope["path"] not in _QUIET or status >= 500:
-                fields = state.get("log", {})
                 logs.event(
                     "request",
                     request_id=request_id,
@@ -61,7 +61,7 @@ class Access:
                     path=scope["path"][:_MOST_CHARACTERS],
                     status=status or "left",
                     seconds=round(time.perf_counter() - started, 6),
-                    **fields,
+                    **state["log"],
                     **({"ignored": state["ignored"]} if state.get("ignored") else {}),
                 )
 

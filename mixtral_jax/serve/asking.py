@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 from starlette.requests import Request
 
 from mixtral_jax.serve.failures import Failure, Kind
+from mixtral_jax.serve.plan import Caller
 from mixtral_jax.serve.request import (
     Event,
     Failed,
@@ -88,14 +89,20 @@ class Asking:
 
     Args:
         service: whose engine.
-        requests: what to ask; all are taken, or none.
+        requests: what was asked.
         tickets: what the engine gave for them.
+        caller: who asks.
     """
 
     def __init__(
-        self, service: Service, requests: Sequence[ServeRequest], tickets: Sequence[Ticket]
+        self,
+        service: Service,
+        requests: Sequence[ServeRequest],
+        tickets: Sequence[Ticket],
+        caller: Caller,
     ):
         self._service = service
+        self._caller = caller
         self._tickets = tickets
         self.answers = [Answer(request) for request in requests]
         self.started_at = time.time()
@@ -129,12 +136,32 @@ class Asking:
                     raise _failure(item.event)
                 running -= isinstance(item.event, Finished)
                 yield item
-            self._service.metrics.finished(self.answers)
-            self._service.tracing.finished(self.answers, self.started_at)
+            self._tell()
         finally:
             self.cancel()
             for reader in readers:
                 reader.cancel()
+
+    def _tell(self) -> None:
+        """Counts, traces and logs whole answers."""
+        service, ends = self._service, [answer.end for answer in self.answers]
+        service.metrics.finished(self.answers)
+        service.tracing.finished(self.answers, self.started_at, self._caller.traceparent)
+        self._caller.log.update(
+            answers=len(ends),
+            prompt_tokens=sum(end.prompt_tokens for end in ends),
+            cached_tokens=sum(end.cached_tokens for end in ends),
+            generated_tokens=sum(len(end.token_ids) for end in ends),
+            finish_reason=",".join(dict.fromkeys(end.reason for end in ends)),
+            queue_seconds=max(end.queue_seconds for end in ends),
+            prefill_seconds=max(end.prefill_seconds for end in ends),
+            decode_seconds=max(end.decode_seconds for end in ends),
+        )
+        if service.options.watch.log_prompts:
+            prompts = [list(answer.request.prompt_ids) for answer in self.answers]
+            known = service.tokenizer
+            texts = prompts if known is None else [known.decode(ids) for ids in prompts]
+            self._caller.log.update(prompts=texts, texts=[end.text for end in ends])
 
     async def _next(self, queue: asyncio.Queue[Indexed | Exception]) -> Indexed | Exception:
         with contextlib.suppress(asyncio.QueueEmpty):
@@ -172,7 +199,7 @@ class Asking:
         return self.answers
 
 
-async def ask(service: Service, requests: Sequence[ServeRequest]) -> Asking:
+async def ask(service: Service, requests: Sequence[ServeRequest], caller: Caller) -> Asking:
     """Submits requests to the engine: all of them, or none.
 
     Raises:
@@ -193,7 +220,7 @@ async def ask(service: Service, requests: Sequence[ServeRequest]) -> Asking:
         if isinstance(error, Refused):
             raise _refusal(error) from None
         raise
-    return Asking(service, requests, tickets)
+    return Asking(service, requests, tickets, caller)
 
 
 def _refusal(error: Refused) -> Failure:

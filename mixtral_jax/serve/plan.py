@@ -6,7 +6,7 @@ import dataclasses
 import json
 import secrets
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from starlette.requests import Request
 
@@ -25,17 +25,28 @@ DEFAULT_NEW_TOKENS = 1024  # or what the limits leave
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who asks: for the prefix cache, logs and traces."""
+    """Who asks: for the prefix cache, logs and traces.
 
-    request_id: str
-    cache_key: str
+    Attributes:
+        request_id: the client's, or ours.
+        cache_key: digest of the API key.
+        traceparent: the client's span, as the W3C's header has it.
+        log: fields for the request's line in the log, filled in as they become known.
+    """
+
+    request_id: str = ""
+    cache_key: str = ""
+    traceparent: str | None = None
+    log: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def caller_of(request: Request) -> Caller:
     """The caller, as the middleware found it."""
     return Caller(
-        request_id=getattr(request.state, "request_id", ""),
-        cache_key=getattr(request.state, "cache_key", ""),
+        request_id=request.state.request_id,
+        cache_key=request.state.cache_key,
+        traceparent=request.headers.get("traceparent"),
+        log=request.state.log,
     )
 
 

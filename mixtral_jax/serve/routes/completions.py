@@ -74,7 +74,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues prompts."""
     service = service_of(request)
     job = plan(request, body)
-    asking = await ask(service, job.requests)
+    asking = await ask(service, job.requests, caller_of(request))
     if body.stream:
         return EventStream(_frames(job, asking), "openai")
     found = await unless_disconnected(request, asking.collect)

@@ -68,7 +68,7 @@ async def generated(
     """The whole answer, its status and its headers."""
     service = service_of(request)
     job = plan(request, body, is_stream=False)
-    asking = await ask(service, job.requests)
+    asking = await ask(service, job.requests, caller_of(request))
     validated = time.perf_counter()
     found = await unless_disconnected(request, asking.collect)
     best = max(range(len(found)), key=lambda index: found[index].mean_logprob)
@@ -90,7 +90,7 @@ async def streamed(request: Request, body: GenerateRequest) -> Response:
     """One event per token."""
     service = service_of(request)
     job = plan(request, body, is_stream=True)
-    asking = await ask(service, job.requests)
+    asking = await ask(service, job.requests, caller_of(request))
     headers = {
         "x-compute-type": compute_type(service),
         "x-compute-characters": str(len(body.inputs)),
