@@ -167,8 +167,9 @@ class Asking:
         with contextlib.suppress(asyncio.QueueEmpty):
             return queue.get_nowait()
         try:
-            left = self._deadline - time.monotonic()
-            return await asyncio.wait_for(queue.get(), timeout=max(left, 0))
+            # Not wait_for: before Python 3.12 it can swallow the cancellation of a client that left.
+            async with asyncio.timeout(max(self._deadline - time.monotonic(), 0)):
+                return await queue.get()
         except TimeoutError:
             seconds = self._service.options.http.request_timeout
             raise Failure("timeout", f"the answer took more than {seconds:g} s") from None
@@ -220,6 +221,7 @@ async def ask(service: Service, requests: Sequence[ServeRequest], caller: Caller
         if isinstance(error, Refused):
             raise _refusal(error) from None
         raise
+    service.metrics.validation.observe(time.perf_counter() - caller.received_at)
     return Asking(service, requests, tickets, caller)
 
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 NAME = "mixtral_jax.serve"
 _FIELDS = "fields"  # the attribute of a record that holds them
@@ -51,7 +51,7 @@ def _plain(value: Any) -> str:
     return json.dumps(text) if any(c.isspace() or not c.isprintable() for c in text) else text
 
 
-def configure(*, as_json: bool, stream: TextIO | None = None) -> None:
+def configure(*, as_json: bool, stream: Any = None) -> None:
     """Sends the server's log, and uvicorn's, to ``stream`` (stderr unless given)."""
     handler = logging.StreamHandler(sys.stderr if stream is None else stream)
     handler.setFormatter(JsonLines() if as_json else PlainLines())

@@ -31,12 +31,14 @@ class Caller:
         request_id: the client's, or ours.
         cache_key: digest of the API key.
         traceparent: the client's span, as the W3C's header has it.
+        received_at: when the request was, on the clock of ``time.perf_counter``.
         log: fields for the request's line in the log, filled in as they become known.
     """
 
     request_id: str = ""
     cache_key: str = ""
     traceparent: str | None = None
+    received_at: float = 0.0
     log: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -46,6 +48,7 @@ def caller_of(request: Request) -> Caller:
         request_id=request.state.request_id,
         cache_key=request.state.cache_key,
         traceparent=request.headers.get("traceparent"),
+        received_at=request.state.received_at,
         log=request.state.log,
     )
 

@@ -21,6 +21,7 @@ from mixtral_jax.serve.options import HttpFlags, ServeOptions
 from mixtral_jax.serve.protocol import protocol_of
 from mixtral_jax.serve.service import Service
 
+_BACKLOG = 2048
 _LAST_SECONDS = 5  # for answers to be read after everything is generated
 
 
@@ -52,7 +53,7 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 h11_max_incomplete_event_size=flags.header_limit,
                 timeout_graceful_shutdown=_LAST_SECONDS,
-                backlog=2048,
+                backlog=_BACKLOG,
             )
         )
         self._service: Service = app.state.service
@@ -75,6 +76,7 @@ class Server(uvicorn.Server):
         try:
             if not self._service.engine.drain(seconds):
                 logs.event("time is up: ending what still runs", seconds=seconds)
+                self._service.engine.close()  # whoever waits gets an end
         finally:
             self.should_exit = True
 
@@ -90,8 +92,13 @@ def bind(flags: HttpFlags) -> socket.socket:
             flags.host, flags.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         made = socket.socket(family, kind)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            made.listen(_BACKLOG)  # a port that another one listens on is taken only now
+        except OSError:
+            made.close()
+            raise
     except OSError as error:
         raise MixtralError(
             f"cannot listen on {flags.host}:{flags.port}: {error.strerror or error}",
@@ -105,21 +112,21 @@ def serve(app: FastAPI, options: ServeOptions, listening: socket.socket) -> None
     """Serves until a signal says otherwise; then closes the engine."""
     service: Service = app.state.service
     server = Server(app, options)
-    watch = _watch(service, options)
+    watching = watch(service, options)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logs.event("listening", url=f"http://{shown}:{port}", model=service.engine.model.name)
     try:
         server.run(sockets=[listening])
     finally:
-        if watch is not None:
-            watch.should_exit = True
+        if watching is not None:
+            watching.should_exit = True
         service.engine.close()
         service.tracing.close()
     logs.event("ended")
 
 
-def _watch(service: Service, options: ServeOptions) -> uvicorn.Server | None:
+def watch(service: Service, options: ServeOptions) -> uvicorn.Server | None:
     """A server of its own for /metrics, in a thread: it answers while the other is busy."""
     port = options.watch.prometheus_port
     if port is None:

@@ -7,9 +7,13 @@ import math
 import re
 from typing import Any, NoReturn
 
+import numpy as np
+
 # Possessive, and an unclosed string reaches to the end: one pass, whatever the bytes are.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
-_BRACKET = re.compile(rb"[\[\]{}]")
+# How far each byte leads into arrays and objects.
+_STEPS = np.zeros(256, dtype=np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
 class BadJSON(ValueError):
@@ -49,11 +53,9 @@ def parse(body: bytes, *, max_depth: int) -> Any:
 
 
 def _check_depth(body: bytes, max_depth: int) -> None:
-    depth = 0
-    for bracket in _BRACKET.finditer(_STRING.sub(b"", body)):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > max_depth:
-            raise BadJSON(f"body: expected at most {max_depth} levels of nesting, got more")
+    characters = np.frombuffer(_STRING.sub(b"", body), dtype=np.uint8)
+    if np.cumsum(_STEPS[characters], dtype=np.int64).max(initial=0) > max_depth:
+        raise BadJSON(f"body: expected at most {max_depth} levels of nesting, got more")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

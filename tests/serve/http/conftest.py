@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
 from mixtral_jax.serve.app import create_app
-from mixtral_jax.serve.options import HttpFlags, RequestFlags, ServeOptions
-from tests.serve.http.fake import FakeEngine
+from tests.serve.http.fake import FakeEngine, options
 from tests.test_chat import V3
 from tests.test_tokenizer import V1
 
@@ -29,12 +27,6 @@ def engine() -> FakeEngine:
 @pytest.fixture
 def engine_v3() -> FakeEngine:
     return FakeEngine(V3)
-
-
-def options(**fields: Any) -> ServeOptions:
-    """Server options: HTTP flags by name, request flags in ``request``."""
-    request = RequestFlags(**fields.pop("request", {}))
-    return ServeOptions(http=HttpFlags(**fields), request=request)
 
 
 def client_of(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any):

@@ -11,8 +11,10 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
 
 from mixtral_jax.decode.text import TextStream
+from mixtral_jax.serve.options import HttpFlags, RequestFlags, ServeOptions
 from mixtral_jax.serve.request import (
     EngineLimits,
     EngineState,
@@ -32,6 +34,12 @@ from mixtral_jax.serve.request import (
 from mixtral_jax.tokenizer import Tokenizer
 
 MANY = 10_000
+
+
+def options(**fields: Any) -> ServeOptions:
+    """Server options: HTTP flags by name, request flags in ``request``."""
+    request = RequestFlags(**fields.pop("request", {}))
+    return ServeOptions(http=HttpFlags(**fields), request=request)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +240,7 @@ class FakeEngine:
             counters={"generated_tokens": 7, "compilations_since_ready": 0},
             gauges={"queue_size": 3, "batch_size": len(self.running), "prefix_cache_bytes": 64.0},
             histograms={
-                "decode_seconds": Histogram(bounds=(0.1, 1.0), counts=(1, 2), count=3, sum=4.5)
+                "decode_call_seconds": Histogram(bounds=(0.1, 1.0), counts=(1, 2), count=3, sum=4.5)
             },
             expert_load=((1, 2, 3, 4), (4, 3, 2, 1)),
             dropped=(0, 5),

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import mixtral_jax
 from mixtral_jax.serve.app import create_app
-from mixtral_jax.serve.server import Server, bind
-from tests.serve.http.conftest import options
-from tests.serve.http.fake import FakeEngine
+from mixtral_jax.serve import logs
+from mixtral_jax.serve.server import Server, bind, serve
+from mixtral_jax.tokenizer import Tokenizer
+from tests.serve.http.fake import FakeEngine, options
 
 
 @contextlib.contextmanager
@@ -30,6 +34,18 @@ def serving(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any) 
         server.should_exit = True
         thread.join(timeout=20)
         assert not thread.is_alive()
+
+
+def main() -> None:
+    """A server of its own process, for signals: prints its port."""
+    logs.configure(as_json=True)
+    engine = FakeEngine(Tokenizer.from_folder(Path(mixtral_jax.__file__).parent / "data" / "tiny"))
+    engine.say("word " * 30, delay=0.05)
+    asked = options(port=0, graceful_termination_timeout=float(sys.argv[1]))
+    listening = bind(asked.http)
+    app = create_app(engine, engine.tokenizer, asked)
+    print(listening.getsockname()[1], flush=True)
+    serve(app, asked, listening)
 
 
 def wait_until(is_so: Any, seconds: float = 5.0) -> None:
@@ -58,3 +74,7 @@ def read_all(connection: socket.socket) -> bytes:
         while part := connection.recv(65536):
             data += part
     return data
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,8 @@ import pytest
 from mixtral_jax.chat import encode_chat
 from mixtral_jax.serve.app import create_app
 from mixtral_jax.serve.schema.tgi import Info
-from tests.serve.http.conftest import client_of, options
+from tests.serve.http.conftest import client_of
+from tests.serve.http.fake import options
 from tests.serve.http.test_tgi import events
 from tests.test_chat import V3
 from tests.test_tokenizer import V1
