@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -26,12 +27,13 @@ def main(options: ServeOptions) -> int:
     from mixtral_jax.serve import logs
     from mixtral_jax.serve.app import create_app
     from mixtral_jax.serve.auth import read_keys
-    from mixtral_jax.serve.engine import start
     from mixtral_jax.serve.server import bind, serve
 
     logs.configure(as_json=options.watch.json_output)
     keys = read_keys(options.http, os.environ)
     listening = bind(options.http)  # before the model is loaded: a taken port is told at once
+    # By its name: what only speaks HTTP needs no jax.
+    start = importlib.import_module("mixtral_jax.serve.engine").start
     engine = start(options.source, options)
     app = create_app(engine, engine.tokenizer, options, keys=keys)
     serve(app, options, listening)

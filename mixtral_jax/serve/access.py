@@ -1,4 +1,4 @@
-"""The outermost middleware: a name for each request, its line in the log, its place in the counts."""
+"""The outermost middleware: each request has a name, a line in the log, a place in the counts."""
 
 from __future__ import annotations
 

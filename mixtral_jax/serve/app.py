@@ -15,11 +15,11 @@ from starlette.responses import Response
 import mixtral_jax
 from mixtral_jax.errors import MixtralError
 from mixtral_jax.serve.access import Access
-from mixtral_jax.serve.asking import Disconnected
+from mixtral_jax.serve.asking import DisconnectedError
 from mixtral_jax.serve.auth import Auth
+from mixtral_jax.serve.exposition import Metrics
 from mixtral_jax.serve.failures import Failure, Kind, family_of
 from mixtral_jax.serve.limits import Limits
-from mixtral_jax.serve.exposition import Metrics
 from mixtral_jax.serve.options import ServeOptions
 from mixtral_jax.serve.request import EngineProtocol
 from mixtral_jax.serve.routes import chat, completions, status, tgi, tokens
@@ -140,6 +140,6 @@ _HANDLERS = {
     HTTPException: _on_http,
     RequestValidationError: _on_invalid,
     MixtralError: _on_mixtral,
-    Disconnected: _on_left,
+    DisconnectedError: _on_left,
     Exception: _on_bug,
 }

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from starlette.requests import Request
@@ -37,7 +37,7 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-class Disconnected(Exception):
+class DisconnectedError(Exception):
     """The client left."""
 
 
@@ -114,7 +114,7 @@ class Asking:
             if answer.finished is None:
                 ticket.cancel()
 
-    async def events(self) -> AsyncIterator[Indexed]:
+    async def events(self) -> AsyncGenerator[Indexed, None]:
         """The events of all requests as they come. Whatever ends this cancels what still runs.
 
         Raises:
@@ -167,7 +167,7 @@ class Asking:
         with contextlib.suppress(asyncio.QueueEmpty):
             return queue.get_nowait()
         try:
-            # Not wait_for: before Python 3.12 it can swallow the cancellation of a client that left.
+            # Not wait_for: before Python 3.12 it can swallow a cancellation (the client left).
             async with asyncio.timeout(max(self._deadline - time.monotonic(), 0)):
                 return await queue.get()
         except TimeoutError:
@@ -175,9 +175,7 @@ class Asking:
             raise Failure("timeout", f"the answer took more than {seconds:g} s") from None
 
     @staticmethod
-    async def _read(
-        index: int, ticket: Ticket, queue: asyncio.Queue[Indexed | Exception]
-    ) -> None:
+    async def _read(index: int, ticket: Ticket, queue: asyncio.Queue[Indexed | Exception]) -> None:
         ended = False
         try:
             async for event in ticket.events():
@@ -234,20 +232,18 @@ def _failure(event: Failed) -> Failure:
     return Failure(_KINDS[event.kind], event.message)
 
 
-async def unless_disconnected(
-    request: Request, work: Callable[[], Awaitable[Value]]
-) -> Value:
+async def unless_disconnected(request: Request, work: Callable[[], Awaitable[Value]]) -> Value:
     """The result of some work, which is cancelled when the client leaves.
 
     Raises:
-        Disconnected: it left.
+        DisconnectedError: it left.
     """
     task = asyncio.ensure_future(work())
     watcher = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Disconnected
+            raise DisconnectedError
         return task.result()
     finally:
         for future in (task, watcher):

@@ -15,6 +15,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from mixtral_jax.serve.request import EngineProtocol, EngineStats
 
@@ -80,9 +81,7 @@ class Metrics:
         self.max_new_tokens = histogram(
             "tgi_request_max_new_tokens", "Tokens asked for at most", _TOKENS
         )
-        self.generated = histogram(
-            "tgi_request_generated_tokens", "Tokens of an answer", _TOKENS
-        )
+        self.generated = histogram("tgi_request_generated_tokens", "Tokens of an answer", _TOKENS)
         self.skipped = histogram(
             "tgi_request_skipped_tokens", "Tokens of a prompt found in the prefix cache", _TOKENS
         )
@@ -143,9 +142,7 @@ class _EngineFigures(Collector):
             bounds = zip(found.bounds, found.counts, strict=True)
             buckets = [(_bound(bound), count) for bound, count in bounds]
             buckets.append(("+Inf", found.count))
-            yield HistogramMetricFamily(
-                shown, _words(name), buckets=buckets, sum_value=found.sum
-            )
+            yield HistogramMetricFamily(shown, _words(name), buckets=buckets, sum_value=found.sum)
         yield from _experts(stats)
 
 
@@ -172,4 +169,4 @@ def _words(name: str) -> str:
 
 
 def _bound(value: float) -> str:
-    return prometheus.utils.floatToGoString(value)
+    return floatToGoString(value)

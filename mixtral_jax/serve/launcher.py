@@ -1,4 +1,4 @@
-"""The command line as TGI's launcher takes it: its environment variables and flags without a use here.
+"""The command line as TGI's launcher takes it: its environment, and its flags without a use here.
 
 What has no effect is accepted and said, so that a deployment moves over without being edited; what
 would be unsafe is refused.

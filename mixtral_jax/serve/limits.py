@@ -19,7 +19,7 @@ from mixtral_jax.serve.options import HttpFlags
 ABORT = "mixtral.abort"  # an extension of protocol.py: drops the connection and what it holds
 
 
-class WriteStalled(ConnectionError):
+class WriteStalledError(ConnectionError):
     """The client does not read."""
 
 
@@ -47,7 +47,7 @@ class Limits:
                 await self._app(scope, _replayed(body, receive), bounded)
         except Failure as failure:
             await send_failure(scope, bounded, failure)
-        except WriteStalled:
+        except WriteStalledError:
             pass
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -106,7 +106,7 @@ def _bounded(send: Send, seconds: float, scope: Scope) -> Send:
         except TimeoutError:
             if abort is not None:
                 abort()
-            raise WriteStalled(f"the client did not read for {seconds:g} s") from None
+            raise WriteStalledError(f"the client did not read for {seconds:g} s") from None
 
     return bounded
 
@@ -125,7 +125,5 @@ async def send_failure(scope: Scope, send: Send, failure: Failure) -> None:
         **(failure.headers or {}),
     }
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send(
-        {"type": "http.response.start", "status": failure.status(family), "headers": raw}
-    )
+    await send({"type": "http.response.start", "status": failure.status(family), "headers": raw})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -85,7 +85,9 @@ def tgi_sampling(
         _refuse("top_n_tokens", f"expected at most {limits.max_top_n_tokens}, got {top_n}")
     temperature = parameters.temperature
     return ServeSampling(
-        max_new_tokens=_new_tokens(service, "max_new_tokens", parameters.max_new_tokens, num_prompt),
+        max_new_tokens=_new_tokens(
+            service, "max_new_tokens", parameters.max_new_tokens, num_prompt
+        ),
         temperature=(1.0 if temperature is None else temperature) if is_sampled else 0.0,
         top_k=parameters.top_k,
         top_p=parameters.top_p,
@@ -173,9 +175,7 @@ def adapter_of(service: Service, model: str | None) -> str | None:
     return model if model in service.engine.model.adapters else None
 
 
-def response_grammar(
-    service: Service, request: ChatRequest | CompletionRequest
-) -> Grammar | None:
+def response_grammar(service: Service, request: ChatRequest | CompletionRequest) -> Grammar | None:
     """The grammar of a response format, or None for any text.
 
     Raises:

@@ -8,10 +8,10 @@ import uuid
 
 from starlette.requests import Request
 
-from mixtral_jax.errors import MixtralError
 from mixtral_jax.chat_template import encode_rendered
-from mixtral_jax.serve.failures import Failure
+from mixtral_jax.errors import MixtralError
 from mixtral_jax.serve.exposition import Metrics
+from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.options import ServeOptions
 from mixtral_jax.serve.request import EngineProtocol
 from mixtral_jax.serve.tracing import Tracing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -40,7 +40,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        frames: AsyncIterator[bytes],
+        frames: AsyncGenerator[bytes, None],
         family: Family,
         headers: Mapping[str, str] | None = None,
     ):
@@ -70,9 +70,9 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _whole(self) -> AsyncIterator[bytes]:
+    async def _whole(self) -> AsyncGenerator[bytes, None]:
         try:
-            async with contextlib.aclosing(self._frames) as frames:  # type: ignore[type-var]
+            async with contextlib.aclosing(self._frames) as frames:
                 async for data in frames:
                     yield data
         except Failure as failure:
@@ -83,7 +83,7 @@ class EventStream(Response):
             yield frame(failure.body(self._family), self._family)
 
 
-async def _with_comments(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _with_comments(frames: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """The frames, with a comment wherever nothing comes for a while."""
     following = asyncio.ensure_future(anext(frames, None))
     try:
@@ -100,7 +100,7 @@ async def _with_comments(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     finally:
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
-        await frames.aclose()  # type: ignore[attr-defined]
+        await frames.aclose()
 
 
 async def _left(receive: Receive) -> None:

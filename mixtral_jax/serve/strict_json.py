@@ -16,7 +16,7 @@ _STEPS = np.zeros(256, dtype=np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
-class BadJSON(ValueError):
+class BadJSONError(ValueError):
     """A body that is not JSON, or not in the form that is read here; one line says why."""
 
 
@@ -28,8 +28,8 @@ def parse(body: bytes, *, max_depth: int) -> Any:
         max_depth: how deep arrays and objects may nest.
 
     Raises:
-        BadJSON: it is no JSON, nests deeper, has a key twice in one object, NaN, a number that is
-            not finite, or half of a surrogate pair.
+        BadJSONError: it is no JSON, nests deeper, has a key twice in one object, NaN, a number that
+            is not finite, or half of a surrogate pair.
     """
     _check_depth(body, max_depth)
     try:
@@ -40,13 +40,17 @@ def parse(body: bytes, *, max_depth: int) -> Any:
             parse_float=_finite,
         )
     except UnicodeDecodeError as error:
-        raise BadJSON(f"body: expected UTF-8, got another byte at {error.start}") from None
+        raise BadJSONError(f"body: expected UTF-8, got another byte at {error.start}") from None
     except json.JSONDecodeError as error:
-        raise BadJSON(f"body: expected JSON, got: {error.msg} at character {error.pos}") from None
-    except BadJSON:
+        raise BadJSONError(
+            f"body: expected JSON, got: {error.msg} at character {error.pos}"
+        ) from None
+    except BadJSONError:
         raise
     except ValueError:  # an integer of more than 4,300 digits
-        raise BadJSON("body: expected smaller numbers, got one of thousands of digits") from None
+        raise BadJSONError(
+            "body: expected smaller numbers, got one of thousands of digits"
+        ) from None
     if b"\\u" in body:
         _check_surrogates(value)
     return value
@@ -55,7 +59,7 @@ def parse(body: bytes, *, max_depth: int) -> Any:
 def _check_depth(body: bytes, max_depth: int) -> None:
     characters = np.frombuffer(_STRING.sub(b"", body), dtype=np.uint8)
     if np.cumsum(_STEPS[characters], dtype=np.int64).max(initial=0) > max_depth:
-        raise BadJSON(f"body: expected at most {max_depth} levels of nesting, got more")
+        raise BadJSONError(f"body: expected at most {max_depth} levels of nesting, got more")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,18 +67,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise BadJSON(f"body: expected each key once, got {twice[:60]!r} twice in one object")
+        raise BadJSONError(f"body: expected each key once, got {twice[:60]!r} twice in one object")
     return found
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise BadJSON(f"body: expected a number, got {name}")
+    raise BadJSONError(f"body: expected a number, got {name}")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise BadJSON(f"body: expected a finite number, got {text[:40]}")
+        raise BadJSONError(f"body: expected a finite number, got {text[:40]}")
     return value
 
 
@@ -82,4 +86,4 @@ def _check_surrogates(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise BadJSON("body: expected Unicode text, got half of a surrogate pair") from None
+        raise BadJSONError("body: expected Unicode text, got half of a surrogate pair") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -117,9 +117,7 @@ def chat_ids(
     tokenizer = service.text_tokenizer()
     is_open = messages[-1].get("role") == "assistant"
     try:
-        return encode_chat(
-            tokenizer, messages, tools=tools or None, continue_final_message=is_open
-        )
+        return encode_chat(tokenizer, messages, tools=tools or None, continue_final_message=is_open)
     except MixtralError as error:
         raise Failure("template_error", str(error), param="messages") from None
 
@@ -170,7 +168,7 @@ def _scored(token: TokenScore) -> dict[str, Any]:
     }
 
 
-async def _frames(job: Job, asking: Asking) -> AsyncIterator[bytes]:
+async def _frames(job: Job, asking: Asking) -> AsyncGenerator[bytes, None]:
     def chunk(index: int, delta: dict[str, Any], reason: str | None, logprobs: Any) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         # With include_usage every chunk but the last says that it has none yet.

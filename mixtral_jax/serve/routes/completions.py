@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NoReturn
 
 from fastapi import APIRouter
@@ -228,7 +228,7 @@ def _usage(job: Job, found: Sequence[Answer]) -> dict[str, Any]:
     return usage
 
 
-async def _frames(job: Job, asking: Asking) -> AsyncIterator[bytes]:
+async def _frames(job: Job, asking: Asking) -> AsyncGenerator[bytes, None]:
     def chunk(index: int, text: str, reason: str | None, logprobs: Any) -> bytes:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         usage = None if wants_usage(job.body.stream_options) else ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,7 +16,7 @@ from mixtral_jax.serve.schema.common import Strict
 from mixtral_jax.serve.schema.openai import OpenAIError
 from mixtral_jax.serve.schema.tgi import TgiError
 from mixtral_jax.serve.service import service_of
-from mixtral_jax.serve.strict_json import BadJSON, parse
+from mixtral_jax.serve.strict_json import BadJSONError, parse
 
 _MOST_IGNORED = 20  # names listed in a header
 
@@ -36,7 +37,7 @@ class _StrictRequest(Request):
         depth = service_of(self).options.http.json_depth
         try:
             return parse(await self.body(), max_depth=depth)
-        except BadJSON as error:
+        except BadJSONError as error:
             raise Failure("validation", str(error)) from None
 
 
@@ -73,7 +74,13 @@ def check_names(request: Request, body: Strict) -> None:
         request.state.ignored = [name[:64] for name in unknown[:_MOST_IGNORED]]
 
 
-_ERRORS = "unauthorized timeout payload_too_large unsupported_media_type headers_too_large".split()
+_ERRORS = [
+    "unauthorized",
+    "timeout",
+    "payload_too_large",
+    "unsupported_media_type",
+    "headers_too_large",
+]
 _GENERATION = [*_ERRORS, "validation", "generation", "overloaded", "unhealthy"]
 
 
@@ -99,6 +106,6 @@ def answers(
 
 def finite(logprob: float | None) -> float | None:
     """A log-probability as JSON can hold it: -inf becomes -9999, as OpenAI has it."""
-    if logprob is None or logprob != logprob:
+    if logprob is None or math.isnan(logprob):
         return None
     return max(min(logprob, 9999.0), -9999.0)

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import mixtral_jax
-from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.exposition import CONTENT_TYPE
+from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.routes.route import Json, StrictRoute
 from mixtral_jax.serve.schema.openai import Models
 from mixtral_jax.serve.schema.tgi import Info, TgiError

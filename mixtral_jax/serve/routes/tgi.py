@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -110,9 +110,7 @@ def plan(request: Request, body: GenerateRequest, *, is_stream: bool) -> Job:
     check_names(request, body)
     parameters = body.parameters
     prompt_ids = truncated(service.encode(body.inputs), parameters.truncate)
-    sampling = tgi_sampling(
-        service, parameters, num_prompt=len(prompt_ids), is_stream=is_stream
-    )
+    sampling = tgi_sampling(service, parameters, num_prompt=len(prompt_ids), is_stream=is_stream)
     adapter = parameters.adapter_id
     if adapter is not None and adapter not in service.engine.model.adapters:
         known = ", ".join(service.engine.model.adapters) or "none on this server"
@@ -130,7 +128,7 @@ def truncated(prompt_ids: list[int], most: int | None) -> list[int]:
     return [prompt_ids[0], *prompt_ids[len(prompt_ids) - most + 1 :]]
 
 
-async def _frames(service: Service, job: Job, asking: Asking) -> AsyncIterator[bytes]:
+async def _frames(service: Service, job: Job, asking: Asking) -> AsyncGenerator[bytes, None]:
     """One event per token; the last one also has the whole text and the details.
 
     A token that may be the last one waits until that is known.

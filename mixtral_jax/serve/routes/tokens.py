@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mixtral_jax.serve.failures import Failure
-from mixtral_jax.serve.routes.chat import chat_ids, chat_completions
+from mixtral_jax.serve.routes.chat import chat_completions, chat_ids
 from mixtral_jax.serve.routes.completions import completions
 from mixtral_jax.serve.routes.route import Json, StrictRoute, answers, check_names
 from mixtral_jax.serve.routes.tgi import compat_generate, truncated
@@ -29,9 +29,7 @@ from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 router = APIRouter(route_class=StrictRoute, tags=["Tokens"])
 
 
-@router.post(
-    "/tokenize", responses=answers("tgi", list[SimpleToken] | TokenIds, generates=False)
-)
+@router.post("/tokenize", responses=answers("tgi", list[SimpleToken] | TokenIds, generates=False))
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Token ids of a text: TGI's answer to ``inputs``, a harness's to ``prompt``."""
     service = service_of(request)

@@ -77,13 +77,21 @@ class _Shared(Strict):
     """What both kinds of completions take."""
 
     WITHOUT_EFFECT: ClassVar = frozenset(
-        "user metadata store service_tier safety_identifier prompt_cache_key "
-        "prompt_cache_retention prediction verbosity parallel_tool_calls".split()
+        {
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "prediction",
+            "verbosity",
+            "parallel_tool_calls",
+        }
     )
 
-    model: str | None = Field(
-        default=None, description="any name; that of an adapter chooses it"
-    )
+    model: str | None = Field(default=None, description="any name; that of an adapter chooses it")
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Repetition | None = None

@@ -48,9 +48,7 @@ class RegexGrammar(Strict):
     value: str
 
 
-TgiGrammar = Annotated[
-    JsonGrammar | JsonSchemaGrammar | RegexGrammar, Field(discriminator="type")
-]
+TgiGrammar = Annotated[JsonGrammar | JsonSchemaGrammar | RegexGrammar, Field(discriminator="type")]
 
 
 class GenerateParameters(Strict):
@@ -73,9 +71,7 @@ class GenerateParameters(Strict):
     repetition_penalty: Repetition | None = None
     return_full_text: bool | None = None
     seed: Seed | None = None
-    stop: list[str] = Field(
-        default=[], validation_alias=AliasChoices("stop", "stop_sequences")
-    )
+    stop: list[str] = Field(default=[], validation_alias=AliasChoices("stop", "stop_sequences"))
     temperature: Annotated[float, Field(gt=0, le=1e4)] | None = None
     top_k: Count | None = None
     top_n_tokens: TopLogprobs | None = None

@@ -84,7 +84,8 @@ class FakeTicket:
     async def events(self) -> AsyncIterator[Event]:
         for event in self._events():
             if self._failure is not None:
-                event = self._failure
+                yield self._failure
+                return
             yield event
             if isinstance(event, Failed | Finished):
                 self._engine.release(self)
@@ -118,12 +119,8 @@ class FakeTicket:
             text = "" if is_end else stream.push(token_id)
             best = [self._score(token_id + n) for n in range(sampling.top_logprobs)]
             top = tuple(dataclasses.replace(s, logprob=-0.5 - n) for n, s in enumerate(best))
-            self.is_done = (
-                is_end or stream.is_stopped or len(made) >= sampling.max_new_tokens
-            )
-            yield TokenEvent(
-                index=len(made) - 1, token=self._score(token_id), text=text, top=top
-            )
+            self.is_done = is_end or stream.is_stopped or len(made) >= sampling.max_new_tokens
+            yield TokenEvent(index=len(made) - 1, token=self._score(token_id), text=text, top=top)
             if self.is_done:
                 reason = "eos_token" if is_end else "length"
                 reason = "stop_sequence" if stream.is_stopped else reason
@@ -213,7 +210,7 @@ class FakeEngine:
                 raise Refused("unavailable", f"the model is {self._state}")
             if len(self.running) >= self.limits.max_concurrent_requests:
                 raise Refused("overloaded", "the queue is full", retry_seconds=2.5)
-            if request.sampling.grammar is not None and "(" == request.sampling.grammar.text:
+            if request.sampling.grammar is not None and request.sampling.grammar.text == "(":
                 raise Refused("invalid", "grammar: no regular expression")
             ticket = FakeTicket(self, request, self.script(request))
             self.tickets.append(ticket)

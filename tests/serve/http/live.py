@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import mixtral_jax
-from mixtral_jax.serve.app import create_app
 from mixtral_jax.serve import logs
+from mixtral_jax.serve.app import create_app
 from mixtral_jax.serve.server import Server, bind, serve
 from mixtral_jax.tokenizer import Tokenizer
 from tests.serve.http.fake import FakeEngine, options

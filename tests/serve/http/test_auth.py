@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ POSTS = [
 ]  # fmt: skip
 
 
-def bearer(key: str) -> dict[str, bytes]:
+def bearer(key: str) -> Any:
     return {"authorization": f"Bearer {key}".encode()}
 
 
@@ -31,7 +32,13 @@ async def test_every_route_but_probes_and_page_asks_for_the_key(engine):
             assert (await client.get(path)).status_code == 200
         refused = [await client.get(path) for path in CLOSED]
         refused += [await client.post(path, json={"inputs": "Hi"}) for path in POSTS]
-        for headers in (bearer("other"), bearer(KEY + "x"), bearer(""), {"authorization": KEY.encode()}):
+        basic: Any = {"authorization": KEY.encode()}
+        for headers in (
+            bearer("other"),
+            bearer(KEY + "x"),
+            bearer(""),
+            basic,
+        ):
             refused.append(await client.get("/info", headers=headers))
         for answer in refused:
             assert answer.status_code == 401
@@ -79,7 +86,9 @@ async def test_other_origins_only_where_they_are_named(engine):
     async with client_of(engine) as client:
         answer = await client.options("/generate", headers=asks)
         assert "access-control-allow-origin" not in answer.headers
-    async with client_of(engine, keys=(b"k",), cors_allow_origin=("https://app.example",)) as client:
+    async with client_of(
+        engine, keys=(b"k",), cors_allow_origin=("https://app.example",)
+    ) as client:
         answer = await client.options("/generate", headers=asks)  # a preflight carries no key
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == "https://app.example"

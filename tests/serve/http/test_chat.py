@@ -25,6 +25,7 @@ WEATHER = {
     },
 }
 CALL = '[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
+NAMED = {"name": "n", "schema": {"a": 1}}
 MARK = V3.control_ids["[TOOL_CALLS]"]
 
 
@@ -114,13 +115,13 @@ async def test_every_parameter_reaches_the_engine(client, engine):
 @pytest.mark.parametrize(
     ("given", "kind", "text"),
     [
-        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {"a": 1}}}, "json_schema", '{"a": 1}'),
-        ({"type": "json_schema", "value": {"schema": {"a": 1}}}, "json_schema", '{"a": 1}'),
-        ({"type": "json", "value": {"a": 1}}, "json_schema", '{"a": 1}'),
+        ({"type": "json_schema", "json_schema": NAMED}, "json_schema", '{"a": 1}'),
+        ({"type": "json_schema", "value": NAMED}, "json_schema", '{"a": 1}'),
+        ({"type": "json", "value": NAMED["schema"]}, "json_schema", '{"a": 1}'),
         ({"type": "regex", "value": "a+"}, "regex", "a+"),
         ({"type": "json_object"}, "json", ""),
     ],
-)  # fmt: skip
+)
 async def test_response_formats_of_both_apis(client, engine, given, kind, text):
     await client.post(ROUTE, json={"messages": HI, "response_format": given})
     grammar = engine.tickets[0].request.sampling.grammar

@@ -66,7 +66,9 @@ async def test_logprobs_are_parallel_lists(client, engine):
     found = (await client.post(ROUTE, json={"prompt": "Hi", "logprobs": 2})).json()
     logprobs = found["choices"][0]["logprobs"]
     size = len(V1.encode("Hello"))
-    assert [len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs")] == [size] * 3
+    assert [len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs")] == [
+        size
+    ] * 3
     assert logprobs["text_offset"][0] == 0
     assert all(len(top) >= 2 for top in logprobs["top_logprobs"])
 

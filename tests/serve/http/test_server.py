@@ -51,7 +51,10 @@ def start_stream(client: httpx.Client, texts: list[str]) -> threading.Thread:
     begun = threading.Event()
 
     def read() -> None:
-        with contextlib.suppress(httpx.RemoteProtocolError), client.stream("POST", "/generate_stream", json={"inputs": "Hi"}) as answer:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),
+            client.stream("POST", "/generate_stream", json={"inputs": "Hi"}) as answer,
+        ):
             for line in answer.iter_lines():
                 texts.append(line)
                 begun.set()
@@ -121,7 +124,7 @@ def test_a_taken_port_is_told_in_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(MixtralError, match="cannot listen on 127.0.0.1:") as caught:
+        with pytest.raises(MixtralError, match="cannot listen on 127") as caught:
             bind(HttpFlags(port=taken.getsockname()[1]))
     assert caught.value.code == IO_ERROR
 

@@ -160,12 +160,12 @@ async def sent_while_made(engine, path, body):
     """Each event of a stream, and how many tokens the engine had made when it was sent."""
     seen = []
     with serving(engine) as port:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            async with client.stream("POST", path, json=body) as answer:
-                async for line in answer.aiter_lines():
-                    if line.startswith("data:"):
-                        made = engine.tickets[-1].made
-                        seen.append((made, json.loads(line.removeprefix("data:"))))
+        url = f"http://127.0.0.1:{port}{path}"
+        async with httpx.AsyncClient() as client, client.stream("POST", url, json=body) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data:"):
+                    made = engine.tickets[-1].made
+                    seen.append((made, json.loads(line.removeprefix("data:"))))
     return seen
 
 

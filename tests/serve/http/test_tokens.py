@@ -41,7 +41,9 @@ async def test_tokenize_as_a_harness(client):
 
 async def test_detokenize(client):
     ids = V1.encode("Hi, wörld")
-    assert (await client.post("/detokenize", json={"tokens": ids})).json() == {"prompt": "Hi, wörld"}
+    assert (await client.post("/detokenize", json={"tokens": ids})).json() == {
+        "prompt": "Hi, wörld"
+    }
     answer = await client.post("/detokenize", json={"tokens": [10**6]})
     assert answer.status_code == 422
 

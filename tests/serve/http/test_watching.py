@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+from typing import Any
 
 import httpx
 import pytest
@@ -22,11 +23,22 @@ from tests.test_tokenizer import V1
 pytestmark = pytest.mark.anyio
 
 # docs/source/reference/metrics.md of TGI 3.3, less what only its own batches have.
-TGI_NAMES = """tgi_batch_current_size tgi_batch_decode_duration tgi_queue_size
-tgi_request_count tgi_request_duration tgi_request_generated_tokens
-tgi_request_inference_duration tgi_request_input_length tgi_request_max_new_tokens
-tgi_request_mean_time_per_token_duration tgi_request_queue_duration tgi_request_skipped_tokens
-tgi_request_success tgi_request_validation_duration""".split()
+TGI_NAMES = [
+    "tgi_batch_current_size",
+    "tgi_batch_decode_duration",
+    "tgi_queue_size",
+    "tgi_request_count",
+    "tgi_request_duration",
+    "tgi_request_generated_tokens",
+    "tgi_request_inference_duration",
+    "tgi_request_input_length",
+    "tgi_request_max_new_tokens",
+    "tgi_request_mean_time_per_token_duration",
+    "tgi_request_queue_duration",
+    "tgi_request_skipped_tokens",
+    "tgi_request_success",
+    "tgi_request_validation_duration",
+]
 
 
 def client_with(engine, tracing=None, **watch) -> httpx.AsyncClient:
@@ -42,7 +54,9 @@ async def figures(client) -> dict[str, float]:
     found = {}
     for line in text.splitlines():
         if not line.startswith("#"):
-            name, labels, value = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line).groups()
+            parts = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+            assert parts is not None
+            name, labels, value = parts.groups()
             pairs = sorted(re.findall(r'(\w+)="(.*?)"', labels or ""))
             found[name + "".join(f"{{{key}={label}}}" for key, label in pairs)] = float(value)
     return found
@@ -146,7 +160,7 @@ async def test_spans_of_an_answer(engine):
     async with client_with(engine, Tracing(None, "here", exporter)) as client:
         body = {"inputs": "Hi"}
         await client.post("/generate", json=body, headers={"traceparent": parent})
-    spans = {span.name: span for span in exporter.get_finished_spans()}
+    spans: dict[str, Any] = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"generate", "queue", "prefill", "decode"}
     whole = spans["generate"]
     assert f"{whole.context.trace_id:032x}" == parent.split("-")[1]
