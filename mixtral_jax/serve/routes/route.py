@@ -84,6 +84,14 @@ _ERRORS = [
 _GENERATION = [*_ERRORS, "validation", "generation", "overloaded", "unhealthy"]
 
 
+# One event of a stream; its data is JSON, and in OpenAI's streams at last [DONE].
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "contentMediaType": "application/json"}},
+    "required": ["data"],
+}
+
+
 def answers(
     family: Family, model: Any, *, generates: bool = True, streams: bool = False
 ) -> dict[int | str, dict[str, Any]]:
@@ -99,7 +107,7 @@ def answers(
     if model is not None:
         ok["model"] = model
     if streams:
-        ok["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        ok["content"] = {"text/event-stream": {"schema": _EVENT}}
     found[200] = ok
     return found
 

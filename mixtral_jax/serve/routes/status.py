@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,6 @@ from mixtral_jax.serve.service import service_of
 router = APIRouter(route_class=StrictRoute, tags=["Status"])
 
 PAGE = Path(__file__).parent.parent / "page" / "index.html"
-# The page is one file and speaks with this server only.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
 _HEALTH: dict[int | str, dict[str, Any]] = {
     200: {"description": "Everything is working", "content": {"text/plain": {}}},
     503: {"model": TgiError, "description": "Loading, draining or failed"},
@@ -122,18 +118,28 @@ def _model(name: str, created: int) -> dict[str, Any]:
 
 
 @functools.cache
-def _page() -> bytes:
-    return PAGE.read_bytes()
+def _page() -> tuple[str, str]:
+    """The page and its policy: its own script and no other, and this server and no other."""
+    text = PAGE.read_text(encoding="utf-8")
+    script = text.partition("<script>")[2].partition("</script>")[0].encode("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script).digest()).decode("ascii")
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return text, policy
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
     """The chat page."""
+    text, policy = _page()
     headers = {
         "content-type": "text/html; charset=utf-8",
-        "content-security-policy": PAGE_POLICY,
+        "content-security-policy": policy,
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
         "cache-control": "no-cache",
     }
-    return Response(_page(), headers=headers)
+    return Response(text, headers=headers)

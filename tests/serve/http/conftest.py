@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from mixtral_jax.serve.app import create_app
 from tests.serve.http.fake import FakeEngine, options
@@ -29,10 +30,14 @@ def engine_v3() -> FakeEngine:
     return FakeEngine(V3)
 
 
+def application(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any) -> FastAPI:
+    """The application around ``engine``."""
+    return create_app(engine, engine.tokenizer, options(**fields), keys=keys)
+
+
 def client_of(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any):
     """An asynchronous client of an application around ``engine``."""
-    app = create_app(engine, engine.tokenizer, options(**fields), keys=keys)
-    transport = httpx.ASGITransport(app)
+    transport = httpx.ASGITransport(application(engine, keys=keys, **fields))
     return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 

@@ -233,13 +233,16 @@ class FakeEngine:
             ticket.fail("unavailable")
 
     def stats(self) -> EngineStats:
+        times = 1 + len(self.tickets)
         return EngineStats(
             counters={"generated_tokens": 7, "compilations_since_ready": 0},
             gauges={"queue_size": 3, "batch_size": len(self.running), "prefix_cache_bytes": 64.0},
             histograms={
                 "decode_call_seconds": Histogram(bounds=(0.1, 1.0), counts=(1, 2), count=3, sum=4.5)
             },
-            expert_load=((1, 2, 3, 4), (4, 3, 2, 1)),
+            expert_load=tuple(
+                tuple(n * times for n in row) for row in ((1, 2, 3, 4), (4, 3, 2, 1))
+            ),
             dropped=(0, 5),
         )
 

@@ -81,7 +81,7 @@ async def test_metrics_have_tgis_names_and_count(engine):
     assert found["tgi_request_input_length_sum"] == 3 * len(V1.encode("Hi"))
     assert found["tgi_request_validation_duration_count"] == 3
     assert found["tgi_queue_size"] == 3
-    assert found["mixtral_expert_assignments_total{expert=3}{layer=0}"] == 4
+    assert found["mixtral_expert_assignments_total{expert=3}{layer=0}"] == 16
     assert found["mixtral_dropped_assignments_total{layer=1}"] == 5
     assert found["mixtral_prefix_cache_bytes"] == 64
     assert found["mixtral_compilations_since_ready_total"] == 0
