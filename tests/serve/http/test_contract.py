@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: what it allows is answered, what it forbids refused, never a 500."""
+"""The OpenAPI document is true: what it allows is answered, what it forbids is refused."""
 
 from __future__ import annotations
 

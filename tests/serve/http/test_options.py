@@ -27,14 +27,15 @@ def parsed(*argv: str, **environ: str) -> ServeOptions:
     return tyro.cli(ServeOptions, args=words, config=cli.PLAIN)
 
 
+TGI_FLAGS = """--model-id org/name --revision r1 --num-shard 4 --quantize bitsandbytes-nf4
+--dtype bfloat16 --max-input-tokens 1000 --max-total-tokens 1200 -p 8080
+--max-batch-prefill-tokens 2000 --max-concurrent-requests 9 --hostname 0.0.0.0
+--waiting-served-ratio 0.5 --max-best-of 2 --json-output --payload-limit 1000
+--cors-allow-origin a --cors-allow-origin b --lora-adapters x=/a,y=/b"""
+
+
 def test_tgis_flags_keep_their_meanings():
-    found = parsed(
-        *"--model-id org/name --revision r1 --num-shard 4 --quantize bitsandbytes-nf4".split(),
-        *"--dtype bfloat16 --max-input-tokens 1000 --max-total-tokens 1200 -p 8080".split(),
-        *"--max-batch-prefill-tokens 2000 --max-concurrent-requests 9 --hostname 0.0.0.0".split(),
-        *"--waiting-served-ratio 0.5 --max-best-of 2 --json-output --payload-limit 1000".split(),
-        *"--cors-allow-origin a --cors-allow-origin b --lora-adapters x=/a,y=/b".split(),
-    )
+    found = parsed(*TGI_FLAGS.split())
     assert found.source == "org/name@r1"
     assert found.load_fields() == {"mesh": "1x4", "dtype": "bfloat16", "quantize": "nf4"}
     assert found.adapters == {"x": "/a", "y": "/b"}
