@@ -11,6 +11,7 @@ from mixtral_jax import cli
 from mixtral_jax.errors import BAD_CONFIG, OK, MixtralError
 from mixtral_jax.serve.launcher import arguments
 from mixtral_jax.serve.options import ServeOptions
+from mixtral_jax.sharding import hosts
 from mixtral_jax.terminal import note
 
 PROG = "python -m mixtral_jax.serve"
@@ -31,10 +32,14 @@ def main(options: ServeOptions) -> int:
 
     logs.configure(as_json=options.watch.json_output)
     keys = read_keys(options.http, os.environ)
-    listening = bind(options.http)  # before the model is loaded: a taken port is told at once
+    # Before the model is loaded: a taken port is told at once. Process 0 serves, others follow it.
+    hosts.join(options.processes, options)
+    listening = bind(options.http) if hosts.is_first() else None
     # By its name: what only speaks HTTP needs no jax.
     start = importlib.import_module("mixtral_jax.serve.engine").start
     engine = start(options.source, options)
+    if listening is None:
+        return OK  # it followed until process 0 ended
     app = create_app(engine, engine.tokenizer, options, keys=keys)
     serve(app, options, listening)
     return OK

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.sharding.cluster import ProcessOptions
 
 EMBEDDED = "tiny"  # as in convert/hub.py, which needs jax
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -184,6 +185,9 @@ class ServeOptions:
     )
     watch: Annotated[WatchFlags, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=WatchFlags
+    )
+    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=ProcessOptions
     )
 
     def __post_init__(self):

@@ -95,7 +95,6 @@ def bind(flags: HttpFlags) -> socket.socket:
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(address)
-            made.listen(_BACKLOG)  # a port that another one listens on is taken only now
         except OSError:
             made.close()
             raise
