@@ -17,9 +17,9 @@ from mixtral_jax.errors import MixtralError
 from mixtral_jax.serve.access import Access
 from mixtral_jax.serve.asking import DisconnectedError
 from mixtral_jax.serve.auth import Auth
+from mixtral_jax.serve.bounds import Limits
 from mixtral_jax.serve.exposition import Metrics
 from mixtral_jax.serve.failures import Failure, Kind, family_of
-from mixtral_jax.serve.limits import Limits
 from mixtral_jax.serve.options import ServeOptions
 from mixtral_jax.serve.request import EngineProtocol
 from mixtral_jax.serve.routes import chat, completions, status, tgi, tokens

@@ -11,8 +11,8 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.serve.bounds import send_failure
 from mixtral_jax.serve.failures import Failure
-from mixtral_jax.serve.limits import send_failure
 from mixtral_jax.serve.options import LOCAL_HOSTS, HttpFlags
 
 ENVIRONMENT = "API_KEY"

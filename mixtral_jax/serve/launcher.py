@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.serve.options import (
@@ -34,12 +34,22 @@ WITHOUT_EFFECT = {
     "--shard-uds-path": True,
     "--trust-remote-code": False,
     "--usage-stats": True,
+    "--watermark-delta": True,
+    "--watermark-gamma": True,
     "--validation-workers": True,
     "--weights-cache-override": True,
+}
+# These would change what is computed, or open the server to others.
+REFUSED = {
+    "--rope-scaling": "the checkpoint's config.json says how positions are turned",
+    "--rope-factor": "the checkpoint's config.json says how positions are turned",
+    "--tokenizer-config-path": "conversations are encoded natively",
+    "--ngrok": "a tunnel is not this server's to open",
 }
 _ALIASES = {"--hostname": "--host", "-p": "--port", "--max-input-length": "--max-input-tokens"}
 # HOSTNAME is not read: containers set it to their own name. API_KEY is read by auth.py.
 _NOT_FROM_ENVIRONMENT = {"host", "insecure"}
+_OLD_NAMES = {"max_input_tokens": "MAX_INPUT_LENGTH"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
 
@@ -72,16 +82,24 @@ def arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
                 fix="put it into the environment (API_KEY) or a file (--api-key-file)",
                 code=USAGE,
             )
+        if flag in REFUSED:
+            _refuse(flag)
         if flag in WITHOUT_EFFECT:
             notes.append(f"{flag} has no effect here")
             if WITHOUT_EFFECT[flag] and not equals and rest and not rest[0].startswith("--"):
                 rest.pop(0)
             continue
         kept += [_ALIASES.get(flag, flag) + equals + value if flag.startswith("-") else word]
+    for flag in (*REFUSED, *WITHOUT_EFFECT):
+        value = environ.get(_variable(flag), "").lower()
+        if value not in _FALSE and flag in REFUSED:
+            _refuse(_variable(flag))
+        elif value not in _FALSE:
+            notes.append(f"environment variable {_variable(flag)} has no effect here")
     given = {word.partition("=")[0] for word in kept if word.startswith("--")}
     first: list[str] = []
     for name, kind in _fields().items():
-        text = environ.get(name.upper())
+        text = environ.get(name.upper(), environ.get(_OLD_NAMES.get(name, "")))
         flag = "--" + name.replace("_", "-")
         if text is None or not {flag, f"--no-{flag[2:]}"}.isdisjoint(given):
             continue
@@ -91,6 +109,15 @@ def arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
             continue
         first += _from_environment(name, flag, kind, text)
     return Arguments(kept[:1] + first + kept[1:] if _is_positional(kept) else first + kept, notes)
+
+
+def _variable(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_").upper()
+
+
+def _refuse(name: str) -> NoReturn:
+    flag = "--" + name.removeprefix("--").replace("_", "-").lower()
+    raise MixtralError(f"{name} is not offered: {REFUSED[flag]}", fix="drop it", code=USAGE)
 
 
 def _is_positional(kept: list[str]) -> bool:

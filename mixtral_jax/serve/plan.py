@@ -19,8 +19,10 @@ from mixtral_jax.serve.schema.tgi import (
     RegexGrammar,
 )
 from mixtral_jax.serve.service import Service
+from mixtral_jax.serve.strict_json import BadJSONError, parse
 
 DEFAULT_NEW_TOKENS = 1024  # or what the limits leave
+_SCHEMA_DEPTH = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +198,18 @@ def response_grammar(service: Service, request: ChatRequest | CompletionRequest)
 
 
 def schema_grammar(schema: object) -> Grammar:
-    """The grammar of a JSON schema."""
+    """The grammar of a JSON schema, which TGI also takes as a text.
+
+    Raises:
+        Failure: the text is no JSON.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = parse(schema.encode("utf-8"), max_depth=_SCHEMA_DEPTH)
+        except BadJSONError as error:
+            _refuse("grammar", str(error).replace("body", "its JSON schema", 1))
+        if not isinstance(schema, dict):
+            _refuse("grammar", f"expected a JSON schema, got {type(schema).__name__}")
     return Grammar(kind="json_schema", text=json.dumps(schema, ensure_ascii=False))
 
 

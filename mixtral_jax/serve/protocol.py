@@ -1,6 +1,6 @@
 """uvicorn's HTTP/1.1 protocol with what it leaves to a proxy: slow or huge headers, dead readers.
 
-Bodies and answers are bounded in limits.py, which is ASGI; before the headers are whole there is no
+Bodies and answers are bounded in bounds.py, which is ASGI; before the headers are whole there is no
 ASGI event, and a connection can only be dropped from here.
 """
 
@@ -15,8 +15,8 @@ import h11
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mixtral_jax.serve.bounds import ABORT
 from mixtral_jax.serve.failures import Failure, dumps
-from mixtral_jax.serve.limits import ABORT
 from mixtral_jax.serve.options import HttpFlags
 
 

@@ -45,7 +45,7 @@ def choice_of(request: ChatRequest, *, is_v3: bool) -> Choice:
     Raises:
         Failure: the model knows no tools, or the choice names none of them.
     """
-    tools = request.tools or []
+    tools = [_as_openai(tool) for tool in request.tools or []]
     asked = request.tool_choice or ("auto" if tools else "none")
     if asked == "none" or (asked == "auto" and not tools):
         return Choice(tools=[] if not is_v3 else tools, may_call=False)
@@ -63,6 +63,15 @@ def choice_of(request: ChatRequest, *, is_v3: bool) -> Choice:
         message = f"tool_choice: expected a function of tools, got {wanted!r}"
         raise Failure("tool_error", message, param="tool_choice")
     return Choice(tools=tools, may_call=True, grammar=schema_grammar(_calls_schema(named)))
+
+
+def _as_openai(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with ``parameters``, which TGI also calls ``arguments``."""
+    function = tool.get("function")
+    if not isinstance(function, dict) or "arguments" not in function:
+        return tool
+    rest = {name: value for name, value in function.items() if name != "arguments"}
+    return tool | {"function": {"parameters": function["arguments"], **rest}}
 
 
 def _calls_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from mixtral_jax.serve.routes.route import Json, StrictRoute, answers, check_nam
 from mixtral_jax.serve.routes.tgi import compat_generate, truncated
 from mixtral_jax.serve.schema.openai import ChatRequest, CompletionRequest
 from mixtral_jax.serve.schema.tgi import (
-    ChatTokenizeRequest,
     ChatTokenizeResponse,
     CompatGenerateRequest,
     DetokenizeRequest,
@@ -24,6 +23,7 @@ from mixtral_jax.serve.schema.tgi import (
     TokenizeRequest,
 )
 from mixtral_jax.serve.service import service_of
+from mixtral_jax.serve.tool_calls import choice_of
 from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
 router = APIRouter(route_class=StrictRoute, tags=["Tokens"])
@@ -82,11 +82,13 @@ async def tokenizer_info(request: Request) -> Response:
 
 
 @router.post("/chat_tokenize", responses=answers("tgi", ChatTokenizeResponse, generates=False))
-async def chat_tokenize(request: Request, body: ChatTokenizeRequest) -> Response:
+async def chat_tokenize(request: Request, body: ChatRequest) -> Response:
     """Token ids of a conversation, and the prompt as text for people to read."""
     service = service_of(request)
     tokenizer = service.text_tokenizer()
-    ids = chat_ids(service, body.messages, body.tools or ())
+    check_names(request, body)
+    choice = choice_of(body, is_v3=service.engine.model.is_v3)
+    ids = chat_ids(service, body.messages, choice.tools)
     tokens = simple_tokens(tokenizer, ids)
     text = "".join(tokenizer.pieces[i] if tokenizer.is_control(i) else "" for i in ids[:1])
     text += _readable(tokenizer, ids[1:])

@@ -34,7 +34,7 @@ class JsonFormat(Strict):
     """Any JSON object, or with ``value`` (TGI) one that obeys a schema."""
 
     type: Literal["json", "json_object"]
-    value: dict[str, Any] | None = None
+    value: dict[str, Any] | str | None = None
 
 
 class SchemaFormat(Strict):

@@ -24,7 +24,7 @@ class JsonGrammar(Strict):
     """An answer that obeys a JSON schema."""
 
     type: Literal["json", "json_object"]
-    value: dict[str, Any]
+    value: dict[str, Any] | str = Field(description="a JSON schema, or its text")
 
 
 class NamedSchema(Strict):
@@ -92,13 +92,6 @@ class CompatGenerateRequest(GenerateRequest):
     """Body of POST /."""
 
     stream: bool = False
-
-
-class ChatTokenizeRequest(Strict):
-    """Body of /chat_tokenize: as /v1/chat/completions; only what makes the prompt is read."""
-
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
 
 
 class TokenizeRequest(Strict):

@@ -118,6 +118,7 @@ async def test_every_parameter_reaches_the_engine(client, engine):
         ({"type": "json_schema", "json_schema": NAMED}, "json_schema", '{"a": 1}'),
         ({"type": "json_schema", "value": NAMED}, "json_schema", '{"a": 1}'),
         ({"type": "json", "value": NAMED["schema"]}, "json_schema", '{"a": 1}'),
+        ({"type": "json", "value": '{"a": 1}'}, "json_schema", '{"a": 1}'),
         ({"type": "regex", "value": "a+"}, "regex", "a+"),
         ({"type": "json_object"}, "json", ""),
     ],
@@ -218,6 +219,16 @@ async def test_a_tool_is_called(engine_v3):
     assert streamed[0]["index"] == 0
     assert joined(stream) == ""
     assert stream[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_a_tool_in_tgis_spelling_is_the_same_tool(engine_v3):
+    function = dict(WEATHER["function"])
+    function["arguments"] = function.pop("parameters")
+    body = {"messages": HI, "tools": [{"type": "function", "function": function}]}
+    async with client_of(engine_v3) as client:
+        await client.post(ROUTE, json=body)
+    asked = engine_v3.tickets[0].request.prompt_ids
+    assert asked == tuple(encode_chat(V3, HI, tools=[WEATHER]))
 
 
 async def test_the_answer_to_a_call_goes_back_into_the_conversation(engine_v3):

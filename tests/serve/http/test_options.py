@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tyro
@@ -16,10 +12,9 @@ from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.serve import options as serve_options
+from mixtral_jax.serve.__main__ import run
 from mixtral_jax.serve.launcher import WITHOUT_EFFECT, arguments
 from mixtral_jax.serve.options import SCHEMES, ModelFlags, ServeOptions
-
-ROOT = Path(__file__).parents[3]
 
 
 def parsed(*argv: str, **environ: str) -> ServeOptions:
@@ -62,6 +57,7 @@ def test_the_environment_counts_where_the_command_line_is_silent():
         "MODEL_ID": "org/name",
         "NUM_SHARD": "2",
         "MAX_TOTAL_TOKENS": "700",
+        "MAX_INPUT_LENGTH": "600",
         "PORT": "80",
         "JSON_OUTPUT": "true",
         "DISABLE_GRAMMAR_SUPPORT": "false",
@@ -72,6 +68,7 @@ def test_the_environment_counts_where_the_command_line_is_silent():
     assert found.source == "org/name"
     assert found.load_fields()["mesh"] == "1x2"
     assert found.engine_fields()["max_total_tokens"] == 700
+    assert found.engine_fields()["max_input_tokens"] == 600
     assert (found.http.port, found.http.host) == (80, "127.0.0.1")
     assert found.watch.json_output
     assert not found.request.disable_grammar_support
@@ -92,13 +89,19 @@ def test_flags_without_a_use_here_are_accepted_and_said():
         f"{flag} has no effect here"
         for flag in ("--sharded", "--cuda-graphs", "--trust-remote-code")
     ]
-    for flag, has_value in WITHOUT_EFFECT.items():
-        parsed(flag, *(["x"] if has_value else []), "--port", "5")
+    _, notes = arguments([], {"SHARDED": "true", "NGROK": "false", "MASTER_PORT": "5"})
+    assert len(notes) == 2
+    everything = [
+        word for flag, has_value in WITHOUT_EFFECT.items() for word in [flag, *["x"] * has_value]
+    ]
+    assert parsed(*everything, "--port", "5").http.port == 5
 
 
 REFUSED = {
     "key": (["--api-key", "k"], {}, "--api-key"),
     "key=": (["--api-key=k"], {}, "--api-key"),
+    "rope": (["--rope-scaling", "linear"], {}, "--rope-scaling is not offered"),
+    "ROPE": ([], {"ROPE_FACTOR": "2"}, "ROPE_FACTOR is not offered"),
     "boolean": ([], {"JSON_OUTPUT": "maybe"}, "true or false"),
 }
 
@@ -153,17 +156,6 @@ def test_what_the_loader_is_asked_for_it_takes():
     assert made.overflow == "drop"
 
 
-def run(*argv: str, **environ: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "mixtral_jax.serve", *argv],
-        cwd=ROOT,
-        env={**os.environ, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -171,10 +163,10 @@ def run(*argv: str, **environ: str) -> subprocess.CompletedProcess:
         (["--host", "0.0.0.0"], "lets other machines in"),
     ],
 )
-def test_an_unsafe_server_is_refused_in_one_line(argv, message):
-    done = run(*argv)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == USAGE
+def test_an_unsafe_server_is_refused_in_one_line(argv, message, capsys, monkeypatch):
+    monkeypatch.delenv("API_KEY", raising=False)
+    assert run(argv) == USAGE
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert "fix: " in line

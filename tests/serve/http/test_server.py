@@ -82,6 +82,7 @@ def test_sigterm_is_told_at_once_and_what_runs_is_finished():
     assert messages.index("listening") < messages.index("draining") < messages.index("ended")
 
 
+@pytest.mark.slow
 def test_when_the_time_is_up_what_runs_gets_an_end_and_the_code_is_0():
     with process(0.2) as (server, client):
         lines: list[str] = []
@@ -93,6 +94,7 @@ def test_when_the_time_is_up_what_runs_gets_an_end_and_the_code_is_0():
         assert server.wait(10) == 0
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once():
     with process(30) as (server, client):
         lines: list[str] = []

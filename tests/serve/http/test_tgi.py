@@ -231,6 +231,8 @@ REFUSED = {
     "adapter": ({"adapter_id": "nobody"}, "adapter_id: expected poet, got 'nobody'"),
     "grammar": ({"grammar": {"type": "regex", "value": "("}}, "grammar"),
     "grammar kind": ({"grammar": {"type": "lark", "value": "x"}}, "grammar"),
+    "grammar text": ({"grammar": {"type": "json", "value": "{"}}, "grammar: its JSON schema"),
+    "grammar list": ({"grammar": {"type": "json", "value": "[]"}}, "grammar: expected a JSON"),
     "misspelled": ({"temprature": 0.5}, "fix: temperature"),
 }
 
