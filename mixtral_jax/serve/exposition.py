@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client as prometheus
 from prometheus_client import exposition
@@ -17,7 +17,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from mixtral_jax.serve.request import EngineProtocol, EngineStats
+from mixtral_jax.serve.request import EngineProtocol, EngineStats, Histogram
 
 if TYPE_CHECKING:
     from mixtral_jax.serve.asking import Answer
@@ -29,16 +29,31 @@ _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65
 # TGI's counters have no _total, which this library always writes.
 _TOTAL = re.compile(rb"\b(tgi_(?:request|batch)_\w+?)_total\b")
 
-# The engine's figures that TGI has under names of its own. Further figures: mixtral_<name>.
-_NAMES = {
-    ("gauge", "queue_size"): "tgi_queue_size",
-    ("gauge", "batch_size"): "tgi_batch_current_size",
-    ("gauge", "batch_tokens"): "tgi_batch_current_max_tokens",
-    ("counter", "prefill_calls"): "tgi_batch_inference_count",
-    ("counter", "decode_calls"): "tgi_batch_inference_success",
-    ("histogram", "prefill_call_seconds"): "tgi_batch_forward_duration",
-    ("histogram", "decode_call_seconds"): "tgi_batch_decode_duration",
-    ("histogram", "next_batch_size"): "tgi_batch_next_size",
+# The engine's figures that TGI has under names of its own; others are called mixtral_<name>.
+# TGI counts batches by method; the engine counts a call once it has succeeded.
+_NAMES: dict[tuple[str, str], tuple[tuple[str, str | None], ...]] = {
+    ("gauge", "queue_size"): (("tgi_queue_size", None),),
+    ("gauge", "batch_size"): (("tgi_batch_current_size", None),),
+    ("gauge", "batch_tokens"): (("tgi_batch_current_max_tokens", None),),
+    ("histogram", "next_batch_size"): (("tgi_batch_next_size", None),),
+    ("histogram", "text_seconds"): (("tgi_batch_decode_duration", "decode"),),
+    ("histogram", "decode_step_seconds"): (("tgi_batch_forward_duration", "decode"),),
+    **{
+        ("counter", f"{method}_calls"): (
+            ("tgi_batch_inference_count", method),
+            ("tgi_batch_inference_success", method),
+        )
+        for method in ("prefill", "decode")
+    },
+    **{
+        ("histogram", f"{method}_call_seconds"): (("tgi_batch_inference_duration", method),)
+        for method in ("prefill", "decode")
+    },
+}
+_FAMILIES = {
+    "gauge": GaugeMetricFamily,
+    "counter": CounterMetricFamily,
+    "histogram": HistogramMetricFamily,
 }
 
 
@@ -131,18 +146,19 @@ class _EngineFigures(Collector):
         if state == "loading":
             return
         stats = self._engine.stats()
-        for name, value in stats.gauges.items():
-            shown = _NAMES.get(("gauge", name), f"mixtral_{name}")
-            yield GaugeMetricFamily(shown, _words(name), value=value)
-        for name, count in stats.counters.items():
-            shown = _NAMES.get(("counter", name), f"mixtral_{name}")
-            yield CounterMetricFamily(shown, _words(name), value=count)
-        for name, found in stats.histograms.items():
-            shown = _NAMES.get(("histogram", name), f"mixtral_{name}")
-            bounds = zip(found.bounds, found.counts, strict=True)
-            buckets = [(_bound(bound), count) for bound, count in bounds]
-            buckets.append(("+Inf", found.count))
-            yield HistogramMetricFamily(shown, _words(name), buckets=buckets, sum_value=found.sum)
+        families: dict[str, Any] = {}
+        for kind, figures in (
+            ("gauge", stats.gauges),
+            ("counter", stats.counters),
+            ("histogram", stats.histograms),
+        ):
+            for name, value in figures.items():
+                for shown, method in _NAMES.get((kind, name), ((f"mixtral_{name}", None),)):
+                    labels = [] if method is None else ["method"]
+                    family = _FAMILIES[kind](shown, _words(shown), labels=labels)
+                    family = families.setdefault(shown, family)
+                    family.add_metric([] if method is None else [method], *_values(value))
+        yield from families.values()
         yield from _experts(stats)
 
 
@@ -164,9 +180,14 @@ def _experts(stats: EngineStats) -> Iterator[Metric]:
     yield dropped
 
 
+def _values(figure: float | Histogram) -> tuple[Any, ...]:
+    """A figure as the families take it."""
+    if not isinstance(figure, Histogram):
+        return (figure,)
+    bounds = zip(figure.bounds, figure.counts, strict=True)
+    buckets = [(floatToGoString(bound), count) for bound, count in bounds]
+    return [*buckets, ("+Inf", figure.count)], figure.sum
+
+
 def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize()
-
-
-def _bound(value: float) -> str:
-    return floatToGoString(value)
+    return name.partition("_")[2].replace("_", " ").capitalize()

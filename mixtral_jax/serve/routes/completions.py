@@ -190,7 +190,7 @@ def _logprobs(
     offsets, at = [], 0
     for score in scores:
         offsets.append(at)
-        at += len(score.text)
+        at += 0 if score.is_special else len(score.text)  # control pieces are not in the text
     return {
         "tokens": [score.text for score in scores],
         "token_logprobs": [finite(score.logprob) for score in scores],

@@ -235,7 +235,12 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         times = 1 + len(self.tickets)
         return EngineStats(
-            counters={"generated_tokens": 7, "compilations_since_ready": 0},
+            counters={
+                "generated_tokens": 7,
+                "compilations_since_ready": 0,
+                "prefill_calls": 2,
+                "decode_calls": 5,
+            },
             gauges={"queue_size": 3, "batch_size": len(self.running), "prefix_cache_bytes": 64.0},
             histograms={
                 "decode_call_seconds": Histogram(bounds=(0.1, 1.0), counts=(1, 2), count=3, sum=4.5)

@@ -6,6 +6,7 @@ Needs chromium and playwright: ``apt-get install chromium``, ``pip install playw
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ def test_the_page_names_no_other_address_and_fits_the_rules():
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
+    # By its name: only these tests need it.
+    sync_playwright = importlib.import_module("playwright.sync_api").sync_playwright
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     assert chromium, "chromium is missing: apt-get install chromium"
     with sync_playwright() as play:
@@ -237,7 +238,7 @@ def test_it_fits(browser, engine, name, width, height, scheme, tmp_path):
         contrasts = page.evaluate(CONTRASTS)
         assert min(contrasts) >= 4.5, contrasts
         # MIXTRAL_JAX_SCREENSHOTS=docs makes those of the documentation.
-        file = Path(os.environ.get("MIXTRAL_JAX_SCREENSHOTS", tmp_path)) / f"chat-{name}.png"
+        file = Path(os.environ.get("MIXTRAL_JAX_SCREENSHOTS") or tmp_path) / f"chat-{name}.png"
         page.screenshot(path=file)
         page.close()
     assert file.stat().st_size > 5_000
