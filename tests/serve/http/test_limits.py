@@ -54,6 +54,21 @@ async def test_a_body_at_the_limit_passes_and_one_byte_more_is_413(engine, size,
         assert engine.tickets == []
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_client_that_sends_first_and_reads_then_gets_its_413(engine, is_chunked):
+    body = b'{"inputs": "' + b"x" * 3_000_000 + b'"}'
+    data = post_bytes("/generate", body)
+    if is_chunked:
+        head = b"POST /generate HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        data = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    with serving(engine) as port:
+        assert status_of(ask(port, data)) == 413
+        waits = post_bytes("/generate", b"", "expect: 100-continue")
+        waits = waits.replace(b"content-length: 0", b"content-length: 3000000")
+        assert status_of(ask(port, waits)) == 413  # and no 100 before it
+        assert status_of(ask(port, generate())) == 200
+
+
 @pytest.mark.anyio
 async def test_what_is_no_json_type_is_415(client, engine):
     body = b'{"inputs": "Hi"}'

@@ -122,6 +122,14 @@ def test_an_engine_that_dies_answers_everyone(engine):
         assert client.get("/live").status_code == 503
 
 
+def test_what_speaks_http_needs_no_jax():
+    program = "import sys, mixtral_jax.serve.app, mixtral_jax.serve.server; print(*{'jax', 'flax'} & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == ""
+
+
 def test_a_taken_port_is_told_in_one_line():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

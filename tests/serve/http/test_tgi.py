@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from mixtral_jax.serve.schema.tgi import GenerateResponse, StreamResponse
-from tests.serve.http.conftest import client_of
+from tests.serve.http.conftest import application, client_of
 from tests.serve.http.fake import Script
 from tests.serve.http.live import serving
 from tests.test_tokenizer import V1
@@ -305,6 +305,21 @@ async def test_without_a_ready_model_it_is_503(client, engine, state):
     answer = await client.post("/generate", json={"inputs": "Hi"})
     assert (answer.status_code, answer.json()["error_type"]) == (503, "unhealthy")
     assert ("retry-after" in answer.headers) == (state != "failed")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+async def test_a_fault_of_ours_is_a_500_that_says_nothing_of_the_inside(engine, path, caplog):
+    def broken(request):
+        raise RuntimeError("secret detail")
+
+    engine.script = broken
+    transport = httpx.ASGITransport(application(engine), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        answer = await client.post(path, json={"inputs": "Hi", "prompt": "Hi"})
+    assert answer.status_code == 500
+    assert "internal" in answer.text
+    assert "secret" not in answer.text
+    assert "secret detail" in caplog.text
 
 
 async def test_infinite_logprobs_are_numbers_in_the_answer(client, engine):
