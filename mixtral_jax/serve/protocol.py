@@ -55,8 +55,7 @@ class BoundedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         """An answer is written; whether it was read shows later."""
         super().on_response_complete()
-        if self.transport.get_write_buffer_size() > 0:
-            self.loop.call_later(self._flags.write_timeout, self._drop_unread)
+        self._await_reader()
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is no HTTP, or headers that are too large."""
@@ -103,11 +102,19 @@ class BoundedProtocol(H11Protocol):
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
-        self.loop.call_later(self._flags.write_timeout, self._drop_unread)
+        self._await_reader()
 
-    def _drop_unread(self) -> None:
-        if self.transport.get_write_buffer_size() > 0:
+    def _await_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left > 0:
+            self.loop.call_later(self._flags.write_timeout, self._drop_unread, left)
+
+    def _drop_unread(self, left: int) -> None:
+        """Drops a client that has read nothing meanwhile; a slow one has time again."""
+        if self.transport.get_write_buffer_size() >= left:
             self.transport.abort()
+        else:
+            self._await_reader()
 
 
 def protocol_of(flags: HttpFlags) -> Any:

@@ -20,10 +20,21 @@ from tests.serve.http.fake import FakeEngine, options
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine, *, keys: tuple[bytes, ...] = (), **fields: Any) -> Iterator[int]:
-    """The port of a server that runs inside the block."""
+def serving(
+    engine: FakeEngine,
+    *,
+    keys: tuple[bytes, ...] = (),
+    send_buffer: int | None = None,
+    **fields: Any,
+) -> Iterator[int]:
+    """The port of a server that runs inside the block.
+
+    ``send_buffer``: bytes that the kernel takes before the client reads; megabytes, if None.
+    """
     asked = options(port=0, **fields)
     listening = bind(asked.http)
+    if send_buffer is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     server = Server(create_app(engine, engine.tokenizer, asked, keys=keys), asked)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import socket
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -212,21 +215,63 @@ def test_a_client_that_stays_is_not_cancelled(engine):
     assert not engine.tickets[0].is_cancelled
 
 
-def test_a_reader_that_never_reads_loses_its_slot_and_its_connection(engine):
-    # Answers are large, so that they do not fit into the kernel's buffers.
-    engine.say("word " * 300)
-    engine.limits = engine.limits.__class__(**engine.limits.__dict__ | {"max_total_tokens": 10**6})
-    body = json.dumps({"inputs": "x" * 500_000, "parameters": {"return_full_text": True}})
-    with serving(engine, write_timeout=SHORT) as port:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+BUFFER = 4096
+
+
+def allow_long(engine) -> None:
+    longer = {"max_total_tokens": 10**6, "max_input_tokens": 10**6 - 1}
+    engine.limits = dataclasses.replace(engine.limits, **longer)
+
+
+@contextlib.contextmanager
+def large_answer(engine, size: int) -> Iterator[tuple[int, socket.socket]]:
+    """A port, and a client that was sent an answer larger than the kernel keeps for it."""
+    engine.say("word")
+    allow_long(engine)
+    body = json.dumps({"inputs": "x" * size, "parameters": {"return_full_text": True}})
+    with (
+        serving(engine, write_timeout=SHORT, send_buffer=BUFFER) as port,
+        socket.socket() as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
         connection.connect(("127.0.0.1", port))
-        for _ in range(30):  # one after the other on one connection, none read
-            connection.sendall(post_bytes("/generate", body.encode()))
+        connection.sendall(post_bytes("/generate", body.encode(), "connection: close"))
+        yield port, connection
+
+
+def test_a_reader_that_never_reads_loses_its_connection(engine):
+    with large_answer(engine, 300_000) as (port, connection):
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
         wait_until(lambda: is_reset(connection), seconds=10)
-        connection.close()
-        wait_until(lambda: not engine.running, seconds=2)
         assert status_of(ask(port, generate())) == 200
+
+
+def test_a_reader_that_reads_slowly_gets_everything(engine):
+    with large_answer(engine, 300_000) as (_, connection):
+        data, start = b"", time.monotonic()
+        while part := connection.recv(2 * BUFFER):
+            data += part
+            time.sleep(0.05 if time.monotonic() - start < 4 * SHORT else 0)
+    assert time.monotonic() - start > 2 * SHORT
+    assert json.loads(data.partition(b"\r\n\r\n")[2])["generated_text"].endswith("x word")
+
+
+def test_a_stream_that_is_not_read_loses_its_slot(engine):
+    engine.say("word " * 3000)
+    allow_long(engine)
+    body = json.dumps({"inputs": "Hi", "parameters": {"max_new_tokens": 9000}})
+    with (
+        serving(engine, write_timeout=SHORT, send_buffer=BUFFER) as port,
+        socket.socket() as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(post_bytes("/generate_stream", body.encode()))
+        wait_until(lambda: engine.tickets and not engine.running, seconds=10)
+        assert engine.tickets[0].is_cancelled
+        ticket = engine.tickets[0]
+        assert ticket.made < len(ticket.script.token_ids)
+        wait_until(lambda: is_reset(connection), seconds=2)
 
 
 def is_reset(connection: socket.socket) -> bool:

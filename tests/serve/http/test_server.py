@@ -123,7 +123,8 @@ def test_an_engine_that_dies_answers_everyone(engine):
 
 
 def test_what_speaks_http_needs_no_jax():
-    program = "import sys, mixtral_jax.serve.app, mixtral_jax.serve.server; print(*{'jax', 'flax'} & sys.modules.keys())"
+    program = "import sys, mixtral_jax.serve.app, mixtral_jax.serve.server"
+    program += "; print(*{'jax', 'flax'} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     )
