@@ -98,7 +98,7 @@ async def chat_tokenize(request: Request, body: ChatRequest) -> Response:
 _Invocation = CompatGenerateRequest | ChatRequest | CompletionRequest
 
 
-@router.post("/invocations", responses=answers("tgi", dict[str, Any] | list[Any]))
+@router.post("/invocations", responses=answers("tgi", dict[str, Any] | list[Any], streams=True))
 async def invocations(request: Request, body: _Invocation) -> Response:
     """SageMaker's one route: POST /, /v1/chat/completions or /v1/completions by its fields."""
     if isinstance(body, ChatRequest):
