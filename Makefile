@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check parity fault slow score evaluate bench clean
+.PHONY: help demo test check parity fault slow browser score evaluate bench clean
 
 help:
 	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
@@ -18,6 +18,7 @@ help:
 	@echo "make parity  the comparisons with torch, transformers, bitsandbytes and mistral-common"
 	@echo "make fault   kills and corruptions, many times over"
 	@echo "make slow    every mesh strategy with every dispatch: minutes"
+	@echo "make browser  the chat page in chromium (apt-get install chromium)"
 	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"
 	@echo "make evaluate  perplexity, exact answers and expert loads of the embedded model, in the quick schemes"
 	@echo "make bench   the quick benchmarks"
@@ -47,6 +48,9 @@ fault: $(STAMP)-test
 
 slow: $(STAMP)-test
 	MIXTRAL_JAX_TEST_OPTIMIZED=1 $(PYTEST) -m slow $(TESTS)
+
+browser: $(STAMP)-browser
+	$(PYTEST) -m browser $(TESTS)
 
 parity: $(STAMP)-parity
 	MIXTRAL_JAX_TEST_OPTIMIZED=1 $(PYTEST) -m parity $(TESTS)
@@ -86,6 +90,10 @@ $(STAMP)-test: pyproject.toml | $(PY)
 
 $(STAMP)-check: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --editable ".[test,check]"
+	@touch $@
+
+$(STAMP)-browser: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable ".[test,browser]"
 	@touch $@
 
 $(STAMP)-parity: pyproject.toml | $(PY)

@@ -30,6 +30,7 @@ COMMANDS = [
     "evaluate perplexity",
     "evaluate exact",
     "evaluate routing",
+    "serve",
 ]
 
 
