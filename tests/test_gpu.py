@@ -15,12 +15,14 @@ from mixtral_jax.kernels.decode_experts import decode_experts
 from mixtral_jax.kernels.experts import dense_experts
 from mixtral_jax.kernels.flash_attention import flash_attention
 from mixtral_jax.kernels.grouped_experts import grouped_experts
+from mixtral_jax.kernels.quantized_experts import quantized_experts
 from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
+from tests.kernels.quantized import GPTQ, RECIPES, quantized_operands
 from tests.kernels.routings import ROUTINGS, E, assert_close, operands
 from tests.kernels.test_attention import operands as attention_operands
 from tests.model.test_transformer import from_reference
@@ -66,6 +68,26 @@ def test_routed_kernels_equal_the_reference(name, size, dtype):
         out, x, ids, shares, valid, experts = operands(routing, *size, dtype=dtype)
         given = (out, x, shares, experts, ids, valid)
         assert_close(got(*given), want(*given), 4 * KERNEL_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", KERNEL_TOLERANCE)
+@pytest.mark.parametrize("size", [(1, 128, 384), (23, 256, 128), (600, 128, 256)])
+@pytest.mark.parametrize("name", [*RECIPES, *GPTQ])
+def test_kernels_in_packed_codes_equal_dequantize_then_multiply(name, size, dtype):
+    run, want = (
+        jax.jit(functools.partial(f, expected=4.0)) for f in (quantized_experts, dense_experts)
+    )
+    for routing in ROUTINGS:
+        given = quantized_operands(name, routing, *size, dtype=dtype)
+        assert_close(run(*given), want(*given), 4 * KERNEL_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4", "nf4"])
+def test_quantized_rows_of_the_table_generate_the_same(scheme):
+    got, want = (mj.load("tiny", quantize=scheme, kernels=name) for name in ("gpu", "reference"))
+    asked: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0}
+    got, want = (lm.generate(["The red house"], **asked)[0].token_ids for lm in (got, want))
+    assert got == want
 
 
 @pytest.mark.parametrize("dtype", KERNEL_TOLERANCE)

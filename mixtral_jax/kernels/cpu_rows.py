@@ -9,21 +9,21 @@ nothing conditional around it, whose insides the compiler gives one thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from mixtral_jax.kernels.widen import code_values, codes_per_byte, split_inputs
+from mixtral_jax.kernels.widen import code_values, split_inputs
 from mixtral_jax.qtensor import SCHEMES, Nested, QTensor
 
-MOST_TERMS = 8  # slices in a sum; with 16 the compiler stops making vectors of some
-LANES = 64
+MOST_TERMS = 14  # slices in a sum; with 16 the compiler no longer makes vectors of fp8's
 
 
 class _View(NamedTuple):
-    """The bytes of a row as ``terms`` runs of ``chunks`` groups; a single group counts as many."""
+    """The bytes of a row as ``terms`` runs of ``chunks`` groups; a single group is cut into runs."""
 
     terms: int
     chunks: int
@@ -31,11 +31,9 @@ class _View(NamedTuple):
 
 def _view(w: QTensor) -> _View:
     groups = w.scales.shape[-1]
-    if groups == 1:  # cut as if it had groups of as many bytes as divide it, up to LANES
-        size = w.codes.shape[-1]
-        groups = size // max(n for n in range(1, LANES + 1) if size % n == 0)
-    terms = max(n for n in range(1, MOST_TERMS + 1) if groups % n == 0)
-    return _View(terms, groups // terms)
+    units = w.codes.shape[-1] if groups == 1 else groups
+    terms = max(n for n in range(1, MOST_TERMS + 1) if units % n == 0)
+    return _View(terms, 1 if groups == 1 else groups // terms)
 
 
 class Picked(NamedTuple):
@@ -75,11 +73,11 @@ def _take(codes: jax.Array, rows: jax.Array | None) -> jax.Array:
     return jax.lax.gather(flat, rows[:, None], numbers, (1, flat.shape[1]), mode=mode)
 
 
-def row_product(x: Float[Array, "parts B"], w: QTensor, picked: Picked) -> Float[Array, " O"]:
+def row_product(x: Sequence[Float[Array, " B"]], w: QTensor, picked: Picked) -> Float[Array, " O"]:
     """One row times rows of a matrix.
 
     Args:
-        x: the row, as ``split_inputs`` gives it.
+        x: the row in f32, as ``split_inputs`` gives it.
         w: the matrix or its stack, in codes that ``is_widened`` accepts; its order of inputs is
             not looked at.
         picked: which rows.
@@ -92,7 +90,7 @@ def row_product(x: Float[Array, "parts B"], w: QTensor, picked: Picked) -> Float
         codes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
     terms, chunks = _view(w)
     size = codes.shape[-1] // terms
-    x = x.reshape(len(x), terms, chunks, 1, -1)
+    x = [part.reshape(terms, chunks, 1, -1) for part in x]
     one_group = w.scales.shape[-1] == 1
 
     def by_term(values: jax.Array) -> jax.Array:
@@ -124,6 +122,6 @@ def rows_product(x: Float[Array, "N I"], w: QTensor) -> Float[Array, "N O"]:
     picked = Picked(None, w.scale_values(), w.zeros)
 
     def one(row: jax.Array) -> jax.Array:
-        return row_product(split_inputs(row.astype(jnp.float32), codes_per_byte(w)), w, picked)
+        return row_product(split_inputs(row.astype(jnp.float32), w), w, picked)
 
     return jax.vmap(one)(x)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.kernels.decode_experts import BLOCK_OUT, LEAST_ROWS, MOST_ROWS, PARAMS
 from mixtral_jax.kernels.experts import ExpertWeights, expert_blocks, visit_experts
 from mixtral_jax.kernels.grouped_experts import Schedule, apply_schedule
-from mixtral_jax.kernels.widen import code_values, codes_per_byte
+from mixtral_jax.kernels.widen import code_values, split_inputs
 from mixtral_jax.qtensor import NESTED_BLOCK, SCHEMES, Nested, QTensor, dynamic_map
 
 BLOCK_CODES = 64
@@ -124,8 +124,7 @@ def _inputs(x: jax.Array, w: QTensor, block_expert: jax.Array) -> tuple[jax.Arra
     if w.order is not None:
         order = w.order.at[block_expert].get(mode="clip")
         x = jnp.take_along_axis(x, order[:, None, :], axis=-1)
-    parts = codes_per_byte(w)
-    return tuple(x[..., p::parts] for p in range(parts))
+    return tuple(split_inputs(x, w))
 
 
 def _multiply(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mixtral_jax.kernels.cpu_product import cpu_product
 from mixtral_jax.kernels.cpu_rows import Picked, pick, row_product
 from mixtral_jax.kernels.experts import ExpertWeights, visit_experts
-from mixtral_jax.kernels.widen import codes_per_byte, is_widened, split_inputs
+from mixtral_jax.kernels.widen import is_widened, split_inputs
 from mixtral_jax.qtensor import QTensor
 
 FEW_ROWS = 8  # more, and an expert's codes are widened once for all rows that chose it
@@ -33,7 +33,7 @@ class _Turn(NamedTuple):
     What a turn made itself would be made again for every element of its products.
     """
 
-    x: tuple[jax.Array, jax.Array]
+    x: tuple[list[jax.Array], list[jax.Array]]
     picked: tuple[Picked, Picked, Picked]
     row: jax.Array
     share: jax.Array
@@ -45,19 +45,17 @@ def _run(out: Any, x: Any, expert_ids: Any, expert_weights: Any, valid: Any, exp
     is_local = valid[:, None] & (expert_ids >= 0) & (expert_ids < num_experts)
     order = jnp.argsort(~is_local.reshape(-1), stable=True)
     ids = jnp.clip(expert_ids.reshape(-1)[order], 0, num_experts - 1)
-    # Hidden channels in the order in which the bytes of `down` hold them.
-    channels = jnp.arange(F, dtype=jnp.int32)
 
     def turn(i: jax.Array) -> _Turn:
         i = jnp.minimum(i, len(ids) - 1)
         e, row = ids[i], order[i] // expert_ids.shape[1]
 
-        def inputs(w: QTensor) -> jax.Array:
+        def inputs(w: QTensor) -> list[jax.Array]:
             one = x[row] if w.order is None else x[row][w.order[e]]
-            return split_inputs(one.astype(jnp.float32), codes_per_byte(w))
+            return split_inputs(one.astype(jnp.float32), w)
 
-        hidden = channels if down.order is None else down.order[e]
-        hidden = split_inputs(hidden, codes_per_byte(down)).reshape(-1)
+        # Hidden channels in the order in which `down` holds them.
+        hidden = jnp.arange(F) if down.order is None else down.order[e]
         picked = pick(gate, e, hidden), pick(up, e, hidden), pick(down, e, jnp.arange(D))
         share = expert_weights.reshape(-1)[order[i]]
         return _Turn((inputs(gate), inputs(up)), picked, row, share)
@@ -69,8 +67,9 @@ def _run(out: Any, x: Any, expert_ids: Any, expert_weights: Any, valid: Any, exp
             row_product(part, w, picked)
             for part, w, picked in zip(now.x, weights[:2], now.picked[:2], strict=True)
         )
-        hidden = (jax.nn.silu(gated) * upped).astype(x.dtype).astype(jnp.float32)
-        hidden = hidden.reshape(codes_per_byte(down), -1)
+        # Split before SiLU: each part is then made once, and by itself.
+        split = zip(split_inputs(gated, down), split_inputs(upped, down), strict=True)
+        hidden = [(jax.nn.silu(a) * b).astype(x.dtype).astype(jnp.float32) for a, b in split]
         y = row_product(hidden, weights[2], now.picked[2])
         return i + 1, out.at[now.row].add(now.share * y), turn(i + 1)
 

@@ -21,9 +21,10 @@ def codes_per_byte(w: QTensor) -> int:
     return w.shape[-1] // w.codes.shape[-1]
 
 
-def split_inputs(x: Num[Array, " I"], parts: int) -> Num[Array, "parts B"]:
-    """A row, its inputs as codes lie in bytes: part p has inputs p, p + parts and on."""
-    return x.reshape(-1, parts).T
+def split_inputs(x: Num[Array, "*N I"], w: QTensor) -> list[Num[Array, "*N B"]]:
+    """Rows' inputs as a weight's codes lie in bytes: one array for each place in a byte."""
+    parts = codes_per_byte(w)
+    return [x[..., p::parts] for p in range(parts)]
 
 
 def _look_up(codes: jax.Array, table: tuple[float, ...]) -> jax.Array:
