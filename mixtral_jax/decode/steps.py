@@ -200,7 +200,7 @@ def read(
     tokens = placement.constrain(tokens, ("batch", "length"))
     valid = jnp.arange(tokens.shape[1])[None, :] < placement.constrain(counts, ("batch",))[:, None]
     hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
-    return has_read(state, hidden, tokens, valid, placement)
+    return Read(has_read(state, hidden, tokens, valid, placement), hidden.x)
 
 
 def has_read(
@@ -212,13 +212,13 @@ def has_read(
 ) -> DecodeState:
     """The state after tokens of prompts went through the model."""
     assert hidden.cache is not None
-    state = state._replace(
+    read = state._replace(
         cache=hidden.cache,
         seen=mark(state.seen, tokens, valid),
         dropped=state.dropped + hidden.dropped,
         expert_counts=_count(state.expert_counts, hidden.routing, valid),
     )
-    return Read(constrained(state, placement), hidden.x)
+    return constrained(read, placement)
 
 
 def mark(

@@ -20,7 +20,7 @@ from mixtral_jax.quantize.driver import QuantizeReport
 
 SUFFIX = ".quantized"
 # Schemes whose codes the layout has.
-SCHEMES = ("gptq", "int4")
+SCHEMES = ("gptq", "rtn", "int4")
 
 
 def published(
