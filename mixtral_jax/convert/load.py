@@ -6,6 +6,7 @@ devices piece by piece. A replicated leaf is read once per process, not once per
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
@@ -84,8 +85,8 @@ def load_weights(
         layout: ``slots`` gives expert leaves as ``ExpertSlots``, ``stacked`` as ``[E, O, I]``,
             which quantized ones are too, unless it is ``apart``.
         verify: prove what ``convert`` wrote against its manifest, weights chunk by chunk (and the
-            small files, beside Orbax weights). Where
-            devices hold parts of a chunk, the whole chunk is read for it, once per process.
+            small files, beside Orbax weights). Where devices hold parts of a chunk, the whole chunk
+            is read for it, once per process.
         progress: called with bytes read, from several threads.
         note: called with one line for each thing a person should know.
         reads: counts bytes read by leaf and devices.
@@ -108,24 +109,20 @@ def load_weights(
     dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
-    def load(paths: list[str]) -> dict[str, Any]:
-        return {
-            path: loader.leaf(
-                path,
-                leaves.specs[path].shape,
-                part_shardings[path],
-                expert_shards=expert_shards,
-                layout=layout if path in specs or layout == "apart" else "stacked",
-            )
-            for path in paths
-        }
+    def load(path: str) -> Weight:
+        laid: Layout = layout if path in specs or layout == "apart" else "stacked"
+        how: dict[str, Any] = {"expert_shards": expert_shards, "layout": laid}
+        return loader.leaf(path, leaves.specs[path].shape, part_shardings[path], **how)
 
     try:
         quantized = quantized_weights(leaves.specs, jnp.dtype(dtype))
-        part_shardings = _part_shardings(specs, quantized, sharding_of)
+        part_shardings, order = (
+            _part_shardings(specs, quantized, sharding_of),
+            _in_order(leaves.specs),
+        )
         with ThreadPoolExecutor(THREADS) as pool:
-            loaded = pool.map(load, _in_order(leaves.specs))
-            found = {path: w for part in loaded for path, w in part.items()}
+            loaded = pool.map(lambda paths: [load(path) for path in paths], order)
+            found = dict(zip(itertools.chain(*order), itertools.chain(*loaded), strict=True))
     finally:
         leaves.close()
     for path, shapes in quantized.items():

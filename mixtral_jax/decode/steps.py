@@ -231,11 +231,8 @@ def mark(
 
 def no_tokens(rows: int, size: int) -> Emitted:
     """Room for ``size`` tokens per row, none written."""
-    return Emitted(
-        tokens=jnp.zeros((rows, size), jnp.int32),
-        logprobs=jnp.zeros((rows, size), jnp.float32),
-        counts=jnp.zeros((rows,), jnp.int32),
-    )
+    tokens, counts = jnp.zeros((rows, size), jnp.int32), jnp.zeros((rows,), jnp.int32)
+    return Emitted(tokens, jnp.zeros((rows, size), jnp.float32), counts)
 
 
 def append(emitted: Emitted, new: Emitted) -> Emitted:
