@@ -67,7 +67,8 @@ class OffloadReport:
         )
         line = (
             f"offload: {counts.hit_rate:.1%} of {counts.visits:,} expert visits found theirs on "
-            f"the device ({counts.guessed:,} prefetched of {counts.prefetched:,} guessed); "
+            f"the device ({counts.kept:,} kept, {counts.guessed:,} of {counts.prefetched:,} "
+            "prefetched); "
             f"{counts.copied_bytes / 1e6:,.1f} MB copied, {counts.waited:.2f} of "
             f"{self.seconds:.2f} s waiting for it ({self.slow_down:.2f}x slower); "
             f"{self.resident_experts} of {self.num_experts} experts on the device; at most "

@@ -86,7 +86,7 @@ class Options:
     device_memory: str | None = None
     """With --offload, of the device: 20GB. Unless given: what --memory-fraction leaves of it."""
     hit_rate: float | None = None
-    """With --offload: share of expert visits that find theirs on the device. Unless given: the
+    """With --offload: share of expert visits that need no copy, ahead or not. Unless given: the
     share of the experts that are there, which is what uniform routing makes of it."""
     host_bandwidth: float | None = None
     """With --offload: GB/s from host to device; the data sheet's unless given."""
