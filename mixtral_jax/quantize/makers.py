@@ -208,9 +208,9 @@ def _nearest(w: np.ndarray, absmax: np.ndarray, scheme: str, *, symmetric: bool)
     low, high = w.min(axis=-1).clip(max=0), w.max(axis=-1).clip(min=0)
     spread = 2 * absmax if symmetric else high - low
     spread = np.where(spread == 0, np.float32(2), spread)  # a group of zeros: any step will do
-    scales = (spread / most).astype(_INT4_SCALES)
-    # A step that bfloat16 rounds to nothing stands for values that are nothing.
-    scales = np.where(scales == 0, _INT4_SCALES.type(1), scales)
+    scales = _normal((spread / most).astype(_SHORT_SCALES))
+    # A step that is next to nothing stands for values that are nothing.
+    scales = np.where(scales == 0, _SHORT_SCALES.type(1), scales)
     steps = scales.astype(np.float32)
     zeros = None if symmetric else np.rint(-low / steps).clip(0, most)
     middle = np.float32(2 ** (bits - 1)) if zeros is None else zeros[..., None]

@@ -71,7 +71,7 @@ def test_it_prints_coverage_and_errors(tmp_path, small, capfd):
         (("--scheme", "int4", "--symmetric", "--asymmetric"), USAGE, "choose one"),
         (("--scheme", "int8", "--asymmetric"), USAGE, "not for int8"),
         (("--scheme", "fp8", "--double-quant"), USAGE, "not for fp8"),
-        (("--scheme", "nf4", "--format", "gptq"), USAGE, "choose gptq or int4"),
+        (("--scheme", "nf4", "--format", "gptq"), USAGE, "choose gptq or rtn or int4"),
         (("--scheme", "int4", "--group-size", "128"), BAD_CONFIG, "--group-size 64"),
     ],
 )
