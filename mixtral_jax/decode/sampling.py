@@ -232,3 +232,16 @@ def choose(
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens.astype(jnp.int32), chosen, is_bad)
+
+
+# Raw logits, tokens seen, options, steps taken: next tokens, and the likeliest where reported.
+Chooser: TypeAlias = Callable[
+    [jax.Array, jax.Array, RowSampling, jax.Array], tuple[Sampled, Best | None]
+]
+
+
+def choose_alone(
+    logits: jax.Array, seen: jax.Array, rows: RowSampling, step: jax.Array
+) -> tuple[Sampled, None]:
+    """``sample`` as a Chooser that reports no other tokens."""
+    return sample(logits, seen, rows, step), None

@@ -7,32 +7,20 @@ depend on buckets of rows and lengths only, never on a prompt or on routing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.decode.sampling import Best, Column, RowSampling, Sampled, sample
+from mixtral_jax.decode.sampling import Best, Chooser, Column, RowSampling, choose_alone
 from mixtral_jax.kernels.rows import write_rows
 from mixtral_jax.model.cache import KVCache, init_cache, rewind
 from mixtral_jax.model.placement import Placement, Routing, constrain_kv
 from mixtral_jax.model.transformer import Hidden, Mixtral
 
 STEPS_PER_CALL = 32  # steps that one call of decode_step can take
-
-# Raw logits, tokens seen, options, steps taken: next tokens, and the likeliest where reported.
-Chooser: TypeAlias = Callable[
-    [jax.Array, jax.Array, RowSampling, jax.Array], tuple[Sampled, Best | None]
-]
-
-
-def _sample(
-    logits: jax.Array, seen: jax.Array, rows: RowSampling, step: jax.Array
-) -> tuple[Sampled, Best | None]:
-    return sample(logits, seen, rows, step), None
 
 
 class DecodeState(NamedTuple):
@@ -268,7 +256,7 @@ def write_tokens(
     limits: Limits,
     *,
     placement: Placement,
-    choose: Chooser = _sample,
+    choose: Chooser = choose_alone,
 ) -> tuple[DecodeState, Wrote]:
     """Writes one token to every row that is not done, and one more for each drafted token met.
 
@@ -292,7 +280,7 @@ def write_tokens(
     tokens, valid = next_tokens(state, draft)
     hidden = model.hidden(tokens, valid, cache=state.cache, placement=placement)
     logits = model.unembed(hidden.x, placement)
-    return has_written(state, hidden, logits, draft, rows, limits, placement)
+    return has_written(state, hidden, logits, draft, rows, limits, placement, choose)
 
 
 def next_tokens(state: DecodeState, draft: Draft) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -310,6 +298,7 @@ def has_written(
     rows: RowSampling,
     limits: Limits,
     placement: Placement,
+    choose: Chooser = choose_alone,
 ) -> tuple[DecodeState, Wrote]:
     """The second half of ``write_tokens``: samples, and keeps what counts."""
     assert hidden.cache is not None
