@@ -68,8 +68,11 @@ def _label_points(
             textcoords="axes fraction",
             va="center",
             fontsize=8,
-            arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.5, "alpha": 0.6},
-        )
+            arrowprops={
+                "arrowstyle": "-", "color": "gray", "linewidth": 0.5, "alpha": 0.6,
+                "relpos": (0, 0.5), "shrinkA": 2,
+            },
+        )  # fmt: skip
 
 
 def draw_load(load: ExpertLoad, title: str, path: Path) -> None:
