@@ -23,7 +23,7 @@ MOST_TERMS = 14  # slices in a sum; with 16 the compiler no longer makes vectors
 
 
 class _View(NamedTuple):
-    """The bytes of a row as ``terms`` runs of ``chunks`` groups; a single group is cut up."""
+    """The bytes of a row as ``terms`` runs of ``chunks`` groups; one group is cut into runs."""
 
     terms: int
     chunks: int
