@@ -165,7 +165,7 @@ def check_calibration(path: Path, text: Path, sha256: str) -> None:
 
 def _given(options: Any) -> dict[str, Any]:
     """What the quantize command was told, folders and the run itself left out; paths by name."""
-    left_out = {"src", "dst", "verify", "json", "debug", "processes"}
+    left_out = {"src", "dst", "format", "verify", "json", "debug", "processes"}
     found = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -142,7 +142,7 @@ def _parts(work: Workload, quantize: str | None, dtype: str) -> Parts:
     quantized = {}
     for path, spec in leaf_specs(work.config, dtype).items():
         leaf = LeafSpec(spec.shape, spec.axes, jnp.dtype(dtype))
-        if quantize is not None and is_quantized(leaf):
+        if quantize is not None and is_quantized(leaf, quantize):
             quantized[path] = quantized_parts(path, leaf, quantize)
     return abstract_parts(work.config, quantized, dtype)
 

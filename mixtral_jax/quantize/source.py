@@ -148,7 +148,7 @@ class QuantizingLeaves(DerivedLeaves):
     def __init__(
         self, source: Leaves, recipe: Recipe, *, verify: bool = True, measure: bool = False
     ):
-        super().__init__(source, recipe.scheme, lambda leaf, spec: made_specs(leaf, spec, recipe))
+        super().__init__(source, recipe.codes, lambda leaf, spec: made_specs(leaf, spec, recipe))
         self.recipe = recipe
         self._verify, self._measure = verify, measure
         self.errors: dict[Chunk, MatrixError] = {}
@@ -198,7 +198,7 @@ class QuantizingLeaves(DerivedLeaves):
         spec = self.source.specs[origin.leaf]
         num_rows, inputs = spec.shape[-2:]
         dtype, unit = self.source.dtype(origin.leaf), self.source.unit(origin)
-        is_coded = SCHEMES[self.recipe.scheme].is_coded
+        is_coded = SCHEMES[self.recipe.codes].is_coded
         block_bytes = CODED_BLOCK_BYTES if is_coded else BLOCK_BYTES
         step = unit * max(1, block_bytes // (unit * inputs * dtype.itemsize))
         recorded, hashed = self.source.digest(origin), hashlib.sha256()
