@@ -304,8 +304,7 @@ def test_scales_do_not_wait_for_the_codes_of_other_weights(monkeypatch):
     lm = mj.load("tiny", mesh="1x1", quantize="nf4", dtype="bfloat16")
     flat = jax.tree.leaves(nnx.state(lm.model), is_leaf=lambda w: isinstance(w, QTensor))
     scales = [w.scales.nbytes for w in flat if isinstance(w, QTensor)]
-    stacks = sorted(8 * size for size in scales)  # slots are of one expert each
-    assert 0 < most[0] <= THREADS * stacks[-1] < sum(scales)
+    assert 0 < most[0] <= THREADS * max(scales) < sum(scales)
 
 
 def test_quantizing_what_is_quantized_is_refused(tmp_path, small):
@@ -387,9 +386,8 @@ def test_errors_are_those_of_the_dequantized(made):
     path = "layers.1.moe.experts.down"
     leaf = leaves_of(lm)[path]
     w = canonical(leaves_of(plain)[path])[0]
-    parts = list(leaf.slots)
-    got = np.stack([np.asarray(part.dequantize()) for part in parts], 1).reshape(w.shape)
-    assert all(isinstance(part, QTensor) for part in parts)
+    assert isinstance(leaf, QTensor)
+    got = np.asarray(leaf.dequantize())
     relative = np.linalg.norm(got - w) / np.linalg.norm(w)
     assert math.isclose(report.errors[path].relative, relative, rel_tol=1e-4)
     groups = (got - w).reshape(*w.shape[:2], -1, 64), w.reshape(*w.shape[:2], -1, 64)
