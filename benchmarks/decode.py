@@ -66,12 +66,12 @@ def measure(options: Options) -> list[dict[str, Any]]:
     for batch in options.batches:
         prompts = _ours.random_prompts(config, batch, options.context)
         calls = {n: _ours.decoder(model, prompts, options.steps) for n, model in models.items()}
-        tokens = [call()[1] for call in calls.values()][0]
+        tokens = next(iter([call()[1] for call in calls.values()]))
         times: dict[str | None, list[float]] = {name: [] for name in names}
         for k in range(options.rounds):
             for name in names[:: 1 if k % 2 else -1]:
                 times[name].append(calls[name]()[0] / options.steps)
-        # Counted in the first weights alone: codes stand for much the same, and compile slowly here.
+        # In the first weights alone: codes choose much the same, and compile slowly here.
         whole = jnp.asarray(np.concatenate([prompts, tokens], axis=1))
         hits = float(_ours.experts_hit(models[names[0]], whole)[:, options.context :].mean())
         for name, model in models.items():
