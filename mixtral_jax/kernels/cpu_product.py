@@ -34,15 +34,19 @@ def digits_of(dtype: jnp.dtype) -> int:
 
 def cpu_product(x: Float[Array, "N I"], w: jax.Array | QTensor) -> Float[Array, "N O"]:
     """The weight as the left operand where that is the faster; f32."""
-    if isinstance(w, QTensor):
-        is_per_row = w.scheme == "int8" and w.scales.shape[-1] == 1
-        if is_per_row and x.shape[0] * digits_of(x.dtype) <= MAX_DIGIT_ROWS:
-            return int8_product(x, w)
-        # With the barrier nothing that is made of the codes leaves a loop that this stands in.
-        x, codes = jax.lax.optimization_barrier((x, w))
-        if x.shape[0] <= FEW_WIDENED_ROWS and is_widened(codes):
-            return rows_product(x, codes)
-        w = codes.dequantize()
+    if not isinstance(w, QTensor):
+        return _array_product(x, w)
+    is_per_row = w.scheme == "int8" and w.scales.shape[-1] == 1
+    if is_per_row and x.shape[0] * digits_of(x.dtype) <= MAX_DIGIT_ROWS:
+        return int8_product(x, w)
+    # With the barrier nothing that is made of the codes leaves a loop that this stands in.
+    x, w = jax.lax.optimization_barrier((x, w))
+    if x.shape[0] <= FEW_WIDENED_ROWS and is_widened(w):
+        return rows_product(x, w)
+    return _array_product(x, w.dequantize())
+
+
+def _array_product(x: Float[Array, "N I"], w: Float[Array, "O I"]) -> Float[Array, "N O"]:
     if x.dtype != jnp.float32 and x.shape[0] <= FEW_16_BIT_ROWS:
         # For one row alone the compiler would widen the whole weight.
         return rows_first(jnp.pad(x, ((0, 1), (0, 0))), w)[:1] if len(x) == 1 else rows_first(x, w)
