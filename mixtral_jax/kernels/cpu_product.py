@@ -34,8 +34,10 @@ def digits_of(dtype: jnp.dtype) -> int:
 
 def cpu_product(x: Float[Array, "N I"], w: jax.Array | QTensor) -> Float[Array, "N O"]:
     """The weight as the left operand where that is the faster; f32."""
-    if not isinstance(w, QTensor):
-        return _array_product(x, w)
+    return _codes_product(x, w) if isinstance(w, QTensor) else _array_product(x, w)
+
+
+def _codes_product(x: Float[Array, "N I"], w: QTensor) -> Float[Array, "N O"]:
     is_per_row = w.scheme == "int8" and w.scales.shape[-1] == 1
     if is_per_row and x.shape[0] * digits_of(x.dtype) <= MAX_DIGIT_ROWS:
         return int8_product(x, w)
