@@ -138,13 +138,14 @@ def _multiply(
     ws = tuple(QTensor(w.codes, w.scales, w.scheme, w.dtype, zeros=w.zeros) for w in ws)
     operands, tree = jax.tree.flatten((block_expert, table, xs, ws))
 
-    def like(x: jax.Array) -> jax.Array:
+    def like(x: jax.Array, ws: tuple[QTensor, ...]) -> jax.Array:
+        x, _ = jax.lax.optimization_barrier((x, ws))  # varies over the mesh axes of all
         return jnp.broadcast_to(x[:, :, :1], (blocks, rows, num_outs)).astype(dtype)
 
     return pl.pallas_call(
         functools.partial(_kernel, tree=tree),
         grid=(blocks, pl.cdiv(num_outs, BLOCK_OUT)),
-        out_shape=jax.eval_shape(like, x),  # varying over the mesh axes that x varies over
+        out_shape=jax.eval_shape(like, x, ws),
         compiler_params=PARAMS,
         interpret=interpret,
         name="quantized_down" if len(ws) == 1 else "quantized_hidden",

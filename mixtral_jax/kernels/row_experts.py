@@ -75,6 +75,8 @@ def _run(out: Any, x: Any, expert_ids: Any, expert_weights: Any, valid: Any, exp
 
     count = is_local.sum()
     start = jnp.int32(0), out, turn(jnp.int32(0))
+    # In a shard_map the barrier makes all vary as the weights do, so the first turn must as well.
+    start, _ = jax.lax.optimization_barrier((start, (gate, up, down)))
     return jax.lax.while_loop(lambda carry: carry[0] < count, body, start)[1]
 
 

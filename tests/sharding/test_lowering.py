@@ -16,12 +16,15 @@ from jax import export
 
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.model.transformer import assemble
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.strategy import Strategy
-from tests.models import random_model, random_tokens
+from tests.kernels.quantized import in_codes
+from tests.models import random_leaves, random_model, random_tokens
+from tests.slow import mostly_slow
 
 ROWS, CHUNK, SLOTS, LAYERS = 16, 16, 64, 2
 DATA, TENSOR = Strategy(), Strategy(attention="tensor")
@@ -151,6 +154,27 @@ def test_programs_lower_with_the_gpu_kernels(model, text):
         triton, grouped = PALLAS[name]
         assert artifact.count(f"@{TRITON}") == triton, name
         assert artifact.count("chlo.ragged_dot") >= grouped, name
+
+
+@pytest.mark.parametrize("name", mostly_slow(["int8", "int4", "nf4 nested", "fp8"], ["nf4 nested"]))
+@pytest.mark.parametrize("method", mostly_slow(["replicated", "all_to_all"], ["all_to_all"]))
+def test_experts_in_packed_codes_lower_for_a_gpu(small_config, name, method):
+    """Two Triton calls a layer and dispatch; no array of a stack's or a matrix's weights."""
+    D, F, E = 128, 384, 8
+    config = small_config(hidden_size=D, intermediate_size=F, num_hidden_layers=1, head_dim=32)
+    leaves = {
+        path: in_codes(name, np.asarray(leaf)) if leaf.ndim == 3 else leaf
+        for path, leaf in random_leaves(config).items()
+    }
+    mesh = MeshSpec.parse("1x8").build()
+    placement = MeshPlacement(mesh, DispatchOptions(method=method), kernels="gpu")
+    placed = place(assemble(config, leaves), mesh, layout="stacked")
+    program, arguments = programs(placed, placement)["decode_step"]
+    lower = export.export(jax.jit(program), platforms=["cuda"], disabled_checks=UNCHECKED)
+    artifact = lower(*arguments).mlir_module()
+    # Attention; hidden and down; under all_to_all once more, for the path that is always exact.
+    assert artifact.count(f"@{TRITON}") == (3 if method == "replicated" else 5)
+    assert not re.search(rf"tensor<(1x|{E}x)?({F}x{D}|{D}x{F})x(f32|bf16)>", artifact)
 
 
 def test_programs_lower_with_the_tpu_kernels(model):
