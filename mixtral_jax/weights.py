@@ -168,11 +168,17 @@ def _select(w: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], w)
 
 
+def expert_matrix(w: Weight, e: int) -> Matrix:
+    """Expert e of a leaf, or of one device's part of it, ``[O, I]``."""
+    if isinstance(w, ExpertSlots):
+        row, slot = divmod(e, len(w.slots))
+        return _select(w.slots[slot], row)
+    return _select(w, e)
+
+
 def expert_matrices(w: Weight) -> list[Matrix]:
     """The experts of a leaf, or of one device's part of it, as a list of ``[O, I]`` matrices."""
-    if isinstance(w, ExpertSlots):
-        return [_select(slot, row) for row in range(w.slots[0].shape[0]) for slot in w.slots]
-    return [_select(w, e) for e in range(w.shape[0])]
+    return [expert_matrix(w, e) for e in range(w.shape[0])]
 
 
 def takes_slots(w: Weight) -> bool:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.kernels.contract import Product, contract, rows_first
-from mixtral_jax.weights import Matrix, Weight, expert_matrices
+from mixtral_jax.weights import Matrix, Weight, expert_matrices, expert_matrix
 
 # Branches of `visit_experts` between no rows and all rows. A branch computes all of its rows,
 # taken or not, so large blocks have many; small ones are bound by reading weights.
@@ -143,9 +143,9 @@ def visit_experts(
         del share, order
         return start
 
-    def visit(
-        size: int, expert: tuple, start: jax.Array, share: jax.Array, order: jax.Array
-    ) -> jax.Array:
+    def visit(size: int, e: int, start: jax.Array, share: jax.Array, order: jax.Array) -> jax.Array:
+        # Taken here: out of a stack it is a copy, which only a branch that runs should make.
+        expert = [expert_matrix(w, e) for w in experts]
         if size == num_rows:
             return start + share[:, None] * run(x, *expert)
         rows = order[:size]
@@ -153,8 +153,8 @@ def visit_experts(
         return start.at[rows].add(part, unique_indices=True)
 
     parts = []
-    for e, expert in enumerate(_matrices(experts)):
-        visits = [functools.partial(visit, size, expert) for size in sizes]
+    for e in range(experts.gate.shape[0]):
+        visits = [functools.partial(visit, size, e) for size in sizes]
         operands = shares[:, e], orders[:, e]
         if num_rows > SIDE_BY_SIDE_ROWS:
             out = jax.lax.switch(branch[e], [none, *visits], out, *operands)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from mixtral_jax.kernels.experts import ExpertWeights, dense_experts, expert_blo
 from mixtral_jax.kernels.quantized_experts import quantized_blocks, quantized_experts
 from mixtral_jax.kernels.row_experts import FEW_ROWS, cpu_routed_experts, row_experts
 from mixtral_jax.qtensor import SCHEMES, QTensor, packed_size
+from mixtral_jax.weights import expert_matrices
+from tests.decode.test_no_copies import made
 from tests.kernels.quantized import SCHEME_CASES, quantized_operands
 from tests.kernels.routings import DTYPES, ROUTINGS, E, assert_close
 from tests.slow import mostly_slow
@@ -113,6 +116,27 @@ def test_the_cpu_makes_no_weight(name):
     assert made
     assert max(math.prod(map(int, sizes.split(","))) for sizes in made) < D * F
     assert "conditional" not in text
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_many_rows_copy_no_codes(name):
+    """Experts leave their stack where they run, not all of them in every step."""
+    D, F, num_rows = 256, 512, 4 * FEW_ROWS
+    given = quantized_operands(name, "random", num_rows, D, F, "bfloat16")
+    run = functools.partial(cpu_routed_experts, expected=2 * num_rows / E)
+    gate: Any = given.experts.gate
+
+    def copies(run) -> list[str]:
+        text = jax.jit(run).lower(*given).compile().as_text() or ""
+        return [x for x in made(text, gate.codes.size // E) if x.startswith(("u8", "s8"))]
+
+    assert copies(run) == []
+
+    def taken_first(*operands):
+        matrices: list[Any] = expert_matrices(operands[-1].gate)
+        return jnp.stack([w.codes + 1 for w in matrices]), run(*operands)
+
+    assert copies(taken_first), "a planted copy is seen"
 
 
 def test_blocks_equal_the_loop():
