@@ -23,21 +23,10 @@ AxisNames: TypeAlias = tuple[str, ...]
 Leaf: TypeAlias = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A frozen base ``[O, I]`` with a low-rank update: base + scale * b @ a (LoRA, Hu et al. 2021).
-
-    Attributes:
-        base: an array or a QTensor ``[..., O, I]``.
-        a: ``[..., R, I]``.
-        b: ``[..., O, R]``.
-        scale: alpha / rank (or alpha / sqrt(rank) for rank-stabilised adapters).
-    """
+class _OnBase:
+    """What looks like the base that it updates."""
 
     base: Leaf | QTensor
-    a: Leaf
-    b: Leaf
-    scale: float
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,16 +43,33 @@ class Adapted:
         """Number of dims of the base."""
         return len(self.shape)
 
-    def __getitem__(self, index: object) -> Adapted:
+    def __getitem__(self, index: object) -> Any:
         _only_ellipsis(index)
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted(_OnBase):
+    """A frozen base ``[O, I]`` with a low-rank update: base + scale * b @ a (LoRA, Hu et al. 2021).
+
+    Attributes:
+        base: an array or a QTensor ``[..., O, I]``.
+        a: ``[..., R, I]``.
+        b: ``[..., O, R]``.
+        scale: alpha / rank (or alpha / sqrt(rank) for rank-stabilised adapters).
+    """
+
+    base: Leaf | QTensor
+    a: Leaf
+    b: Leaf
+    scale: float
 
 
 jax.tree_util.register_dataclass(Adapted, data_fields=("base", "a", "b"), meta_fields=("scale",))
 
 
 @dataclasses.dataclass(frozen=True)
-class RowAdapted:
+class RowAdapted(_OnBase):
     """A frozen base ``[O, I]`` with several low-rank updates, of which each row uses one or none.
 
     Attributes:
@@ -79,25 +85,6 @@ class RowAdapted:
     b: Leaf
     scales: Leaf
     ids: Leaf = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the base."""
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the base."""
-        return self.base.dtype
-
-    @property
-    def ndim(self) -> int:
-        """Number of dims of the base."""
-        return len(self.shape)
-
-    def __getitem__(self, index: object) -> RowAdapted:
-        _only_ellipsis(index)
-        return self
 
 
 jax.tree_util.register_dataclass(
