@@ -51,6 +51,9 @@ def peak_bytes() -> int:
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per length."""
     config = _ours.config_of(options.model, options.layers)
+    # The last token is read by a step of decoding, which writes another.
+    longest = max(config.max_position_embeddings, max(options.lengths) + 2)
+    config = dataclasses.replace(config, max_position_embeddings=longest)
     flops = matmul_flops(256 if options.quick else 2048, options.dtype)
     model, rows = _ours.random_model(config, options.dtype), []
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model))

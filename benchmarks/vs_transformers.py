@@ -157,12 +157,13 @@ def main(options: Options) -> int:
     options = small(options) if options.quick else options
     config = _ours.config_of(options.model, options.layers)
     leaves = _peer.random_leaves(config)
+    # Larger than any cache of a processor, whose speed would be no limit of memory.
+    bandwidth = read_bandwidth(2**20 if options.quick else 2**28)
     rows, limits = [], {}
     for dtype in options.dtypes:
-        size = 256 if options.quick else 4096
         limits[dtype] = {
-            "read_bytes_per_second": read_bandwidth(size * 4096),
-            "matmul_flops": matmul_flops(size // 2, dtype),
+            "read_bytes_per_second": bandwidth,
+            "matmul_flops": matmul_flops(128 if options.quick else 2048, dtype),
         }
         pair = Pair(
             config,

@@ -78,8 +78,14 @@ def _run(
     try:
         with contextlib.redirect_stderr(refusal):
             options = tyro.cli(options_type, prog=prog, args=argv, config=markers)
+    except BrokenPipeError:  # of --help
+        return _without_reader()
     except SystemExit as stop:
         if stop.code in (None, 0):
+            try:
+                sys.stdout.flush()
+            except BrokenPipeError:
+                return _without_reader()
             raise
         return _fail(None, _usage(refusal.getvalue(), prog), USAGE)
     except MixtralError as error:  # the options check themselves when they are made
@@ -92,10 +98,7 @@ def _run(
     except KeyboardInterrupt:
         return _fail(options, "interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output went away; leave nothing for the interpreter to flush.
-        with contextlib.suppress(OSError):
-            sys.stdout = io.StringIO()
-        return IO_ERROR
+        return _without_reader()
     except OSError as error:
         if error.errno in _DISK_FULL:
             return _fail(options, f"the disk is full: {error}", IO_ERROR)
@@ -104,6 +107,13 @@ def _run(
     except Exception as error:
         hosts.await_verdict()
         return _fail(options, _internal(error), INTERNAL)
+
+
+def _without_reader() -> int:
+    """The reader of our output went away; leaves nothing for the interpreter to flush."""
+    with contextlib.suppress(OSError):
+        sys.stdout = io.StringIO()
+    return IO_ERROR
 
 
 def _usage(box: str, prog: str) -> str:

@@ -160,6 +160,11 @@ class Tokenizer:
         """The vocabulary by id, as SentencePiece writes it (a space as ▁)."""
         return tuple(self._processor.id_to_piece(token_id) for token_id in range(self.vocab_size))
 
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Bytes of text that a token stands for at most."""
+        return max(len(piece.replace(SPACE, " ").encode()) for piece in self.pieces)
+
     def is_control(self, token_id: SupportsIndex) -> bool:
         """Whether an id stands for a control piece (never shown as text)."""
         return self._processor.is_control(self._checked(token_id))

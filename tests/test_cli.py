@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +22,8 @@ from mixtral_jax.errors import (
     USAGE,
     MixtralError,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,3 +105,12 @@ def test_debug_shows_the_traceback(capsys):
 def test_reader_that_went_away_is_quiet(capsys):
     assert cli.run(raising(BrokenPipeError()), Options, "verb", []) == IO_ERROR
     assert capsys.readouterr().err == ""
+
+
+def test_help_whose_reader_went_away_is_quiet():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mixtral_jax.plan", "--help"]
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (IO_ERROR, b"")

@@ -136,6 +136,20 @@ def keep_typical(
     return jnp.where((distance <= limit) | is_off, scores, -jnp.inf)
 
 
+def likeliest(logprobs: Float[Array, "*B V"], is_wanted: jax.Array) -> Best:
+    """The ``best_width`` likeliest tokens ``[*B, n]``, best first; zeros if unwanted."""
+    shape = (*logprobs.shape[:-1], best_width(logprobs.shape[-1]))
+
+    def find() -> Best:
+        values, ids = jax.lax.top_k(logprobs, shape[-1])
+        return Best(ids.astype(jnp.int32), values)
+
+    def leave() -> Best:
+        return Best(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+    return jax.lax.cond(is_wanted, find, leave)
+
+
 def sample_controlled(
     logits: Float[Array, "B V"],
     seen: Bool[Array, "B V"],
@@ -175,14 +189,5 @@ def sample_controlled(
         return jax.lax.cond(is_asked, lambda: keep_typical(likely, rows.typical_p), lambda: likely)
 
     sampled = choose(logits, scores, rows.sampling, step, keep=keep, seed_high=rows.seed_high)
-    width = best_width(logits.shape[-1])
-
-    def find_best() -> Best:
-        values, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), width)
-        return Best(ids.astype(jnp.int32), values)
-
-    def no_best() -> Best:
-        shape = (logits.shape[0], width)
-        return Best(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-
-    return sampled, jax.lax.cond(rows.wants_best.any(), find_best, no_best)
+    best = likeliest(jax.nn.log_softmax(logits, axis=-1), rows.wants_best.any())
+    return sampled, best

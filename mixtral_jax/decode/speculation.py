@@ -283,10 +283,10 @@ class Payoff:
             self._drafted = per_token
         if self._drafted is None or self._plain is None:
             return
-        self._has_won = self._drafted <= self._plain
+        self._has_won = self._drafted <= MARGIN * self._plain  # a tie is no reason to end either
         if self._has_won:
             self._losses = 0
-        elif self._drafted > MARGIN * self._plain:
+        else:
             self._losses += 1
             self.is_on = self._losses < LOSSES
             self._drafted = self._plain = None

@@ -27,6 +27,7 @@ class TextStream:
         self._stop = tuple(stop)
         self._shown = 0
         self.text = ""
+        self.piece = ""  # what the last token added, shown or held back
         self.stopped_by = ""  # the stop string that was met
 
     @property
@@ -37,9 +38,10 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Takes the next token; returns text that may be shown now. Check ``is_stopped`` after."""
         if token_id < self._vocab_size:
-            return self._extend(self._detokenizer.push(token_id), at_end=False)
-        # A model may have more rows than its tokenizer has pieces (padded vocabularies).
-        return self._extend(self._detokenizer.flush() + REPLACEMENT, at_end=False)
+            self.piece = self._detokenizer.push(token_id)
+        else:  # a model may have more rows than its tokenizer has pieces (padded vocabularies)
+            self.piece = self._detokenizer.flush() + REPLACEMENT
+        return self._extend(self.piece, at_end=False)
 
     def flush(self) -> str:
         """The rest, at the end of the row."""

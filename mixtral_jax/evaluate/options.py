@@ -91,7 +91,7 @@ class PerplexityOptions(OnText):
         if self.schemes is not None and self.load.quantize is not None:
             fix = f"--schemes {self.schemes},{self.load.quantize}"
             raise MixtralError("--schemes and --quantize", fix=fix, code=USAGE)
-        words = [word for word in parse_schemes(self.schemes) if self.is_made(word)]
+        words = [word for word in self.entry_schemes if self.is_made(word)]
         has_text = self.calibration is not None
         calibrated = [w for w in words if w is not None and is_calibrated(w, has_text=has_text)]
         if calibrated and self.calibration is None:
@@ -124,7 +124,9 @@ class PerplexityOptions(OnText):
     @property
     def entry_schemes(self) -> tuple[str | None, ...]:
         """That every checkpoint is loaded in."""
-        return (self.load.quantize,) if self.schemes is None else parse_schemes(self.schemes)
+        if self.schemes is None:
+            return (self.load.quantize,)
+        return parse_schemes(self.schemes, self.calibration)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

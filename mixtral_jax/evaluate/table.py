@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 from flax import nnx
@@ -96,8 +97,12 @@ def entries(checkpoints: Sequence[str], schemes: Sequence[str | None] = (None,))
     return [Entry(checkpoint=c, scheme=scheme) for c in checkpoints for scheme in schemes]
 
 
-def parse_schemes(text: str | None) -> tuple[str | None, ...]:
+def parse_schemes(text: str | None, calibration: Path | None = None) -> tuple[str | None, ...]:
     """``none,bfloat16,int4:group-size=32`` as (None, "bfloat16", "int4:group-size=32").
+
+    Args:
+        text: of the command line.
+        calibration: text that schemes which can be fitted to some are fitted to.
 
     Raises:
         MixtralError: exit code 64 for any other name, or options that a scheme does not have.
@@ -112,8 +117,9 @@ def parse_schemes(text: str | None) -> tuple[str | None, ...]:
         if word.split(":")[0] not in spelling.names():
             expected, fix = ", ".join((*plain, *spelling.names())), "--schemes none,int8"
             raise MixtralError("--schemes", expected=expected, got=repr(word), fix=fix, code=USAGE)
+        is_fitted = calibration is not None and spelling.is_calibrated(word, has_text=True)
         try:
-            spelling.options_of(word)
+            spelling.options_of(word, **({"calibration": calibration} if is_fitted else {}))
         except MixtralError as error:
             raise MixtralError(f"--schemes {error}", code=error.code) from None
     return tuple(None if word == NO_SCHEME else word for word in words)

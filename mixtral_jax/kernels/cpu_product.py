@@ -18,6 +18,7 @@ from mixtral_jax.qtensor import Nested
 from mixtral_jax.weights import QTensor
 
 FEW_BF16_ROWS = 3  # up to here, bf16 rows as the left operand are the faster
+MANY_ROWS = 112  # and from here on rows of any dtype
 FEW_WIDENED_ROWS = 4  # up to here, codes are widened for each row rather than once for all
 MAX_DIGIT_ROWS = 16  # above, widening the weight once costs less than a product for each digit
 _LARGEST = 127  # digits are whole numbers from -127 to 127
@@ -54,7 +55,7 @@ def _of_arrays(x: jax.Array, w: jax.Array) -> jax.Array:
     if x.dtype == jnp.bfloat16 and x.shape[0] <= FEW_BF16_ROWS:
         # For one row alone the compiler would widen the whole weight.
         return rows_first(jnp.pad(x, ((0, 1), (0, 0))), w)[:1] if len(x) == 1 else rows_first(x, w)
-    return weight_first(w, x, jnp.float32)
+    return rows_first(x, w) if len(x) >= MANY_ROWS else weight_first(w, x, jnp.float32)
 
 
 def weight_first(w: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:

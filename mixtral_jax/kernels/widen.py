@@ -12,8 +12,12 @@ _FP8_NAN = 0x7F
 
 
 def is_widened(w: object) -> bool:
-    """Whether a weight is in codes that lie within bytes, which can be widened byte by byte."""
-    return isinstance(w, QTensor) and 8 % SCHEMES[w.scheme].bits == 0
+    """Whether a weight can be widened byte by byte: codes lie within bytes, and bytes in groups."""
+    if not isinstance(w, QTensor):
+        return False
+    row = SCHEMES[w.scheme]
+    is_in_bytes = not row.is_coded and 8 % row.bits == 0
+    return is_in_bytes and w.codes.shape[-1] % w.scales.shape[-1] == 0
 
 
 def codes_per_byte(w: QTensor) -> int:

@@ -24,8 +24,8 @@ from mixtral_jax.quantize.options import (
 
 # What belongs to a run, and not to a scheme.
 _OF_THE_RUN = {
-    "src", "dst", "scheme", "bits", "calibration", "samples", "length", "verify", "json", "debug",
-    "processes",
+    "src", "dst", "scheme", "bits", "calibration", "samples", "length", "verify", "format", "json",
+    "debug", "processes",
 }  # fmt: skip
 
 

@@ -41,8 +41,7 @@ def main(options: ServeOptions) -> int:
     if listening is None:
         return OK  # it followed until process 0 ended
     app = create_app(engine, engine.tokenizer, options, keys=keys)
-    serve(app, options, listening)
-    return OK
+    return serve(app, options, listening)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -69,9 +70,9 @@ class Access:
     def _headers(state: dict) -> list[tuple[bytes, bytes]]:
         headers = [(b"x-request-id", state["request_id"].encode("latin-1"))]
         if state.get("ignored"):
-            # Names come from the client: as ASCII, without a way out of the header.
-            names = ", ".join(ascii(name)[1:-1] for name in state["ignored"])
-            headers.append((b"x-ignored-parameters", names.encode("latin-1")))
+            # Names come from the client: none may end the header, or be no header at all.
+            names = ", ".join(quote(name, safe="") or "%00" for name in state["ignored"])
+            headers.append((b"x-ignored-parameters", names.encode("ascii")))
         return headers
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:

@@ -21,7 +21,10 @@ def token_score(tokenizer: Tokenizer | None, token_id: int, logprob: float | Non
         return TokenScore(id=token_id, text="", logprob=logprob, is_special=tokenizer is not None)
     is_special = tokenizer.is_control(token_id)
     text = tokenizer.pieces[token_id] if is_special else tokenizer.text_of(token_id)
-    return TokenScore(id=token_id, text=text, logprob=logprob, is_special=is_special)
+    byte = tokenizer.byte_of(token_id)
+    if byte is not None and byte < 128:  # a newline is such a piece in the published vocabularies
+        text = chr(byte)
+    return TokenScore(id=token_id, text=text, logprob=logprob, is_special=is_special, byte=byte)
 
 
 class Answer:
@@ -63,14 +66,16 @@ class Answer:
             logprob: its log-probability.
             best: the likeliest tokens and theirs, best first.
         """
-        shown = ""
+        shown = piece = ""
         if self._stream is not None:
             shown = self._stream.push(token_id) + self._stop_text()
+            piece = self._stream.piece
         score = token_score(self._tokenizer, token_id, logprob)
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         top = tuple(token_score(self._tokenizer, i, p) for i, p in best)
-        return TokenEvent(index=len(self.token_ids) - 1, token=score, text=shown, top=top)
+        index = len(self.token_ids) - 1
+        return TokenEvent(index=index, token=score, text=shown, piece=piece, top=top)
 
     def finish(self) -> FinishReason:
         """Ends it; returns why it ended. What was held back is in ``tail``."""

@@ -35,12 +35,26 @@ class Restore:
 class Read:
     """Read a chunk of prompts into scratch rows; with ``targets`` also score them.
 
-    ``tokens`` and ``targets`` are int32 ``[rows, size]``, ``counts`` int32 ``[rows]``.
+    ``tokens`` and ``targets`` are int32 ``[rows, size]``, ``counts`` int32 ``[rows]``;
+    ``wants_best`` asks for the likeliest tokens at each place beside the scores.
     """
 
     tokens: np.ndarray
     counts: np.ndarray
     targets: np.ndarray | None = None
+    wants_best: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a Read with targets found: f32 ``[rows, size]``, and the likeliest tokens.
+
+    ``best_ids`` and ``best_logprobs`` ``[rows, size, n]`` are None where nobody wanted them.
+    """
+
+    logprobs: np.ndarray
+    best_ids: np.ndarray | None = None
+    best_logprobs: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

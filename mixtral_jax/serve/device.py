@@ -18,7 +18,7 @@ from mixtral_jax.model.cache import num_slots
 from mixtral_jax.model.placement import Placement
 from mixtral_jax.model.transformer import Mixtral
 from mixtral_jax.serve import commands, programs
-from mixtral_jax.serve.commands import Command, Stepped
+from mixtral_jax.serve.commands import Command, Scores, Stepped
 from mixtral_jax.serve.slots import LengthClass
 from mixtral_jax.sharding import hosts
 
@@ -116,8 +116,7 @@ class Device:
         """Does what is asked.
 
         Returns:
-            Stepped for a Step, log-probabilities ``[rows, size]`` for a Read with targets, the
-            bytes of the chunk for a Keep; else None.
+            Stepped for a Step, Scores for a Read with targets; else None.
         """
         match command:
             case commands.Step():
@@ -173,7 +172,7 @@ class Device:
             placement=self.placement,
         )
 
-    def _read(self, command: commands.Read) -> np.ndarray | None:
+    def _read(self, command: commands.Read) -> Scores | None:
         adapters = self._scratch_adapters if self._has_adapters else None
         hosts.begin_step()
         if command.targets is None:
@@ -186,16 +185,20 @@ class Device:
                 placement=self.placement,
             )
             return None
-        self._scratch, logprobs = programs.score(
+        self._scratch, logprobs, best = programs.score(
             self.model,
             self._scratch,
             command.tokens,
             command.targets,
             command.counts,
             adapters,
+            np.bool_(command.wants_best),
             placement=self.placement,
         )
-        return hosts.fetch(logprobs)
+        if not command.wants_best:
+            return Scores(logprobs=hosts.fetch(logprobs))
+        found, ids, values = hosts.fetch((logprobs, *best))
+        return Scores(logprobs=found, best_ids=ids, best_logprobs=values)
 
     def _insert(self, command: commands.Insert) -> None:
         at = self._classes[command.class_id]

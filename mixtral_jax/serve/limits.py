@@ -86,7 +86,10 @@ def plan_limits(
     ):
         if not is_fine:
             raise MixtralError(what, expected=expected, got=got, code=USAGE)
-    multiple = FEWEST_ROWS * lm.spec.data
+    strategy = getattr(lm.placement, "strategy", None)
+    shares_rows = strategy is not None and strategy.attention == "tensor"
+    # Fewer would leave all rows, and their caches, to every device of the expert axis.
+    multiple = FEWEST_ROWS * lm.spec.data * (1 if shares_rows else lm.spec.expert)
     classes = plan_classes(
         total,
         max_batch_total_tokens=options.max_batch_total_tokens,

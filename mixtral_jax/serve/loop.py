@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 
 from mixtral_jax.serve import commands
 from mixtral_jax.serve.answer import token_score
-from mixtral_jax.serve.commands import Command, Stepped
+from mixtral_jax.serve.commands import Command, Scores, Stepped
 from mixtral_jax.serve.device import DevicePlan
 from mixtral_jax.serve.metrics import Metrics
 from mixtral_jax.serve.prefix import PrefixCache, chunk_digests
 from mixtral_jax.serve.request import Event, Failed, FailureKind, Finished, Started, TokenScore
 from mixtral_jax.serve.scheduler import Admitted, Scheduler
-from mixtral_jax.serve.work import Work, controls
+from mixtral_jax.serve.work import Pairs, Work, controls
 from mixtral_jax.tokenizer import Tokenizer
 
 
@@ -39,6 +39,15 @@ class LoopFacts:
     slots: int
     block_bytes: int
     steps_per_call: int
+
+
+def _best(work: Work, found: Stepped | Scores, row: int, i: int) -> Pairs:
+    """As many of the likeliest tokens at a place as the request wants."""
+    number = work.request.sampling.top_logprobs
+    if not number or found.best_ids is None or found.best_logprobs is None:
+        return []
+    ids, logprobs = found.best_ids[row, i, :number], found.best_logprobs[row, i, :number]
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 class Loop:
@@ -141,7 +150,9 @@ class Loop:
             for row, work in works.items()
         }
         longest = max(map(len, parts.values()))
-        is_scored = any(work.request.sampling.prompt_logprobs for work in works.values())
+        asked = [work.request.sampling for work in works.values()]
+        is_scored = any(sampling.prompt_logprobs for sampling in asked)
+        wants_best = any(s.prompt_logprobs and s.top_logprobs for s in asked)
         size = plan.chunk if is_scored else next(s for s in plan.sizes if s >= longest)
         tokens = np.zeros((plan.scratch_rows, size), np.int32)
         targets, counts = np.zeros_like(tokens), np.zeros((plan.scratch_rows,), np.int32)
@@ -150,17 +161,19 @@ class Loop:
             tokens[row, : len(part)] = part
             targets[row, : len(part)] = work.request.prompt_ids[start + 1 : start + 1 + len(part)]
             counts[row] = len(part)
-        scores = self._execute(
+        scores: Scores | None = self._execute(
             commands.Read(
                 tokens=tokens,
                 counts=counts,
                 targets=targets if is_scored else None,
+                wants_best=wants_best,
             )
         )
         for row, part in parts.items():
             work = works[row]
-            if work.request.sampling.prompt_logprobs:
-                work.prompt_logprobs += scores[row, : len(part)].tolist()
+            if scores is not None and work.request.sampling.prompt_logprobs:
+                work.prompt_logprobs += scores.logprobs[row, : len(part)].tolist()
+                work.prompt_best += [_best(work, scores, row, i) for i in range(len(part))]
             self._keep(work, row, len(part))
             work.num_read += len(part)
         self._metrics.count("prefill_calls")
@@ -173,7 +186,9 @@ class Loop:
         index = work.num_read // chunk
         if size < chunk or index >= len(work.digests) or self._prefixes.has(work.digests[index]):
             return
-        block_id, left = self._prefixes.keep(work.digests[index], self._facts.block_bytes)
+        before = work.digests[:index]
+        size = self._facts.block_bytes
+        block_id, left = self._prefixes.keep(work.digests[index], size, before)
         if left:
             self._execute(commands.Forget(block_ids=tuple(left)))
         if block_id is not None:
@@ -240,7 +255,7 @@ class Loop:
         num_before = len(work.answer.token_ids)
         for i in range(count):
             token_id = int(stepped.tokens[row, i])
-            best = self._best(work, stepped, row, i)
+            best = _best(work, stepped, row, i)
             events.append(work.answer.push(token_id, float(stepped.logprobs[row, i]), best))
             if work.answer.is_stopped:
                 break
@@ -264,21 +279,21 @@ class Loop:
         elif is_done or work.answer.is_stopped:
             self._finish(work, now)
 
-    def _best(self, work: Work, stepped: Stepped, row: int, i: int) -> list[tuple[int, float]]:
-        number = work.request.sampling.top_logprobs
-        if not number or stepped.best_ids is None or stepped.best_logprobs is None:
-            return []
-        ids = stepped.best_ids[row, i, :number].tolist()
-        return list(zip(ids, stepped.best_logprobs[row, i, :number].tolist(), strict=True))
-
     def _started(self, work: Work) -> Started:
-        scores: tuple[TokenScore, ...] | None = None
+        scores = tops = None
         if work.request.sampling.prompt_logprobs:
-            pairs = zip(work.request.prompt_ids, [None, *work.prompt_logprobs], strict=True)
-            scores = tuple(token_score(self._tokenizer, i, p) for i, p in pairs)
+            ids = work.request.prompt_ids
+            scores = self._scores(zip(ids, [None, *work.prompt_logprobs], strict=True))
+            if work.request.sampling.top_logprobs:
+                tops = ((), *(self._scores(best) for best in work.prompt_best))
         queue_seconds = work.began - work.submitted
         self._metrics.observe("queue_seconds", queue_seconds)
-        return Started(queue_seconds=queue_seconds, prompt_logprobs=scores)
+        return Started(
+            queue_seconds=queue_seconds, prompt_logprobs=scores, prompt_top_logprobs=tops
+        )
+
+    def _scores(self, pairs: Iterable[tuple[int, float | None]]) -> tuple[TokenScore, ...]:
+        return tuple(token_score(self._tokenizer, i, p) for i, p in pairs)
 
     def _finish(self, work: Work, now: float) -> None:
         answer, request = work.answer, work.request

@@ -53,6 +53,9 @@ class ModelFlags:
     quantize: str | None = None
     """int8, int4, nf4, fp4, fp8, bitsandbytes, bitsandbytes-nf4, bitsandbytes-fp4, eetq: made while
     loading. gptq, awq, marlin, compressed-tensors: the checkpoint has to be so quantized."""
+    attention: Literal["data", "tensor"] | None = None
+    """On a mesh: data, each device of the expert axis has requests of its own; tensor, they share
+    the heads of the same requests (latency of few)."""
     kv_cache_dtype: Literal["int8", "fp8", "fp8_e4m3fn"] | None = None
     """Keys and values in the cache; those of the activations, if not given."""
     capacity_factor: float | None = None
@@ -230,6 +233,7 @@ class ServeOptions:
             "mesh": model.mesh if model.num_shard is None else f"1x{model.num_shard}",
             "dtype": model.dtype,
             "quantize": None if model.quantize is None else SCHEMES[model.quantize],
+            "attention": model.attention,
             "kv_dtype": "fp8" if kv_dtype == "fp8_e4m3fn" else kv_dtype,
             "capacity_factor": model.capacity_factor,
             "overflow": model.overflow,

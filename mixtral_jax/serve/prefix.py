@@ -74,25 +74,34 @@ class PrefixCache:
         """Whether a chunk is kept."""
         return digest in self._blocks
 
-    def keep(self, digest: Digest, size: int) -> tuple[int | None, list[int]]:
+    def keep(
+        self, digest: Digest, size: int, before: Sequence[Digest] = ()
+    ) -> tuple[int | None, list[int]]:
         """Makes room for a chunk.
 
         Args:
             digest: of the chunk, not kept yet.
             size: its bytes.
+            before: of the chunks that it follows, without which it is of no use.
 
         Returns:
-            Its new id (None: it is larger than the cache), and the ids that left for it.
+            Its new id (None: there is no room beside those before it), and the ids that left.
         """
         assert digest not in self._blocks
-        if size > self.max_bytes:
+        spared = set(before)
+        others = [d for d in self._blocks if d not in spared]
+        room = self.max_bytes - self.num_bytes + sum(self._blocks[d].size for d in others)
+        if size > room:
             return None, []
         left = []
-        while self.num_bytes + size > self.max_bytes:
-            _, block = self._blocks.popitem(last=False)
+        for other in others:
+            if self.num_bytes + size <= self.max_bytes:
+                break
+            block = self._blocks.pop(other)
             self.num_bytes -= block.size
             left.append(block.id)
         self._next_id += 1
         self._blocks[digest] = Block(self._next_id, size)
         self.num_bytes += size
+        self.longest([*before, digest])
         return self._next_id, left

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode import steps
-from mixtral_jax.decode.controls import Mask, RowControls, best_width, sample_controlled
+from mixtral_jax.decode.controls import Mask, RowControls, best_width, likeliest, sample_controlled
 from mixtral_jax.decode.sampling import Best, Column, RowSampling, Sampled
 from mixtral_jax.decode.steps import DecodeState, Draft, Emitted, Limits
 from mixtral_jax.kernels.attention import EMPTY
@@ -204,10 +204,14 @@ def read(
 
 
 class Scored(NamedTuple):
-    """The scratch state and the log-probability of every target, f32."""
+    """The scratch state, the log-probability of every target, f32, and the likeliest tokens.
+
+    ``best`` ``[B, T, n]`` is nonsense unless it was asked for.
+    """
 
     scratch: DecodeState
     logprobs: Float[Array, "B T"]
+    best: Best
 
 
 @functools.partial(jax.jit, static_argnames=("placement",), donate_argnames=("scratch",))
@@ -218,6 +222,7 @@ def score(
     targets: Int[Array, "B T"],
     counts: Int[Array, " B"],
     adapter_ids: Int[Array, " B"] | None,
+    wants_best: Bool[Column, ""],
     *,
     placement: Placement,
 ) -> Scored:
@@ -230,6 +235,7 @@ def score(
         targets: the token after each.
         counts: as for ``prefill``.
         adapter_ids: as for ``read``.
+        wants_best: whether the likeliest tokens are wanted.
         placement: where it runs.
     """
     model = choose_adapters(model, adapter_ids)
@@ -238,7 +244,9 @@ def score(
     logits = placement.constrain(logits, ("batch", "length", "vocab_parts"))
     logits = placement.constrain(logits, ("batch", "length", "vocab"))
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    return Scored(done.state, jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0])
+    best = likeliest(logprobs, wants_best)
+    of_targets = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    return Scored(done.state, of_targets, best)
 
 
 @functools.partial(jax.jit, static_argnames=("placement",), donate_argnames=("pool",))

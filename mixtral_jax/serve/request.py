@@ -53,7 +53,8 @@ class ServeSampling:
         sample_id: which sample of the prompt this is (``n``, ``best_of``).
         stop: texts that end the answer.
         ignore_eos: generate past the end-of-text token.
-        top_logprobs: best tokens reported beside each generated one.
+        top_logprobs: best tokens reported beside each generated one (and, with
+            ``prompt_logprobs``, beside each of the prompt).
         prompt_logprobs: report the log-probability of each prompt token given those before it.
         include_stop: leave the stop string in the text.
         grammar: what the text must obey.
@@ -102,23 +103,31 @@ class ServeRequest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenScore:
-    """A token and its natural log-probability under the raw logits (None for a first token)."""
+    """A token and its natural log-probability under the raw logits (None for a first token).
+
+    ``byte`` is what a byte piece stands for. ``text`` of one beyond ASCII, which is no character by
+    itself, is the name of its piece: ``<0xC3>``.
+    """
 
     id: int
     text: str
     logprob: float | None
     is_special: bool = False
+    byte: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Started:
     """The prompt is read and a first token was written; comes before every TokenEvent.
 
-    ``prompt_logprobs`` has one score per prompt token where they were asked for.
+    ``prompt_logprobs`` has one score per prompt token where they were asked for, and
+    ``prompt_top_logprobs`` the best tokens in its place, best first, where ``top_logprobs`` are
+    wanted too (none for the first token, which nothing predicts).
     """
 
     queue_seconds: float
     prompt_logprobs: tuple[TokenScore, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[TokenScore, ...], ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,12 +135,14 @@ class TokenEvent:
     """One generated token.
 
     ``text`` is what may be shown now: empty while a character is incomplete or a stop string
-    possible. ``top`` holds the best tokens of this step, best first.
+    possible. ``piece`` is what the token adds to the answer: empty while a character is incomplete.
+    ``top`` holds the best tokens of this step, best first.
     """
 
     index: int
     token: TokenScore
     text: str
+    piece: str = ""
     top: tuple[TokenScore, ...] = ()
 
 

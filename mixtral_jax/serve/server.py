@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 
 import uvicorn
@@ -14,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from mixtral_jax.errors import IO_ERROR, MixtralError
+from mixtral_jax.errors import INTERNAL, IO_ERROR, OK, MixtralError
 from mixtral_jax.serve import logs
 from mixtral_jax.serve.exposition import CONTENT_TYPE
 from mixtral_jax.serve.options import HttpFlags, ServeOptions
@@ -22,6 +23,7 @@ from mixtral_jax.serve.protocol import protocol_of
 from mixtral_jax.serve.service import Service
 
 _BACKLOG = 2048
+_ATTEND_SECONDS = 0.2
 _LAST_SECONDS = 5  # for answers to be read after everything is generated
 
 
@@ -59,6 +61,21 @@ class Server(uvicorn.Server):
         self._service: Service = app.state.service
         self._seconds = flags.graceful_termination_timeout
         self._leaving = False
+        self.has_failed = False
+
+    def attend(self) -> None:
+        """Says when the engine is ready, and ends the server once it has failed."""
+        engine, start, is_told = self._service.engine, time.monotonic(), False
+        while not self.should_exit:
+            state = engine.state()
+            if state == "ready" and not is_told:
+                logs.event("ready", seconds=round(time.monotonic() - start, 1))
+                is_told = True
+            if state == "failed" and not self._leaving:
+                self.has_failed = True
+                logs.event("the engine has failed: ending")
+                self.should_exit = True  # whoever waits has been told; answers are sent first
+            time.sleep(_ATTEND_SECONDS)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Takes SIGTERM and SIGINT."""
@@ -107,14 +124,19 @@ def bind(flags: HttpFlags) -> socket.socket:
     return made
 
 
-def serve(app: FastAPI, options: ServeOptions, listening: socket.socket) -> None:
-    """Serves until a signal says otherwise; then closes the engine."""
+def serve(app: FastAPI, options: ServeOptions, listening: socket.socket) -> int:
+    """Serves until a signal says otherwise, or the engine fails; then closes the engine.
+
+    Returns:
+        The exit code: 70 if the engine failed, so that whoever watches starts another.
+    """
     service: Service = app.state.service
     server = Server(app, options)
     watching = watch(service, options)
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logs.event("listening", url=f"http://{shown}:{port}", model=service.engine.model.name)
+    threading.Thread(target=server.attend, name="attend", daemon=True).start()
     try:
         server.run(sockets=[listening])
     finally:
@@ -122,7 +144,9 @@ def serve(app: FastAPI, options: ServeOptions, listening: socket.socket) -> None
             watching.should_exit = True
         service.engine.close()
         service.tracing.close()
-    logs.event("ended")
+    code = INTERNAL if server.has_failed else OK
+    logs.event("ended", code=code)
+    return code
 
 
 def watch(service: Service, options: ServeOptions) -> uvicorn.Server | None:

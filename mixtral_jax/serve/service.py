@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
+from collections.abc import Iterable
 
 from starlette.requests import Request
 
@@ -61,6 +62,19 @@ class Service:
             message = "this checkpoint has no tokenizer; fix: send token ids to /v1/completions"
             raise Failure("validation", message)
         return self.tokenizer
+
+    def check_size(self, name: str, texts: Iterable[str]) -> None:
+        """Refuses texts that are too long however they are cut, before time goes into cutting them.
+
+        Raises:
+            Failure: they have more tokens than a prompt may have.
+        """
+        num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        fewest = num_bytes // self.text_tokenizer().longest_piece
+        most = self.engine.limits.max_input_tokens
+        if fewest > most:
+            message = f"{name}: expected at most {most} tokens, got {fewest} or more"
+            raise Failure("validation", f"{message}; fix: shorten the prompt", param=name)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as a user writes it, <s> first: <s> and its kin become their ids.

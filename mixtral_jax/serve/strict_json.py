@@ -65,8 +65,9 @@ def _check_depth(body: bytes, max_depth: int) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        # ``add`` gives None: the first name that was seen before.
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise BadJSONError(f"body: expected each key once, got {twice[:60]!r} twice in one object")
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from typing import Any, TypeAlias
 
 from mixtral_jax.decode.controls import NUM_BEST, NUM_BIASES
 from mixtral_jax.decode.sampling import SamplingOptions
@@ -14,6 +14,8 @@ from mixtral_jax.serve.grammar import Matcher
 from mixtral_jax.serve.request import NUM_SEEDS, Refused, ServeRequest, ServeSampling
 from mixtral_jax.serve.scheduler import Admitted, Job
 from mixtral_jax.serve.ticket import EngineTicket
+
+Pairs: TypeAlias = list[tuple[int, float]]  # token ids and log-probabilities, best first
 
 _SHARED = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MOST_BIAS = 100.0
@@ -36,6 +38,7 @@ class Work:
         digests: of its prompt's whole chunks.
         num_cached: tokens that came out of the prefix cache.
         prompt_logprobs: of the tokens after the first, where asked for.
+        prompt_best: the likeliest tokens at each of those places, where asked for.
         began: when reading began.
         first_token: when the first token was there.
     """
@@ -51,6 +54,7 @@ class Work:
     digests: list[bytes] = dataclasses.field(default_factory=list)
     num_cached: int = 0
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
+    prompt_best: list[Pairs] = dataclasses.field(default_factory=list)
     began: float = 0.0
     first_token: float = 0.0
 

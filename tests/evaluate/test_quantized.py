@@ -14,6 +14,7 @@ import mixtral_jax as mj
 from examples.tiny import data
 from mixtral_jax import cli
 from mixtral_jax.convert.manifest import read_manifest
+from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.evaluate.perplexity import perplexity
 from mixtral_jax.evaluate.table import parse_schemes
 from mixtral_jax.evaluate.windows import Windowing
@@ -147,3 +148,17 @@ def test_every_scheme_of_the_quantize_command_has_a_name():
     known = get_type_hints(quantize.Options)["scheme"]
     assert schemes == set(spelling._literals(known))
     assert parse_schemes(",".join(spelling.names())) == spelling.names()
+
+
+def test_options_of_a_run_are_none_of_a_scheme():
+    for word in ("int4:format=gptq", "int4:format", "gptq4:src=x", "int8:json"):
+        with pytest.raises(MixtralError, match="options among") as caught:
+            parse_schemes(word)
+        assert caught.value.code == USAGE
+
+
+def test_options_that_need_text_are_taken_with_text():
+    words = ("qmoe:act-order", "qmoe:damp=0.2", "gptq3:act-order", "int8")
+    assert parse_schemes(",".join(words), Path("calibration.jsonl")) == words
+    with pytest.raises(MixtralError, match="calibration"):
+        parse_schemes("qmoe:act-order")

@@ -58,8 +58,8 @@ def run(*arguments: str) -> int:
     return cli.run(main, Options, "python -m mixtral_jax.quantize", arguments)
 
 
-def tokens(lm) -> list:
-    found = lm.generate(prompt_token_ids=PROMPTS, max_new_tokens=6, temperature=0, ignore_eos=True)
+def tokens(lm, prompts=PROMPTS) -> list:
+    found = lm.generate(prompt_token_ids=prompts, max_new_tokens=6, temperature=0, ignore_eos=True)
     return [completion.token_ids for completion in found]
 
 
@@ -68,6 +68,16 @@ def test_logits_are_the_same_on_every_mesh_of_whole_experts(made):
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], atol=2e-4)
         np.testing.assert_array_equal(other.argmax(-1), found[0].argmax(-1))
+
+
+@pytest.mark.parametrize("kernels", ["visit", "gpu"])
+def test_a_row_decodes_as_its_logits_say(made, kernels):
+    """Few rows take other kernels than prompts do."""
+    lm = mj.load(made, mesh="1x1", dtype="float32", kernels=kernels)
+    (written,) = tokens(lm, PROMPTS[:1])
+    whole = [*PROMPTS[0], *written]
+    best = lm.logits([whole])[0].argmax(-1)
+    assert list(best[len(PROMPTS[0]) - 1 : -1]) == list(written)
 
 
 @pytest.mark.slow

@@ -121,11 +121,14 @@ def test_scores_are_those_of_teacher_forcing(small_engine, small_lm):
     assert prompt[0].logprob is None
     got = [score.logprob for score in prompt[1:]] + list(last.logprobs)
     np.testing.assert_allclose(got, expected, atol=LOGPROB_TOLERANCE)
-    for event, row in zip(tokens, logprobs[len(asked.prompt_ids) - 1 :], strict=False):
-        assert len(event.top) == 5
-        ids = [score.id for score in event.top]
+    assert started.prompt_top_logprobs[0] == ()  # nothing predicts a first token
+    tops = [*started.prompt_top_logprobs[1:], *(event.top for event in tokens)]
+    assert len(tops) == len(whole) - 1
+    for top, row in zip(tops, logprobs, strict=False):
+        assert len(top) == 5
+        ids = [score.id for score in top]
         np.testing.assert_allclose(
-            [score.logprob for score in event.top], np.sort(row)[::-1][:5], atol=LOGPROB_TOLERANCE
+            [score.logprob for score in top], np.sort(row)[::-1][:5], atol=LOGPROB_TOLERANCE
         )
         np.testing.assert_allclose(row[ids], np.sort(row)[::-1][:5], atol=LOGPROB_TOLERANCE)
     assert answer(small_engine, dataclasses.replace(asked)).token_ids == last.token_ids

@@ -8,30 +8,32 @@ from typing import cast
 
 import pytest
 
-from mixtral_jax.kernels.scaled_kv import KVDtype
+from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.sharding.strategy import Strategy
 from tests.models import random_model
 from tests.serve.conftest import SMALL
 from tests.serve.requests import finished, mixed_request
 from tests.slow import mostly_slow
 
-MESHES = ["1x8", "2x4", "2x2x2", "1x8 int8", "2x4 fp8"]
+MESHES = ["1x8", "2x4", "2x2x2", "1x8 int8", "2x4 fp8", "1x2 tensor", "1x2x2 tensor"]
 
 
 @pytest.mark.parametrize("case", mostly_slow(MESHES, ["2x4"]))
 def test_a_mesh_changes_no_token(make_engine, small_config, case):
     mesh, _, codes = case.partition(" ")
-    kv_dtype = cast(KVDtype, codes) if codes else None
+    kv_dtype = cast(KVDtype, codes) if codes in KV_DTYPES else None
+    strategy = Strategy(attention="tensor" if codes == "tensor" else "data")
     config = small_config(initializer_range=0.2, max_position_embeddings=512, num_hidden_layers=1)
     model, spec = random_model(config), MeshSpec.parse(mesh)
     built = spec.build()
     on_mesh = LanguageModel(
-        place(model, built),
+        place(model, built, strategy=strategy),
         tokenizer=None,
-        placement=MeshPlacement(built),
+        placement=MeshPlacement(built, strategy=strategy),
         spec=spec,
         kv_dtype=kv_dtype,
     )

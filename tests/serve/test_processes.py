@@ -6,10 +6,12 @@ import json
 import signal
 import sys
 
+import httpx
 import pytest
 
 from mixtral_jax.errors import PEER_LOST
-from tests.sharding.processes import finish, start
+from tests.serve.http.live import wait_until
+from tests.sharding.processes import finish, free_port, start
 
 SERVE = """
 import sys, json, time, random
@@ -64,6 +66,33 @@ def test_two_processes_answer_as_one():
     answers = [json.loads(p.stdout.splitlines()[-1]) for p in (alone, ended[0])]
     assert answers[0] == answers[1]
     assert len(answers[0]) == 6
+
+
+@pytest.mark.slow
+def test_the_command_serves_with_two_processes_and_all_end_well_together():
+    port = free_port()
+    arguments = ["-m", "mixtral_jax.serve", "--mesh", "1x8", "--port", str(port)]
+    arguments += ["--max-total-tokens", "128", "--json-output"]
+    processes = start(arguments)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            wait_until(lambda: _is_ready(client), seconds=400)
+            body = {"messages": [{"role": "user", "content": "What is 12 + 30?"}], "max_tokens": 8}
+            answer = client.post("/v1/chat/completions", json=body | {"temperature": 0}).json()
+        assert answer["choices"][0]["message"]["content"] == "42"
+        for process in processes[::-1]:  # as a cluster does: all of a group at once
+            process.send_signal(signal.SIGTERM)
+    finally:
+        ended = finish(processes, seconds=60 if sys.exc_info()[0] is None else 1)
+    for process in ended:
+        assert process.code == 0, process.stderr
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.slow

@@ -116,6 +116,8 @@ def chat_ids(
     """
     tokenizer = service.text_tokenizer()
     is_open = messages[-1].get("role") == "assistant"
+    contents = (message.get("content") for message in messages)
+    service.check_size("messages", (text for text in contents if isinstance(text, str)))
     try:
         return encode_chat(tokenizer, messages, tools=tools or None, continue_final_message=is_open)
     except MixtralError as error:
@@ -161,10 +163,11 @@ def _logprobs(job: Job, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
 
 def _scored(token: TokenScore) -> dict[str, Any]:
     logprob = finite(token.logprob)
+    is_part = token.byte is not None
     return {
         "token": token.text,
         "logprob": -9999.0 if logprob is None else logprob,
-        "bytes": list(token.text.encode("utf-8")),
+        "bytes": [token.byte] if is_part else list(token.text.encode("utf-8")),
     }
 
 

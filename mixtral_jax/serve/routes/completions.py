@@ -142,6 +142,7 @@ def _prompts(service: Service, prompt: Any) -> list[Prompt]:
 
 
 def _text_prompt(service: Service, text: str) -> Prompt:
+    service.check_size("prompt", [text])
     # The <s> is the model's need and no part of the text, unless it is written there.
     return Prompt(ids=service.encode(text), added=0 if text.startswith("<s>") else 1, text=text)
 
@@ -190,13 +191,22 @@ def _logprobs(
     offsets, at = [], 0
     for score in scores:
         offsets.append(at)
-        at += 0 if score.is_special else len(score.text)  # control pieces are not in the text
+        at += _length(score)
     return {
         "tokens": [score.text for score in scores],
         "token_logprobs": [finite(score.logprob) for score in scores],
         "top_logprobs": tops if job.body.logprobs else None,
         "text_offset": offsets,
     }
+
+
+def _length(score: TokenScore) -> int:
+    """Characters that a token adds to the text; those of several bytes count with their first."""
+    if score.is_special:
+        return 0
+    if score.byte is None:
+        return len(score.text)
+    return 0 if 0x80 <= score.byte < 0xC0 else 1
 
 
 def _top(token: TokenScore, top: Sequence[TokenScore]) -> dict[str, float]:
@@ -213,7 +223,7 @@ def _prompt_tops(
     job: Job, answer: Answer, scores: Sequence[TokenScore]
 ) -> list[dict[str, float] | None]:
     """The best tokens at each echoed position; None for a first one, which nothing predicts."""
-    tops = getattr(answer.started, "prompt_top_logprobs", None)
+    tops = None if answer.started is None else answer.started.prompt_top_logprobs
     if tops is None:
         return [None] * len(scores)
     tops = tops[len(tops) - len(scores) :]

@@ -109,6 +109,8 @@ def plan(request: Request, body: GenerateRequest, *, is_stream: bool) -> Job:
     service.check_ready()
     check_names(request, body)
     parameters = body.parameters
+    if parameters.truncate is None:
+        service.check_size("inputs", [body.inputs])
     prompt_ids = truncated(service.encode(body.inputs), parameters.truncate)
     sampling = tgi_sampling(service, parameters, num_prompt=len(prompt_ids), is_stream=is_stream)
     adapter = parameters.adapter_id
@@ -137,24 +139,28 @@ async def _frames(service: Service, job: Job, asking: Asking) -> AsyncGenerator[
     eos_ids = service.engine.model.eos_ids
     is_open = bool(sampling.stop) or sampling.grammar is not None
     held: TokenEvent | None = None
+    sent = 0  # characters
     async with contextlib.aclosing(asking.events()) as events:
         async for _, event in events:
             if isinstance(event, TokenEvent):
                 if held is not None:
-                    yield frame(_event(job, held), "tgi")
+                    yield frame(_event(job, held, held.piece), "tgi")
+                    sent += len(held.piece)
                 held = event
                 may_end = event.index + 1 >= sampling.max_new_tokens or event.token.id in eos_ids
                 if not (is_open or may_end):
-                    yield frame(_event(job, held), "tgi")
+                    yield frame(_event(job, held, held.piece), "tgi")
+                    sent += len(held.piece)
                     held = None
             elif isinstance(event, Finished):
-                yield frame(_last_event(job, asking.answers[0], held), "tgi")
+                yield frame(_last_event(job, asking.answers[0], held, event.text[sent:]), "tgi")
 
 
-def _event(job: Job, event: TokenEvent) -> dict[str, Any]:
+def _event(job: Job, event: TokenEvent, piece: str) -> dict[str, Any]:
+    """``piece``: what the token adds to the text, so that clients may join them."""
     value: dict[str, Any] = {
         "index": event.index + 1,  # TGI counts from 1
-        "token": token_json(event.token),
+        "token": token_json(event.token, piece),
         "generated_text": None,
         "details": None,
     }
@@ -163,12 +169,12 @@ def _event(job: Job, event: TokenEvent) -> dict[str, Any]:
     return value
 
 
-def _last_event(job: Job, answer: Answer, held: TokenEvent | None) -> dict[str, Any]:
+def _last_event(job: Job, answer: Answer, held: TokenEvent | None, rest: str) -> dict[str, Any]:
     end = answer.end
     if held is None:
         score = TokenScore(id=0, text="", logprob=0.0, is_special=True)
         held = TokenEvent(index=len(end.token_ids), token=score, text="")
-    value = _event(job, held)
+    value = _event(job, held, rest)
     value["generated_text"] = job.prefix + end.text
     value["details"] = {
         "finish_reason": end.reason,
@@ -179,11 +185,11 @@ def _last_event(job: Job, answer: Answer, held: TokenEvent | None) -> dict[str, 
     return value
 
 
-def token_json(token: TokenScore) -> dict[str, Any]:
-    """A generated token."""
+def token_json(token: TokenScore, piece: str | None = None) -> dict[str, Any]:
+    """A generated token; ``piece`` is what it adds to the text, where that is known."""
     return {
         "id": token.id,
-        "text": token.text,
+        "text": token.text if piece is None or token.is_special else piece,
         "logprob": finite(token.logprob),
         "special": token.is_special,
     }
@@ -199,7 +205,7 @@ def _details(answer: Answer) -> dict[str, Any]:
             {"id": score.id, "text": score.text, "logprob": finite(score.logprob)}
             for score in answer.prompt_scores
         ],
-        "tokens": [token_json(event.token) for event in answer.tokens],
+        "tokens": [token_json(event.token, event.piece) for event in answer.tokens],
     }
     if answer.request.sampling.top_logprobs:
         details["top_tokens"] = [

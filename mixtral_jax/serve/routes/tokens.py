@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -38,10 +39,12 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         raise Failure("validation", "body: expected one of inputs and prompt")
     if body.inputs is not None:
         most = body.parameters.truncate if body.parameters else None
-        ids = truncated(service.encode(body.inputs), most)
-        return Json(simple_tokens(service.text_tokenizer(), ids))
+        # In a thread: a text may be as long as a body, and others are being answered.
+        ids = truncated(await run_in_threadpool(service.encode, body.inputs), most)
+        tokens = await run_in_threadpool(simple_tokens, service.text_tokenizer(), ids)
+        return await run_in_threadpool(Json, tokens)
     text = body.prompt or ""
-    ids = service.encode(text)
+    ids = await run_in_threadpool(service.encode, text)
     if not body.add_special_tokens and not text.startswith("<s>"):
         ids = ids[1:]
     most = service.engine.limits.max_total_tokens
@@ -56,7 +59,7 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     most = tokenizer.vocab_size
     if any(token_id >= most for token_id in body.tokens):
         raise Failure("validation", f"tokens: expected ids below {most}, got {max(body.tokens)}")
-    return Json({"prompt": tokenizer.decode(body.tokens)})
+    return Json({"prompt": await run_in_threadpool(tokenizer.decode, body.tokens)})
 
 
 @router.get("/tokenizer_info", responses={200: {"description": "Special tokens"}})

@@ -98,15 +98,21 @@ class FakeTicket:
         yield from self._events()
         self._engine.release(self)
 
+    def _top(self, token_id: int) -> tuple[TokenScore, ...]:
+        best = [self._score(token_id + n) for n in range(self.request.sampling.top_logprobs)]
+        return tuple(dataclasses.replace(s, logprob=-0.5 - n) for n, s in enumerate(best))
+
     def _events(self) -> Iterator[Event]:
         sampling, tokenizer = self.request.sampling, self._engine.tokenizer
         prompt = () if self.request.is_answer else self.request.prompt_ids
         stream = TextStream(tokenizer, prompt, sampling.stop)
-        scores = None
+        scores = tops = None
         if sampling.prompt_logprobs:
             known = [self._score(token_id) for token_id in self.request.prompt_ids]
             scores = (dataclasses.replace(known[0], logprob=None), *known[1:])
-        yield Started(queue_seconds=0.001, prompt_logprobs=scores)
+            if sampling.top_logprobs:
+                tops = ((), *(self._top(score.id) for score in scores[1:]))
+        yield Started(queue_seconds=0.001, prompt_logprobs=scores, prompt_top_logprobs=tops)
         made: list[int] = []
         reason = None
         for token_id in self.script.token_ids:
@@ -117,10 +123,11 @@ class FakeTicket:
             self.made = len(made)
             is_end = token_id == tokenizer.eos_id and not sampling.ignore_eos
             text = "" if is_end else stream.push(token_id)
-            best = [self._score(token_id + n) for n in range(sampling.top_logprobs)]
-            top = tuple(dataclasses.replace(s, logprob=-0.5 - n) for n, s in enumerate(best))
+            piece = "" if is_end else stream.piece
+            top = self._top(token_id)
             self.is_done = is_end or stream.is_stopped or len(made) >= sampling.max_new_tokens
-            yield TokenEvent(index=len(made) - 1, token=self._score(token_id), text=text, top=top)
+            token = self._score(token_id)
+            yield TokenEvent(index=len(made) - 1, token=token, text=text, piece=piece, top=top)
             if self.is_done:
                 reason = "eos_token" if is_end else "length"
                 reason = "stop_sequence" if stream.is_stopped else reason
@@ -129,7 +136,7 @@ class FakeTicket:
         tail = stream.flush()
         yield Finished(
             reason=reason,
-            text=stream.text,
+            text=stream.text + (stream.stopped_by if sampling.include_stop else ""),
             token_ids=tuple(made),
             logprobs=(self.script.logprob,) * len(made),
             tail=tail,
@@ -147,7 +154,11 @@ class FakeTicket:
         is_special = tokenizer.is_control(token_id)
         text = tokenizer.pieces[token_id] if is_special else tokenizer.text_of(token_id)
         return TokenScore(
-            id=token_id, text=text, logprob=self.script.logprob, is_special=is_special
+            id=token_id,
+            text=text,
+            logprob=self.script.logprob,
+            is_special=is_special,
+            byte=tokenizer.byte_of(token_id),
         )
 
 

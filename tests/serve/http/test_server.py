@@ -16,9 +16,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mixtral_jax.errors import IO_ERROR, MixtralError
+from mixtral_jax.errors import INTERNAL, IO_ERROR, MixtralError
 from mixtral_jax.serve.options import HttpFlags
-from mixtral_jax.serve.server import bind
+from mixtral_jax.serve.server import bind, serve
+from tests.serve.http.fake import options
 from tests.serve.http.live import serving, wait_until
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +121,24 @@ def test_an_engine_that_dies_answers_everyone(engine):
         assert sum("unhealthy" in line for line in lines) == 3
         assert client.get("/health").status_code == 503
         assert client.get("/live").status_code == 503
+
+
+def test_a_server_whose_engine_died_ends_and_says_so(engine):
+    """Else whoever watches the process would not start another, and followers would wait."""
+    from mixtral_jax.serve.app import create_app
+
+    asked = options(port=0)
+    listening = bind(asked.http)
+    port = listening.getsockname()[1]
+    app = create_app(engine, engine.tokenizer, asked)
+    codes: list[int] = []
+    thread = threading.Thread(target=lambda: codes.append(serve(app, asked, listening)))
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        wait_until(lambda: client.get("/health").status_code == 200)
+        engine.die()
+        thread.join(20)
+    assert codes == [INTERNAL]
 
 
 def test_what_speaks_http_needs_no_jax():

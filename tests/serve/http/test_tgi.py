@@ -147,6 +147,21 @@ async def test_a_stream_is_one_event_per_token_and_the_last_has_everything(
     assert found[-1]["generated_text"] == whole.json()["generated_text"]
 
 
+@pytest.mark.parametrize("stop", [[], ["STOP"], ["zzz"]])
+async def test_the_texts_of_streamed_tokens_add_up_to_the_answer(client, engine, stop):
+    """As clients join them: lines and characters of several bytes are pieces of bytes."""
+    text = "ab\ncd 🎉 STOP ef"
+    assert {V1.byte_of(i) for i in V1.encode(text)} >= {0x0A, 0xF0}
+    engine.say(text)
+    body = {"inputs": "Hi", "parameters": {"stop": stop, "max_new_tokens": 100, "details": True}}
+    found = events((await client.post("/generate_stream", json=body)).text)
+    joined = "".join(event["token"]["text"] for event in found if not event["token"]["special"])
+    assert joined == found[-1]["generated_text"]
+    whole = (await client.post("/generate", json=body)).json()
+    tokens = [token["text"] for token in whole["details"]["tokens"] if not token["special"]]
+    assert "".join(tokens) == whole["generated_text"] == joined
+
+
 async def test_a_token_is_sent_before_the_next_one_is_made(engine):
     """Streams hold nothing back, unless a token may be the last one."""
     engine.say("Hello, world", delay=0.05)
@@ -264,10 +279,24 @@ async def test_unknown_parameters_are_named_in_the_answer(client):
 
 
 async def test_a_name_cannot_leave_its_header(client):
-    body = {"inputs": "Hi", "a\r\nset-cookie: b": 1}
+    body = {"inputs": "Hi", "a\r\nset-cookie: b": 1, "": 1, "x ": 1, "é, b": 1}
     answer = await client.post("/generate", json=body)
-    assert answer.headers["x-ignored-parameters"] == "a\\r\\nset-cookie: b"
+    shown = "a%0D%0Aset-cookie%3A%20b, %00, x%20, %C3%A9%2C%20b"
+    assert answer.headers["x-ignored-parameters"] == shown
     assert "set-cookie" not in answer.headers
+
+
+async def test_a_prompt_that_is_too_long_however_it_is_cut_is_refused_uncut(
+    client, engine, monkeypatch
+):
+    most = engine.limits.max_input_tokens
+    monkeypatch.setattr(type(V1), "encode", None)  # whoever cuts it fails
+    text = "a" * (V1.longest_piece * (most + 1))
+    answer = await client.post("/generate", json={"inputs": text})
+    assert answer.status_code == 422
+    assert f"at most {most} tokens, got {most + 1} or more" in answer.json()["error"]
+    body = {"messages": [{"role": "user", "content": text}]}
+    assert (await client.post("/v1/chat/completions", json=body)).status_code == 400
 
 
 async def test_a_failure_is_424_and_in_a_stream_the_last_event(client, engine):
