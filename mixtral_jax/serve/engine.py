@@ -18,6 +18,7 @@ from mixtral_jax.serve.answer import Answer
 from mixtral_jax.serve.commands import Command, Stop
 from mixtral_jax.serve.device import Device, warm
 from mixtral_jax.serve.follow import tell as tell_others
+from mixtral_jax.serve.grammar import GrammarCompiler, Matcher
 from mixtral_jax.serve.limits import EngineOptions, plan_limits
 from mixtral_jax.serve.loop import Loop, LoopFacts
 from mixtral_jax.serve.metrics import Metrics
@@ -26,11 +27,12 @@ from mixtral_jax.serve.request import (
     EngineState,
     EngineStats,
     Failed,
+    Grammar,
     ModelFacts,
     Refused,
     ServeRequest,
 )
-from mixtral_jax.serve.scheduler import Scheduler
+from mixtral_jax.serve.scheduler import Job, Scheduler
 from mixtral_jax.serve.ticket import EngineTicket
 from mixtral_jax.serve.work import Work, check_sampling
 from mixtral_jax.tokenizer import Tokenizer
@@ -102,7 +104,7 @@ class Engine:
         self._metrics = Metrics(config.num_hidden_layers, config.num_local_experts)
         self._prefixes = PrefixCache(self._options.prefix_cache_bytes)
         self._compiled = 0
-        self._grammars: Any = None
+        self._grammars: GrammarCompiler | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="mixtral_jax engine")
 
     def start(self, *, wait: bool = False) -> None:
@@ -138,36 +140,43 @@ class Engine:
         answer = Answer(request, tokenizer, frozenset(self.model.eos_ids))
         matcher = None
         if sampling.grammar is not None:
-            matcher = self._compiler().compile(sampling.grammar)
+            # Who finds no room must not cost anything.
+            job = Job(ticket, len(request.prompt_ids), sampling.max_new_tokens)
+            self._count_refusal(lambda: self._scheduler.check(job))
+            matcher = self._compile(sampling.grammar)
         names = (None, *self.model.adapters)
         work = Work(request, ticket, answer, matcher, adapter=names.index(request.adapter_id))
         with self._changed:
             self._check_state()
-            try:
-                self._scheduler.submit(work.job)
-            except Refused as refused:
-                self._metrics.count(f"refused_{refused.kind}")
-                raise
+            self._count_refusal(lambda: self._scheduler.submit(work.job))
             self._works[ticket] = work
             self._metrics.count("requests")
             self._changed.notify_all()
         return ticket
 
-    def _compiler(self) -> Any:
-        with self._changed:
-            if self._grammars is None:
-                try:
-                    from mixtral_jax.serve.grammar import GrammarCompiler
+    def _count_refusal(self, ask: Callable[[], None]) -> None:
+        try:
+            ask()
+        except Refused as refused:
+            self._metrics.count(f"refused_{refused.kind}")
+            raise
 
-                    assert self._lm.tokenizer is not None
-                    model = self.model
-                    self._grammars = GrammarCompiler(
-                        self._lm.tokenizer, model.vocab_size, model.eos_ids
-                    )
-                except ImportError:
-                    fix = "fix: pip install mixtral-jax[serve]"
-                    raise Refused("invalid", f"grammar: needs llguidance; {fix}") from None
-            return self._grammars
+    def _compile(self, grammar: Grammar) -> Matcher:
+        if self._grammars is None:
+            fix = "fix: pip install mixtral-jax[serve]"
+            needs = "llguidance and a model with an end-of-text token"
+            raise Refused("invalid", f"grammar: needs {needs}; {fix}")
+        return self._grammars.compile(grammar)
+
+    def _make_compiler(self) -> GrammarCompiler | None:
+        """Before it is ready, since the tables of a large vocabulary take a second."""
+        model, tokenizer = self.model, self._lm.tokenizer
+        if tokenizer is None or not model.eos_ids:
+            return None
+        try:
+            return GrammarCompiler(tokenizer, model.vocab_size, model.eos_ids)
+        except ImportError:
+            return None
 
     def _check_state(self) -> None:
         state = self._state
@@ -244,6 +253,7 @@ class Engine:
 
     def _work(self) -> None:
         num_compiled()  # begins to count
+        self._grammars = self._make_compiler()
         device = Device(self._lm.model, self._lm.placement, self._plan)
 
         def execute(command: Command) -> Any:

@@ -6,6 +6,7 @@ bytes of the text, however tokens divide it.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from mixtral_jax.tokenizer import SPACE, Tokenizer
 MOST_SCHEMA_BYTES = 1 << 16
 MOST_REGEX_BYTES = 1 << 12
 MOST_DEPTH = 64
+_MOST_KEPT = 32  # compiled grammars
 _LIMITS = {
     "initial_lexer_fuel": 400_000,
     "step_lexer_fuel": 200_000,
@@ -48,8 +50,8 @@ class Vocabulary:
                 self.special_token_ids.append(token_id)
                 text = f"<|{token_id}|>".encode()
             self.tokens.append(text)
-        known = range(vocab_size)
-        self._ids = {self.tokens[i]: i for i in known if i not in set(self.special_token_ids)}
+        special = set(self.special_token_ids)
+        self._ids = {self.tokens[i]: i for i in range(vocab_size) if i not in special}
         self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes) -> list[int]:
@@ -111,7 +113,7 @@ class Matcher:
 
 
 class GrammarCompiler:
-    """Makes matchers; thread-safe.
+    """Makes matchers; thread-safe. Keeps the grammars that were last used.
 
     Args:
         tokenizer: of the model.
@@ -130,13 +132,17 @@ class GrammarCompiler:
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(vocabulary), n_vocab=vocab_size, eos_token=sorted(eos_ids)
         )
+        self._start = functools.lru_cache(_MOST_KEPT)(self._compile)
 
     def compile(self, grammar: Grammar) -> Matcher:
-        """A matcher at the start of a grammar.
+        """A matcher of its own at the start of a grammar.
 
         Raises:
             Refused: ``invalid`` for a grammar that is none, or larger than the limits.
         """
+        return Matcher(self._start(grammar).deep_copy(), self._vocab_size)
+
+    def _compile(self, grammar: Grammar) -> Any:
         library = self._lib
         matcher = library.LLMatcher(
             self._tokenizer,
@@ -144,16 +150,15 @@ class GrammarCompiler:
             log_level=0,
             limits=library.LLParserLimits(**_LIMITS),
         )
-        made = Matcher(matcher, self._vocab_size)
         fault = matcher.get_error() if matcher.is_error() else ""
         if not fault:
             try:
-                made.mask()
+                Matcher(matcher, self._vocab_size).mask()
             except ValueError as error:
                 fault = str(error)
         if fault:
             raise _refusal(grammar, fault)
-        return made
+        return matcher
 
     def _source(self, grammar: Grammar) -> str:
         make = self._lib.LLMatcher

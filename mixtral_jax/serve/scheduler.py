@@ -95,8 +95,8 @@ class Scheduler:
         with self._lock:
             return sum(self._places[key].job.prompt_tokens for key in self._reading)
 
-    def submit(self, job: Job) -> None:
-        """Takes a request into the queue.
+    def check(self, job: Job) -> None:
+        """Whether ``submit`` would take a request now.
 
         Raises:
             Refused: ``invalid`` if it can never run, ``overloaded`` if too many wait.
@@ -122,6 +122,11 @@ class Scheduler:
                     f"the server is full: {limits.max_concurrent_requests} requests wait or run; "
                     "fix: come again later",
                 )
+
+    def submit(self, job: Job) -> None:
+        """Takes a request into the queue, or raises as ``check`` does."""
+        with self._lock:
+            self.check(job)
             self._waiting.append(job)
 
     def admit(self) -> list[Admitted]:

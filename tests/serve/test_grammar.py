@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -15,6 +16,7 @@ import pytest
 from mixtral_jax.serve.grammar import GrammarCompiler
 from mixtral_jax.serve.request import Grammar, Refused, ServeRequest, ServeSampling
 from mixtral_jax.tokenizer import Tokenizer
+from tests.serve.conftest import TEXT
 from tests.serve.requests import finished
 
 
@@ -124,6 +126,42 @@ def test_text_streams_and_seeds_hold_on_the_embedded_model(tiny_engine, tiny_lm)
         theirs = tiny_lm.generate([text], **fields)[0]
         assert last.text == theirs.generated_text
         assert (list(last.token_ids), last.reason) == (theirs.token_ids, theirs.finish_reason)
+
+
+def grammar_request(lm, pattern: str, **fields) -> ServeRequest:
+    grammar = Grammar(kind="regex", text=pattern)
+    sampling = ServeSampling(max_new_tokens=40, temperature=1.0, grammar=grammar, **fields)
+    return ServeRequest(prompt_ids=tuple(lm.encode("Tell me:")), sampling=sampling)
+
+
+def test_samples_of_one_grammar_compile_it_once(text_engine, text_lm, monkeypatch):
+    compiled, source = [], GrammarCompiler._source
+
+    def spy(self, grammar):
+        compiled.append(grammar)
+        return source(self, grammar)
+
+    monkeypatch.setattr(GrammarCompiler, "_source", spy)
+    pattern = "(one|two|three){1,4}"
+    tickets = [text_engine.submit(grammar_request(text_lm, pattern, seed=i)) for i in range(8)]
+    texts = [finished(ticket).text for ticket in tickets]
+    assert len(compiled) == 1
+    assert len(set(texts)) > 1
+    assert all(re.fullmatch(pattern, text) for text in texts)
+
+
+def test_who_is_refused_compiles_no_grammar(text_engine, text_lm, monkeypatch):
+    limits = dataclasses.replace(text_engine.limits, max_concurrent_requests=0)
+    monkeypatch.setattr(text_engine._scheduler, "limits", limits)
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda self, grammar: pytest.fail("compiled"))
+    with pytest.raises(Refused) as caught:
+        text_engine.submit(grammar_request(text_lm, "[ab]"))
+    assert caught.value.kind == "overloaded"
+
+
+def test_the_tables_of_grammars_are_made_before_the_first_of_them(make_engine, text_lm):
+    engine = make_engine(text_lm, TEXT)
+    assert engine._grammars is not None
 
 
 HOSTILE = {
