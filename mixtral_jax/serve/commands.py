@@ -115,8 +115,9 @@ _KINDS = {
 class Stepped:
     """What a Step wrote: numpy arrays over the rows of the pool.
 
-    ``best_ids`` and ``best_logprobs`` ``[B, steps, n]`` are None where no row wants them;
-    ``expert_counts`` ``[B, L, E]`` is None where no running row ended.
+    ``dropped`` and ``read_dropped`` ``[L]`` are what the pool, and reading prompts, left out so
+    far; ``expert_counts`` is ``[B, L, E]``; ``best_ids`` and ``best_logprobs`` ``[B, steps, n]``
+    are None where no row wants them.
     """
 
     tokens: np.ndarray
@@ -125,9 +126,10 @@ class Stepped:
     is_done: np.ndarray
     is_bad: np.ndarray
     dropped: np.ndarray
+    read_dropped: np.ndarray
+    expert_counts: np.ndarray
     best_ids: np.ndarray | None = None
     best_logprobs: np.ndarray | None = None
-    expert_counts: np.ndarray | None = None
 
 
 def to_json(command: Command) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class _Class:
         self.pool = programs.empty_pool(
             config, rows=spec.rows, slots=slots, dtype=dtype, placement=placement
         )
+        self._idle = row_controls([_IDLE], config.vocab_size)
         self.rows: RowControls = row_controls([_IDLE] * spec.rows, config.vocab_size)
         self.budget = np.zeros((spec.rows,), np.int32)
         self.adapters = np.zeros((spec.rows,), np.int32)
@@ -81,6 +82,15 @@ class _Class:
         self.rows = jax.tree.map(put, self.rows, one)
         self.budget = put(self.budget, np.asarray([budget]))
         self.adapters = put(self.adapters, np.asarray([adapter]))
+
+    def rows_where(self, is_running: np.ndarray) -> RowControls:
+        """The options of the rows that run; what others asked for would still cost every step."""
+
+        def chosen(column: np.ndarray, idle: np.ndarray) -> np.ndarray:
+            shape = (-1,) + (1,) * (column.ndim - 1)
+            return np.where(is_running.reshape(shape), column, idle)
+
+        return jax.tree.map(chosen, self.rows, self._idle)
 
 
 class Device:
@@ -220,14 +230,14 @@ class Device:
     def _step(self, command: commands.Step) -> Stepped:
         at = self._classes[command.class_id]
         num_rows = at.budget.shape[0]
-        running = list(command.running)
         stopped = np.ones((num_rows,), np.bool_)
-        stopped[running] = False
+        stopped[list(command.running)] = False
+        rows = at.rows_where(~stopped)
         hosts.begin_step()
         at.pool, written = programs.step(
             self.model,
             at.pool,
-            at.rows,
+            rows,
             self._mask(num_rows, command.masks),
             steps.Limits(at.budget, stopped, self._eos_ids),
             np.int32(command.num_steps),
@@ -235,25 +245,17 @@ class Device:
             placement=self.placement,
         )
         state = at.pool.decode
-        wants_best = bool(np.asarray(at.rows.wants_best)[running].any())
-        wanted = (
-            tuple(written.emitted),
-            (state.is_done, state.is_bad, state.dropped),
-            tuple(written.best) if wants_best else (None, None),
-        )
-        (tokens, logprobs, counts), (is_done, is_bad, dropped), best = hosts.fetch(wanted)
-        experts = hosts.fetch(state.expert_counts) if is_done[running].any() else None
-        return Stepped(
-            tokens=tokens,
-            logprobs=logprobs,
-            counts=counts,
-            is_done=is_done,
-            is_bad=is_bad,
-            dropped=dropped,
-            best_ids=best[0],
-            best_logprobs=best[1],
-            expert_counts=experts,
-        )
+        wanted = {
+            **written.emitted._asdict(),
+            "is_done": state.is_done,
+            "is_bad": state.is_bad,
+            "dropped": state.dropped,
+            "read_dropped": self._scratch.dropped,
+            "expert_counts": state.expert_counts,
+        }
+        if np.asarray(rows.wants_best).any():
+            wanted |= {"best_ids": written.best.ids, "best_logprobs": written.best.logprobs}
+        return Stepped(**hosts.fetch(wanted))
 
     def _mask(self, num_rows: int, masks: dict[int, np.ndarray]) -> Mask:
         bits = np.zeros((num_rows, num_words(self.config.vocab_size)), np.uint32)
@@ -273,7 +275,9 @@ def warm(device: Device, execute: Callable[[Command], Any]) -> None:
     for size in plan.sizes:
         execute(commands.Read(tokens=np.zeros((rows, size), np.int32), counts=counts))
     tokens = np.zeros((rows, plan.chunk), np.int32)
-    execute(commands.Read(tokens=tokens, counts=counts, targets=tokens))
+    for wants_best in (False, True):
+        read = commands.Read(tokens=tokens, counts=counts, targets=tokens, wants_best=wants_best)
+        execute(read)
     if device.slots >= plan.chunk:
         execute(commands.Keep(row=0, start=0, block_id=0))
         execute(commands.Restore(row=0, start=0, block_id=0, tokens=(0,) * plan.chunk))

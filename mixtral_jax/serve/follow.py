@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.serve.commands import Command, Stop, from_json, to_json
@@ -42,7 +43,7 @@ def _leave_signals_to_first() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         before = signal.getsignal(number)
 
-        def once(got: int, frame: FrameType | None, before: signal.Handlers = before) -> None:
+        def once(got: int, frame: FrameType | None, before: Any = before) -> None:
             signal.signal(got, before)
 
         signal.signal(number, once)

@@ -239,6 +239,7 @@ class Loop:
         self._metrics.observe("decode_step_seconds", (now - started) / max(taken, 1))
         self._metrics.observe("batch_size", len(works))
         self._metrics.set_dropped(class_id, stepped.dropped)
+        self._metrics.set_dropped(None, stepped.read_dropped)
         for row, work in list(works.items()):
             self._take(work, row, stepped, started, now)
         self._metrics.observe("text_seconds", time.monotonic() - now)
@@ -247,6 +248,7 @@ class Loop:
     def _take(self, work: Work, row: int, stepped: Stepped, started: float, now: float) -> None:
         """Makes events of what a call wrote to a row."""
         count, events = int(stepped.counts[row]), list[Event]()
+        work.expert_counts = stepped.expert_counts[row]
         if count and not work.answer.token_ids:
             # All tokens of a call come at once; the steps before the last took their share.
             work.first_token = started + (now - started) / count
@@ -268,8 +270,6 @@ class Loop:
                     return
         self._metrics.count("generated_tokens", len(work.answer.token_ids) - num_before)
         is_done = bool(stepped.is_done[row])
-        if is_done and stepped.expert_counts is not None:
-            self._metrics.add_experts(stepped.expert_counts[row])
         work.ticket.push(events)
         # A row that met a stop string wrote on to the end of its call; that is not its text.
         if stepped.is_bad[row] and not work.answer.is_stopped:
@@ -329,6 +329,8 @@ class Loop:
 
     def _leave(self, work: Work) -> None:
         """Frees its places: first here, then in the scheduler, so that who is told finds them."""
+        if work.expert_counts is not None:
+            self._metrics.add_experts(work.expert_counts)
         if work.place is not None:
             slot = work.place.slot
             if self._running[slot.class_id].get(slot.row) is work:

@@ -42,7 +42,7 @@ class Metrics:
         self._buckets = {name: [0] * (len(bounds) + 1) for name, bounds in HISTOGRAMS.items()}
         self._sums = dict.fromkeys(HISTOGRAMS, 0.0)
         self._experts = np.zeros((num_layers, num_experts), np.int64)
-        self._dropped: dict[int, np.ndarray] = {}
+        self._dropped: dict[int | None, np.ndarray] = {}
         self._num_layers = num_layers
 
     def count(self, name: str, number: int = 1) -> None:
@@ -62,8 +62,8 @@ class Metrics:
         with self._lock:
             self._experts += counts
 
-    def set_dropped(self, pool: int, dropped: np.ndarray) -> None:
-        """Assignments ``[L]`` that a pool has left out so far."""
+    def set_dropped(self, pool: int | None, dropped: np.ndarray) -> None:
+        """Assignments ``[L]`` that a pool, or reading prompts (None), has left out so far."""
         with self._lock:
             self._dropped[pool] = dropped
 

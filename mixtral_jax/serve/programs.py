@@ -244,7 +244,7 @@ def score(
     logits = placement.constrain(logits, ("batch", "length", "vocab_parts"))
     logits = placement.constrain(logits, ("batch", "length", "vocab"))
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    best = likeliest(logprobs, wants_best)
+    best = likeliest(logprobs, jnp.asarray(wants_best))
     of_targets = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
     return Scored(done.state, of_targets, best)
 

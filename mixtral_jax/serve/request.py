@@ -283,7 +283,7 @@ class EngineStats:
         gauges: ``queue_size``, ``batch_size``, ``batch_tokens``, ``slots_in_use``,
             ``prefix_cache_bytes``, ...
         histograms: seconds of prefill and decode calls, batch sizes, ...
-        expert_load: assignments per layer and expert that finished requests made.
+        expert_load: assignments per layer and expert of requests that ran and ended, however.
         dropped: assignments left out, per layer (0 unless overflow="drop").
     """
 

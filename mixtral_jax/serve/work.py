@@ -6,6 +6,8 @@ import dataclasses
 import time
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from mixtral_jax.decode.controls import NUM_BEST, NUM_BIASES
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import MixtralError
@@ -39,6 +41,7 @@ class Work:
         num_cached: tokens that came out of the prefix cache.
         prompt_logprobs: of the tokens after the first, where asked for.
         prompt_best: the likeliest tokens at each of those places, where asked for.
+        expert_counts: assignments ``[L, E]`` that it made up to the last call, once it runs.
         began: when reading began.
         first_token: when the first token was there.
     """
@@ -55,6 +58,7 @@ class Work:
     num_cached: int = 0
     prompt_logprobs: list[float] = dataclasses.field(default_factory=list)
     prompt_best: list[Pairs] = dataclasses.field(default_factory=list)
+    expert_counts: np.ndarray | None = None
     began: float = 0.0
     first_token: float = 0.0
 

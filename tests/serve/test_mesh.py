@@ -10,6 +10,8 @@ import pytest
 
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype
 from mixtral_jax.language_model import LanguageModel
+from mixtral_jax.serve.request import ServeRequest, ServeSampling
+from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
@@ -62,3 +64,20 @@ def test_a_mesh_changes_no_token(make_engine, small_config, case):
         )[0]
         assert list(last.token_ids) == theirs.token_ids
     assert engine.stats().counters["compilations_since_ready"] == 0
+
+
+def test_what_reading_a_prompt_leaves_out_is_counted(make_engine, small_config):
+    config = small_config(initializer_range=0.2, max_position_embeddings=512, num_hidden_layers=1)
+    spec = MeshSpec.parse("1x2")
+    built = spec.build()
+    dispatch = DispatchOptions(method="all_to_all", capacity_factor=0.25, overflow="drop")
+    lm = LanguageModel(
+        place(random_model(config), built),
+        tokenizer=None,
+        placement=MeshPlacement(built, dispatch=dispatch),
+        spec=spec,
+    )
+    engine = make_engine(lm, dataclasses.replace(SMALL, max_total_tokens=128))
+    sampling = ServeSampling(max_new_tokens=1)
+    finished(engine.submit(ServeRequest(prompt_ids=tuple(range(3, 63)), sampling=sampling)))
+    assert sum(engine.stats().dropped) > 0
