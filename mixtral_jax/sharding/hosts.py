@@ -154,7 +154,7 @@ def agree(name: str, facts: Callable[[], Facts]) -> None:
 
 
 def order(message: dict) -> None:
-    """On process 0: tells the others, if there are any, what to do next (JSON, under 1 MB)."""
+    """On process 0: tells the others, if there are any, what to do next (JSON, up to 16 MB)."""
     if _peers is not None:
         _peers.order(message)
 

@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable
 from typing import BinaryIO
 
-_LONGEST_LINE = 1 << 20  # what processes compare names every file of a checkpoint
+# What processes compare names every file of a checkpoint; a step of a server may hold the masks of
+# thousands of rows (5.5 KB each for 32k tokens).
+LONGEST_LINE = 1 << 24
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:
@@ -41,11 +43,17 @@ def _is_address(host: str) -> bool:
 
 
 def sender(connection: socket.socket, lock: threading.Lock) -> Callable[[dict], None]:
-    """Sends whole lines; that a peer is gone is found by reading, not here."""
+    """Sends whole lines; that a peer is gone is found by reading, not here.
+
+    What it returns raises ValueError for a message that the other side would not read.
+    """
 
     def send(message: dict) -> None:
+        line = json.dumps(message).encode() + b"\n"
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"message: expected at most {LONGEST_LINE} bytes, got {len(line)}")
         with lock, contextlib.suppress(OSError):
-            connection.sendall(json.dumps(message).encode() + b"\n")
+            connection.sendall(line)
 
     return send
 
@@ -53,7 +61,7 @@ def sender(connection: socket.socket, lock: threading.Lock) -> Callable[[dict], 
 def read(file: BinaryIO) -> dict | None:
     """The next JSON object, one a line; None at the end, or at anything else."""
     try:
-        line = file.readline(_LONGEST_LINE)
+        line = file.readline(LONGEST_LINE)
         message = json.loads(line) if line.endswith(b"\n") else None
     except (OSError, ValueError, RecursionError):
         return None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import threading
 
+import numpy as np
 import pytest
 
+from mixtral_jax.serve import commands
 from mixtral_jax.sharding import wire
 from tests.sharding.processes import free_port
 
@@ -37,3 +40,22 @@ def test_what_is_no_message_ends_the_conversation(line, tmp_path):
     with open(tmp_path / "said", "rb") as file:
         assert wire.read(file) == {"beat": True}
         assert wire.read(file) is None
+
+
+def test_a_step_of_many_grammars_arrives():
+    masks = {row: np.full((1024,), row, np.uint32) for row in range(300)}  # 32k tokens
+    step = commands.Step(class_id=0, num_steps=1, running=tuple(masks), masks=masks)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, theirs.makefile("rb") as file:
+        send = wire.sender(ours, threading.Lock())
+        message = {"do": commands.to_json(step)}
+        thread = threading.Thread(target=send, args=(message,))
+        thread.start()
+        assert wire.read(file) == message
+        thread.join()
+
+
+def test_what_nobody_would_read_is_not_sent():
+    ours, theirs = socket.socketpair()
+    with ours, theirs, pytest.raises(ValueError, match="bytes"):
+        wire.sender(ours, threading.Lock())({"do": "x" * wire.LONGEST_LINE})
