@@ -28,7 +28,8 @@ class EngineOptions:
             4096, if None.
         max_batch_prefill_tokens: prompt tokens being read at one time; 4096, or the longest
             prompt, if None.
-        max_batch_total_tokens: tokens of all slots; see ``plan_classes`` for None.
+        max_batch_total_tokens: tokens of all running requests; of all slots, if None (see
+            ``plan_classes``).
         max_batch_size: requests that run at one time; as many as there are slots, if None.
         max_concurrent_requests: waiting and running; further ones are refused.
         waiting_served_ratio: fewer waiting requests than this share of the running ones wait for
@@ -88,13 +89,15 @@ def plan_limits(
             raise MixtralError(what, expected=expected, got=got, code=USAGE)
     strategy = getattr(lm.placement, "strategy", None)
     shares_rows = strategy is not None and strategy.attention == "tensor"
-    # Fewer would leave all rows, and their caches, to every device of the expert axis.
-    multiple = FEWEST_ROWS * lm.spec.data * (1 if shares_rows else lm.spec.expert)
+    # Fewer than multiple * spread would leave all rows, and their caches, to every device of the
+    # expert axis.
+    multiple, spread = FEWEST_ROWS * lm.spec.data, 1 if shares_rows else lm.spec.expert
     classes = plan_classes(
         total,
         max_batch_total_tokens=options.max_batch_total_tokens,
         max_batch_size=options.max_batch_size,
         multiple=multiple,
+        spread=spread,
     )
     slots = tuple((c.length, c.rows) for c in classes)
     all_tokens = options.max_batch_total_tokens or sum(n * rows for n, rows in slots)
@@ -109,7 +112,8 @@ def plan_limits(
         slots=slots,
     )
     chunk = options.prefill_chunk
-    scratch_rows = -(-options.prefill_rows // multiple) * multiple
+    least = multiple * spread
+    scratch_rows = -(-options.prefill_rows // least) * least
     sizes = (chunk,) if chunk <= _TAIL else (_TAIL, chunk)
     plan = DevicePlan(
         classes=classes,

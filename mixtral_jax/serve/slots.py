@@ -40,45 +40,49 @@ def plan_classes(
     max_batch_total_tokens: int | None = None,
     max_batch_size: int | None = None,
     multiple: int = FEWEST_ROWS,
+    spread: int = 1,
 ) -> tuple[LengthClass, ...]:
     """How many slots each length class gets.
 
     All classes get an equal share of the tokens, as many rows as that pays for: at most
-    ``max_batch_size``, at least ``multiple``.
+    ``max_batch_size``, at least ``multiple * spread``. So many rows, spread over devices, cost each
+    of them what ``multiple`` rows cost that all of them hold; so tokens that pay for ``multiple``
+    rows are enough, and the slots may then hold more tokens than requests may use.
 
     Args:
         max_total_tokens: of one request.
         max_batch_total_tokens: of all slots; enough for ``DEFAULT_ROWS`` short rows and half as
             many of the longest class, if None.
         max_batch_size: rows that may run at one time.
-        multiple: rows must be a multiple of this (of the data axis, and of ``FEWEST_ROWS``).
+        multiple: rows must be a multiple of this (of the data axis, and of ``FEWEST_ROWS``),
+        spread: and of this times as many, to lie on so many more devices.
 
     Raises:
         MixtralError: exit code 64 if the tokens do not pay for ``multiple`` rows of each class.
     """
-    lengths = class_lengths(max_total_tokens)
-    most = _round_up(max_batch_size or max(DEFAULT_ROWS, multiple), multiple)
+    lengths, least = class_lengths(max_total_tokens), multiple * spread
+    most = _round_up(max_batch_size or max(DEFAULT_ROWS, least), least)
     if max_batch_total_tokens is None:
-        fewest = _round_up(max(multiple, most // 2), multiple)
+        fewest = _round_up(max(least, most // 2), least)
         rows = [most] * (len(lengths) - 1) + [fewest if len(lengths) > 1 else most]
     else:
+        if max_batch_total_tokens < sum(lengths) * multiple:
+            raise MixtralError(
+                "--max-batch-total-tokens",
+                expected=f"at least {sum(lengths) * multiple} ({multiple} slots for each of "
+                f"the lengths {', '.join(map(str, lengths))})",
+                got=max_batch_total_tokens,
+                fix="raise it, or lower --max-total-tokens",
+                code=USAGE,
+            )
         share = max_batch_total_tokens // len(lengths)
-        rows = [min(most, max(multiple, share // n // multiple * multiple)) for n in lengths]
+        rows = [min(most, max(least, share // n // least * least)) for n in lengths]
         needed = sum(n * r for n, r in zip(lengths, rows, strict=True))
         # The shortest classes are cheap, but even so the sum must fit: take from the largest.
-        while needed > max_batch_total_tokens:
-            heaviest = max(range(len(rows)), key=lambda i: (rows[i] > multiple, lengths[i]))
-            if rows[heaviest] <= multiple:
-                raise MixtralError(
-                    "--max-batch-total-tokens",
-                    expected=f"at least {sum(lengths) * multiple} ({multiple} slots for each of "
-                    f"the lengths {', '.join(map(str, lengths))})",
-                    got=max_batch_total_tokens,
-                    fix="raise it, or lower --max-total-tokens",
-                    code=USAGE,
-                )
-            rows[heaviest] -= multiple
-            needed -= lengths[heaviest] * multiple
+        while needed > max_batch_total_tokens and max(rows) > least:
+            heaviest = max(range(len(rows)), key=lambda i: (rows[i] > least, lengths[i]))
+            rows[heaviest] -= least
+            needed -= lengths[heaviest] * least
     return tuple(LengthClass(length=n, rows=r) for n, r in zip(lengths, rows, strict=True) if r > 0)
 
 

@@ -151,6 +151,31 @@ def test_planned_classes_fit_their_tokens(max_total, multiple, size):
         )
 
 
+@given(st.integers(16, 40_000), st.sampled_from([2, 4]), st.sampled_from([2, 8]))
+def test_rows_are_spread_where_that_costs_no_device_more(max_total, multiple, spread):
+    lengths = class_lengths(max_total)
+    for times in (1, 2, spread, 3 * spread):
+        budget = sum(lengths) * multiple * times
+        plan = plan_classes(
+            max_total, max_batch_total_tokens=budget, multiple=multiple, spread=spread
+        )
+        assert all(c.rows % (multiple * spread) == 0 for c in plan)
+        assert sum(c.length * c.rows for c in plan) <= max(budget, sum(lengths) * multiple * spread)
+    with pytest.raises(MixtralError, match=f"at least {sum(lengths) * multiple} "):
+        plan_classes(
+            max_total,
+            max_batch_total_tokens=sum(lengths) * multiple - 1,
+            multiple=multiple,
+            spread=spread,
+        )
+
+
+def test_limits_of_a_deployment_still_start_on_eight_devices():
+    for max_total, budget in ((32_768, 200_000), (4096, 50_000)):
+        plan = plan_classes(max_total, max_batch_total_tokens=budget, spread=8)
+        assert sum(c.length * c.rows for c in plan) / 8 <= budget
+
+
 def test_a_slot_is_given_back_once():
     slots = Slots(CLASSES)
     slot = slots.take(0)
@@ -214,8 +239,10 @@ def test_what_was_used_longest_ago_leaves_first():
     cache = PrefixCache(3)
     ids = {name: cache.keep(name, 1)[0] for name in (b"a", b"b", b"c")}
     assert cache.longest([b"a"]) == [ids[b"a"]]
-    assert cache.keep(b"d", 1)[1] == [ids[b"b"]]
+    ids[b"d"], left = cache.keep(b"d", 1)
+    assert left == [ids[b"b"]]
     assert cache.keep(b"e", 4) == (None, [])
     # Of one prefix the end leaves before the beginning.
     assert cache.longest([b"c", b"a"]) == [ids[b"c"], ids[b"a"]]
-    assert [cache.keep(name, 1)[1][0] for name in (b"x", b"y")] != [ids[b"c"]]
+    left = [cache.keep(name, 1)[1] for name in (b"x", b"y", b"z")]
+    assert left == [[ids[b"d"]], [ids[b"a"]], [ids[b"c"]]]
