@@ -37,9 +37,8 @@ from mixtral_jax.serve.ticket import EngineTicket
 from mixtral_jax.serve.work import Work, check_sampling
 from mixtral_jax.tokenizer import Tokenizer
 
-_IDLE_SECONDS = 1.0
-
-
+END_SECONDS = 30.0  # for a device to finish what it does
+_IDLE_SECONDS = _JOIN_SECONDS = 1.0
 _ENDED = "the server has ended"
 
 
@@ -229,8 +228,12 @@ class Engine:
         with self._changed:
             self._must_end = True
             self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join()
+            if not self._thread.is_alive():
+                return
+            has_ended = self._changed.wait_for(lambda: self._state == "failed", END_SECONDS)
+        if not has_ended:
+            self._end(f"{_ENDED}: its device did not answer")
+        self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -24,6 +25,7 @@ from mixtral_jax.serve.service import Service
 
 _BACKLOG = 2048
 _ATTEND_SECONDS = 0.2
+_SECOND_SIGNAL_SECONDS = 1.0  # for an orderly end
 _LAST_SECONDS = 5  # for answers to be read after everything is generated
 
 
@@ -81,6 +83,10 @@ class Server(uvicorn.Server):
         """Takes SIGTERM and SIGINT."""
         if self._leaving:
             self.should_exit = self.force_exit = True
+            # A connection or a device that hangs must not keep it.
+            last = threading.Timer(_SECOND_SIGNAL_SECONDS, os._exit, (OK,))
+            last.daemon = True
+            last.start()
             return
         self._leaving = True
         self._service.is_draining = True

@@ -7,15 +7,14 @@ import dataclasses
 import random
 import threading
 import time
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.model.placement import LOCAL
-from mixtral_jax.serve import commands, programs
-from mixtral_jax.serve.device import Device, warm
+from mixtral_jax.serve import commands
+from mixtral_jax.serve.device import Device
 from mixtral_jax.serve.engine import Engine
 from mixtral_jax.serve.request import Failed, Finished, Refused, ServeRequest, ServeSampling
 from tests.serve.conftest import SMALL
@@ -208,54 +207,6 @@ def test_expert_load_counts_every_token(small_engine, small_lm):
     read = 21 + len(last.token_ids) - 1  # nothing reads the last
     chosen = (load() - before).sum(axis=1)
     assert (chosen == read * small_lm.config.num_experts_per_tok).all()
-
-
-def test_expert_load_counts_what_was_cancelled(small_engine, small_lm):
-    def load():
-        return np.asarray(small_engine.stats().expert_load)
-
-    before = load()
-    ticket = small_engine.submit(request(21, max_new_tokens=400, ignore_eos=True))
-    next(ticket.iterate())
-    ticket.cancel()
-    assert failure(ticket).kind == "cancelled"
-    assert wait_until(lambda: is_idle(small_engine))
-    chosen = (load() - before).sum(axis=1)
-    assert (chosen >= 21 * small_lm.config.num_experts_per_tok).all()
-
-
-def test_a_row_that_ended_costs_its_neighbours_nothing(small_engine, monkeypatch):
-    """What it asked of the sampler is asked no more."""
-    asked = {"temperature": 1.0, "typical_p": 0.5, "logit_bias": ((5, 1.0),), "top_logprobs": 3}
-    answer(small_engine, request(8, max_new_tokens=3, ignore_eos=True, **asked))
-    seen, step = [], programs.step
-
-    def spy(model, pool, rows, *args, **kwargs):
-        seen.append(rows)
-        return step(model, pool, rows, *args, **kwargs)
-
-    monkeypatch.setattr(programs, "step", spy)
-    answer(small_engine, request(8, max_new_tokens=3, ignore_eos=True, top_k=7))
-    assert seen
-    for rows in seen:
-        assert not rows.sampling.temperature.any()
-        assert not rows.bias_values.any()
-        assert not rows.wants_best.any()
-        assert (rows.typical_p == 1).all()
-        assert (rows.sampling.top_k == 7).sum() == 1  # the options of the row that runs
-
-
-def test_every_program_is_made_before_it_is_ready(small_engine, small_lm):
-    device = Device(small_lm.model, LOCAL, small_engine._plan)
-    sent: list[commands.Command] = []
-    warm(device, sent.append)
-    reads = [c for c in sent if isinstance(c, commands.Read)]
-    assert {(c.targets is not None, c.wants_best) for c in reads} == {
-        (False, False),
-        (True, False),
-        (True, True),
-    }
-    assert {type(c) for c in sent} == set(get_args(commands.Command)) - {commands.Stop}
 
 
 def test_nothing_compiles_after_ready(make_engine, small_lm):

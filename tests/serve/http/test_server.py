@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 from mixtral_jax.errors import INTERNAL, IO_ERROR, MixtralError
 from mixtral_jax.serve.options import HttpFlags
-from mixtral_jax.serve.server import bind, serve
+from mixtral_jax.serve.server import Server, bind, serve
 from tests.serve.http.fake import options
 from tests.serve.http.live import serving, wait_until
 
@@ -107,6 +108,19 @@ def test_a_second_signal_ends_it_at_once():
         assert server.wait(10) == 0
         assert time.monotonic() - start < 1.4  # the stream alone would take longer
         stream.join(5)
+
+
+def test_a_second_signal_ends_even_what_hangs(engine, monkeypatch):
+    from mixtral_jax.serve.app import create_app
+
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("mixtral_jax.serve.server._SECOND_SIGNAL_SECONDS", 0.05)
+    asked = options(port=0)
+    server = Server(create_app(engine, engine.tokenizer, asked), asked)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        server.handle_exit(number, None)
+    wait_until(lambda: codes == [0], seconds=5)
 
 
 def test_an_engine_that_dies_answers_everyone(engine):
