@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import yaml
 from mixtral_jax.serve.auth import read_keys
 from tests.serve.http.conftest import client_of
 from tests.serve.http.test_options import parsed
+from tests.sharding.processes import free_port
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 
@@ -55,6 +59,22 @@ async def test_probes_ask_for_routes_that_need_no_key(engine):
     async with client_of(engine, keys=(b"k",)) as client:
         for path in paths:
             assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_probes_of_many_hosts_ask_process_0_alone(index):
+    """Nothing listens here: the probes of process 0 fail, those of the others hold."""
+    (container,) = pod("kubernetes-hosts.yaml")["containers"]
+    port = next(each["containerPort"] for each in container["ports"] if each["name"] == "http")
+    for name, path in (("startup", "health"), ("readiness", "health"), ("liveness", "live")):
+        *shell, script = container[f"{name}Probe"]["exec"]["command"]
+        assert f"http://127.0.0.1:{port}/{path}'" in script
+        command = [*shell, script.replace(str(port), str(free_port()))]
+        environ = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "INDEX": index}
+        ended = subprocess.run(command, env=environ, capture_output=True, check=False)
+        assert (ended.returncode == 0) == (index != "0")
+        if index == "0":
+            assert b"ConnectionRefusedError" in ended.stderr
 
 
 def test_the_container_serves_a_mounted_folder_on_port_80():
