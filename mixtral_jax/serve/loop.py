@@ -103,32 +103,43 @@ class Loop:
             self._restart(work, place)
 
     def _restart(self, work: Work, place: Admitted) -> None:
-        row, request = place.scratch_row, work.request
-        self._execute(commands.Restart(row=row, adapter=work.adapter))
-        if not self._prefixes.max_bytes:
+        request, facts = work.request, self._facts
+        self._execute(commands.Restart(row=place.scratch_row, adapter=work.adapter))
+        if self._prefixes.max_bytes < facts.block_bytes:
             return
-        chunk = self._facts.plan.chunk
+        chunk = facts.plan.chunk
         # A chunk is whole in the ring only while the row has not wrapped around.
-        most = self._facts.slots // chunk
+        most = facts.slots // chunk
         digests = chunk_digests(
             request.prompt_ids, chunk, cache_key=request.cache_key, adapter_id=request.adapter_id
         )
         work.digests = list(digests)[:most]
-        if request.sampling.prompt_logprobs:
+
+    def _restore(self, work: Work, row: int) -> None:
+        """Takes the next chunks that are kept, also those that another row has just read."""
+        if work.request.sampling.prompt_logprobs:
             return  # its prompt must be read to be scored
-        for block_id in self._prefixes.longest(work.digests):
-            tokens = request.prompt_ids[work.num_read : work.num_read + chunk]
-            self._execute(
-                commands.Restore(
-                    row=row,
-                    start=work.num_read,
-                    block_id=block_id,
-                    tokens=tuple(tokens),
-                )
-            )
+        chunk, before = self._facts.plan.chunk, work.num_read
+        for block_id in self._prefixes.longest(work.digests)[before // chunk :]:
+            start = work.num_read
+            tokens = tuple(work.request.prompt_ids[start : start + chunk])
+            self._execute(commands.Restore(row=row, start=start, block_id=block_id, tokens=tokens))
             work.num_read += chunk
-        work.num_cached = work.num_read
-        self._metrics.count("cached_tokens", work.num_cached)
+        work.num_cached += work.num_read - before
+        self._metrics.count("cached_tokens", work.num_read - before)
+
+    def _to_read(self) -> dict[int, Work]:
+        """Who reads a chunk now: of rows whose next chunk is the same, one reads it for all."""
+        works, digests = dict[int, Work](), set[bytes]()
+        for row, work in self._reading.items():
+            self._restore(work, row)
+            digest = work.next_digest(self._facts.plan.chunk)
+            must_read = work.request.sampling.prompt_logprobs or digest not in digests
+            if must_read and not work.is_read:
+                works[row] = work
+            if digest is not None:
+                digests.add(digest)
+        return works
 
     def cancel(self, work: Work) -> None:
         """Ends a request that nobody waits for; its slot is free at once."""
@@ -138,7 +149,9 @@ class Loop:
         """Reads one chunk, and takes steps in every pool that has rows; returns steps taken."""
         self._insert_read()
         if self._reading:
-            self._read(self._reading)
+            works = self._to_read()
+            if works:
+                self._read(works)
             self._insert_read()
         return max((self._step(c) for c, rows in enumerate(self._running) if rows), default=0)
 

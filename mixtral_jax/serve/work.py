@@ -72,6 +72,11 @@ class Work:
         """Tokens of the prompt that are read before the first step, which reads the last."""
         return len(self.request.prompt_ids) - 1
 
+    def next_digest(self, chunk: int) -> bytes | None:
+        """Of the whole chunk that is read next, if that is one."""
+        index = self.num_read // chunk
+        return self.digests[index] if index < len(self.digests) else None
+
     @property
     def is_read(self) -> bool:
         """Whether the prompt is read."""

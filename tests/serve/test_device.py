@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import get_args
@@ -11,6 +12,7 @@ import numpy as np
 from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.serve import commands, engine, programs
 from mixtral_jax.serve.device import Device, warm
+from tests.serve.conftest import SMALL
 from tests.serve.requests import answer, failure, finished
 from tests.serve.test_engine import is_idle, request, wait_until
 
@@ -63,6 +65,22 @@ def test_every_program_is_made_before_it_is_ready(small_engine, small_lm):
         (True, True),
     }
     assert {type(c) for c in sent} == set(get_args(commands.Command)) - {commands.Stop}
+
+
+def test_prompts_that_begin_alike_are_read_once(make_engine, small_lm, small_engine):
+    engine = make_engine(small_lm, dataclasses.replace(SMALL, prefix_cache_bytes=1 << 20))
+    fields = {"max_new_tokens": 6, "temperature": 1.0, "ignore_eos": True}
+    asked = [request(100, **fields, sample_id=i) for i in range(4)]
+    asked.append(dataclasses.replace(asked[0], prompt_ids=(*asked[0].prompt_ids[:40], 7, 8)))
+    asked.append(request(100, **fields, prompt_logprobs=True))
+    with engine._changed:  # all are admitted in one turn, but for the last
+        tickets = [engine.submit(each) for each in asked]
+    ends = [finished(ticket) for ticket in tickets]
+    for each, last in zip(asked, ends, strict=True):
+        assert last.token_ids == answer(small_engine, each).token_ids
+    assert sorted(last.cached_tokens for last in ends) == [0, 0, 32, 96, 96, 96]
+    read = engine.stats().counters["prefill_tokens"]
+    assert read == sum(len(each.prompt_ids) - 1 for each in asked) - 32 - 3 * 96
 
 
 def test_closing_does_not_wait_for_a_device_that_hangs(make_engine, small_lm, monkeypatch):

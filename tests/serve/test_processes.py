@@ -49,6 +49,7 @@ while True:
     tokens = [list(t.iterate())[-1].token_ids for t in tickets]
     if how == "once":
         break
+assert engine.stats().counters["compilations_since_ready"] == 0
 print(json.dumps(tokens), flush=True)
 engine.close()
 hosts.leave(0)
