@@ -10,6 +10,7 @@ import pytest
 
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype
 from mixtral_jax.language_model import LanguageModel
+from mixtral_jax.serve.limits import EngineOptions, plan_limits
 from mixtral_jax.serve.request import ServeRequest, ServeSampling
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
@@ -81,3 +82,20 @@ def test_what_reading_a_prompt_leaves_out_is_counted(make_engine, small_config):
     sampling = ServeSampling(max_new_tokens=1)
     finished(engine.submit(ServeRequest(prompt_ids=tuple(range(3, 63)), sampling=sampling)))
     assert sum(engine.stats().dropped) > 0
+
+
+@pytest.mark.parametrize("attention", ["data", "tensor"])
+@pytest.mark.parametrize("limits", [(32_768, 200_000), (4096, 50_000)])
+def test_limits_of_a_deployment_start_on_eight_devices(small_config, attention, limits):
+    config = small_config(max_position_embeddings=32_768, num_hidden_layers=1)
+    spec = MeshSpec.parse("1x8")
+    placement = MeshPlacement(spec.build(), strategy=Strategy(attention=attention))
+    lm = LanguageModel(random_model(config), tokenizer=None, placement=placement, spec=spec)
+    total, tokens = limits
+    options = EngineOptions(max_total_tokens=total, max_batch_total_tokens=tokens)
+    found, plan = plan_limits(lm, options)
+    assert found.max_batch_total_tokens == tokens
+    spread = 1 if attention == "tensor" else 8
+    rows = [c.rows for c in plan.classes]
+    assert all(n % (2 * spread) == 0 for n in [*rows, plan.scratch_rows])
+    assert sum(c.length * c.rows for c in plan.classes) / spread <= tokens

@@ -170,12 +170,6 @@ def test_rows_are_spread_where_that_costs_no_device_more(max_total, multiple, sp
         )
 
 
-def test_limits_of_a_deployment_still_start_on_eight_devices():
-    for max_total, budget in ((32_768, 200_000), (4096, 50_000)):
-        plan = plan_classes(max_total, max_batch_total_tokens=budget, spread=8)
-        assert sum(c.length * c.rows for c in plan) / 8 <= budget
-
-
 def test_a_slot_is_given_back_once():
     slots = Slots(CLASSES)
     slot = slots.take(0)
