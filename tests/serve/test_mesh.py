@@ -30,7 +30,12 @@ def test_a_mesh_changes_no_token(make_engine, small_config, case):
     mesh, _, codes = case.partition(" ")
     kv_dtype = cast(KVDtype, codes) if codes in KV_DTYPES else None
     strategy = Strategy(attention="tensor" if codes == "tensor" else "data")
-    config = small_config(initializer_range=0.2, max_position_embeddings=512, num_hidden_layers=1)
+    config = small_config(
+        initializer_range=0.2,
+        max_position_embeddings=512,
+        num_hidden_layers=1,
+        num_key_value_heads=4,  # as many as devices that share them in any case
+    )
     model, spec = random_model(config), MeshSpec.parse(mesh)
     built = spec.build()
     on_mesh = LanguageModel(
