@@ -41,7 +41,12 @@ def main(options: ServeOptions) -> int:
     if listening is None:
         return OK  # it followed until process 0 ended
     app = create_app(engine, engine.tokenizer, options, keys=keys)
-    return serve(app, options, listening)
+    code = serve(app, options, listening)
+    if not engine.has_ended:  # the interpreter would wait for its device
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def run(argv: Sequence[str]) -> int:

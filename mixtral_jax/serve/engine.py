@@ -37,7 +37,7 @@ from mixtral_jax.serve.ticket import EngineTicket
 from mixtral_jax.serve.work import Work, check_sampling
 from mixtral_jax.tokenizer import Tokenizer
 
-END_SECONDS = 30.0  # for a device to finish what it does
+END_SECONDS = 20.0  # for a device to finish what it does
 _IDLE_SECONDS = _JOIN_SECONDS = 1.0
 _ENDED = "the server has ended"
 
@@ -234,6 +234,11 @@ class Engine:
         if not has_ended:
             self._end(f"{_ENDED}: its device did not answer")
         self._thread.join(_JOIN_SECONDS)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its thread is gone; not where ``close`` gave up on a device that hangs."""
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
