@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 
 import httpx
 import pytest
@@ -90,6 +91,7 @@ def test_the_command_serves_with_two_processes_and_all_end_well_together():
 
 
 def _is_ready(client: httpx.Client) -> bool:
+    time.sleep(1)  # each call writes a line, and nobody reads them until the end
     try:
         return client.get("/health").status_code == 200
     except httpx.TransportError:
