@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from fastapi import APIRouter
+from pydantic import WrapValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -98,7 +100,19 @@ async def chat_tokenize(request: Request, body: ChatRequest) -> Response:
     return Json({"tokenize_response": tokens, "templated_text": text})
 
 
-_Invocation = CompatGenerateRequest | ChatRequest | CompletionRequest
+def _chosen(body: Any, whole: Callable[[Any], Any]) -> Any:
+    """The one form that a body's fields name: errors are about that form and no other."""
+    if not isinstance(body, dict):
+        return whole(body)
+    if "messages" in body:
+        return ChatRequest.model_validate(body)
+    is_completion = "prompt" in body and "inputs" not in body
+    return (CompletionRequest if is_completion else CompatGenerateRequest).model_validate(body)
+
+
+_Invocation = Annotated[
+    CompatGenerateRequest | ChatRequest | CompletionRequest, WrapValidator(_chosen)
+]
 
 
 @router.post("/invocations", responses=answers("tgi", dict[str, Any] | list[Any], streams=True))

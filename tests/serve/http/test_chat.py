@@ -298,6 +298,7 @@ REFUSED = {
     ),
     "tools of v1": ({"messages": HI, "tools": [WEATHER]}, 400, "v3"),
     "functions": ({"messages": HI, "functions": [{}]}, 400, "use tools"),
+    "TGI's name": ({"messages": HI, "max_new_tokens": 5}, 400, "fix: max_tokens"),
     "bias": ({"messages": HI, "logit_bias": {"99999999": 1}}, 400, "logit_bias"),
     "same bias twice": ({"messages": HI, "logit_bias": {"1": 1, "01": 1}}, 400, "once"),
     "temperature": ({"messages": HI, "temperature": -1}, 400, "temperature"),

@@ -248,6 +248,8 @@ REFUSED = {
     "grammar kind": ({"grammar": {"type": "lark", "value": "x"}}, "grammar"),
     "grammar text": ({"grammar": {"type": "json", "value": "{"}}, "grammar: its JSON schema"),
     "grammar list": ({"grammar": {"type": "json", "value": "[]"}}, "grammar: expected a JSON"),
+    "OpenAI's name": ({"max_tokens": 5}, "parameters.max_tokens: OpenAI's name, not known here"),
+    "repetition": ({"repetition_penalty": 100.1}, "repetition_penalty"),
     "misspelled": ({"temprature": 0.5}, "fix: temperature"),
 }
 
@@ -262,6 +264,14 @@ async def test_refusals_are_422_and_name_the_parameter(client, engine, name, str
     assert answer.json()["error_type"] == "validation"
     assert message in answer.json()["error"]
     assert engine.running == set()
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_new_tokens"])
+async def test_a_length_in_the_wrong_place_is_refused(client, engine, name):
+    answer = await client.post("/generate", json={"inputs": "Hi", name: 5})
+    assert answer.status_code == 422
+    assert "parameters" in answer.json()["error"]
+    assert engine.tickets == []
 
 
 async def test_the_longest_request_is_accepted_and_one_more_token_refused(client, engine):

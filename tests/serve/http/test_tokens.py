@@ -78,6 +78,19 @@ async def test_invocations_are_told_apart_by_their_fields(client, engine):
     assert (await client.post("/invocations", json={"x": 1})).status_code == 422
 
 
+async def test_an_invocation_is_refused_for_what_is_wrong_with_its_own_form(client):
+    hi = [{"role": "user", "content": "Hi"}]
+    for body, message in (
+        ({"messages": hi, "temperature": -1}, "temperature: Input should be greater than"),
+        ({"prompt": "Hi", "best_of": 0}, "best_of: Input should be greater than"),
+        ({"inputs": 5, "prompt": "Hi"}, "inputs: Input should be a valid string"),
+        ([1], "CompatGenerateRequest"),
+    ):
+        answer = await client.post("/invocations", json=body)
+        assert answer.status_code in (400, 422)
+        assert answer.json()["error"].startswith(message)
+
+
 async def test_info(client):
     found = (await client.get("/info")).json()
     Info.model_validate(found, strict=True)
