@@ -52,7 +52,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     job = plan(request, body)
     asking = await ask(service, job.requests, caller_of(request))
     if body.stream:
-        return EventStream(_frames(job, asking), "openai")
+        return EventStream(_frames(job, asking), "openai", on_end=asking.cancel)
     found = await unless_disconnected(request, asking.collect)
     choices = [_choice(job, index, answer) for index, answer in enumerate(found)]
     content = job.envelope.around(choices, usage_of(found))

@@ -76,7 +76,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     job = plan(request, body)
     asking = await ask(service, job.requests, caller_of(request))
     if body.stream:
-        return EventStream(_frames(job, asking), "openai")
+        return EventStream(_frames(job, asking), "openai", on_end=asking.cancel)
     found = await unless_disconnected(request, asking.collect)
     choices = []
     for number, prompt in enumerate(job.prompts):

@@ -96,7 +96,7 @@ async def streamed(request: Request, body: GenerateRequest) -> Response:
         "x-compute-characters": str(len(body.inputs)),
         "x-prompt-tokens": str(len(job.requests[0].prompt_ids)),
     }
-    return EventStream(_frames(service, job, asking), "tgi", headers)
+    return EventStream(_frames(service, job, asking), "tgi", headers, on_end=asking.cancel)
 
 
 def plan(request: Request, body: GenerateRequest, *, is_stream: bool) -> Job:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 import httpx
 import pytest
 
+from mixtral_jax.serve.request import ServeRequest, ServeSampling
 from mixtral_jax.serve.schema.tgi import GenerateResponse, StreamResponse
-from tests.serve.http.conftest import application, client_of
+from tests.serve.http.conftest import client_of
 from tests.serve.http.fake import Script
 from tests.serve.http.live import serving
 from tests.test_tokenizer import V1
@@ -296,6 +298,23 @@ async def test_a_name_cannot_leave_its_header(client):
     assert "set-cookie" not in answer.headers
 
 
+def test_any_name_is_a_header_that_http_allows(engine):
+    """The one over a socket: without h11 in between, anything is a header."""
+    with serving(engine) as port:
+        for name in (" ", "x ", "\r\n", "\x00", "é" * 64):
+            body = {"inputs": "Hi", name: 1}
+            answer = httpx.post(f"http://127.0.0.1:{port}/generate_stream", json=body)
+            assert answer.status_code == 200
+            assert answer.headers["x-ignored-parameters"] == quote(name)
+    assert engine.running == set()
+
+
+async def test_long_names_do_not_make_a_long_header(client):
+    body = {"inputs": "Hi"} | {f"{n}" + "🎉" * 63: 1 for n in range(10)}
+    answer = await client.post("/generate", json=body)
+    assert answer.headers["x-ignored-parameters"] == "0" + quote("🎉") * 63
+
+
 async def test_a_prompt_that_is_too_long_however_it_is_cut_is_refused_uncut(
     client, engine, monkeypatch
 ):
@@ -319,9 +338,9 @@ async def test_a_failure_is_424_and_in_a_stream_the_last_event(client, engine):
 
 
 async def test_a_full_queue_is_429_with_a_time_to_come_again(engine):
-    engine.limits = engine.limits.__class__(
-        **{**engine.limits.__dict__, "max_concurrent_requests": 0}
-    )
+    limits = {**engine.limits.__dict__, "max_concurrent_requests": 1}
+    engine.limits = engine.limits.__class__(**limits)
+    engine.submit(ServeRequest(prompt_ids=(1, 5), sampling=ServeSampling()))
     async with client_of(engine) as client:
         answer = await client.post("/generate", json={"inputs": "Hi"})
     assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
@@ -329,13 +348,27 @@ async def test_a_full_queue_is_429_with_a_time_to_come_again(engine):
 
 
 async def test_samples_are_taken_all_or_none(engine):
+    limits = {**engine.limits.__dict__, "max_concurrent_requests": 3}
+    engine.limits = engine.limits.__class__(**limits)
+    other = engine.submit(ServeRequest(prompt_ids=(1, 5), sampling=ServeSampling()))
+    async with client_of(engine) as client:
+        body = {"inputs": "Hi", "parameters": {"best_of": 3, "do_sample": True}}
+        assert (await client.post("/generate", json=body)).status_code == 429
+    assert [ticket.is_cancelled for ticket in engine.tickets] == [False, True, True]
+    assert engine.running == {other}
+
+
+async def test_more_samples_than_ever_fit_are_no_matter_of_coming_again(engine):
     limits = {**engine.limits.__dict__, "max_concurrent_requests": 2}
     engine.limits = engine.limits.__class__(**limits)
     async with client_of(engine) as client:
         body = {"inputs": "Hi", "parameters": {"best_of": 3, "do_sample": True}}
-        assert (await client.post("/generate", json=body)).status_code == 429
-    assert [ticket.is_cancelled for ticket in engine.tickets] == [True, True]
-    assert engine.running == set()
+        answer = await client.post("/generate", json=body)
+        assert answer.status_code == 422
+        assert "at most 2 answers at one time, got 3" in answer.json()["error"]
+        body["parameters"]["best_of"] = 2
+        assert (await client.post("/generate", json=body)).status_code == 200
+    assert len(engine.tickets) == 2
 
 
 @pytest.mark.parametrize("state", ["loading", "draining", "failed"])
@@ -352,10 +385,14 @@ async def test_a_fault_of_ours_is_a_500_that_says_nothing_of_the_inside(engine, 
         raise RuntimeError("secret detail")
 
     engine.script = broken
-    transport = httpx.ASGITransport(application(engine), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        answer = await client.post(path, json={"inputs": "Hi", "prompt": "Hi"})
+    async with client_of(engine, cors_allow_origin=("https://app.example",)) as client:
+        body = {"inputs": "Hi", "prompt": "Hi"}
+        answer = await client.post(path, json=body, headers={"origin": "https://app.example"})
+        figures = (await client.get("/metrics")).text
     assert answer.status_code == 500
+    assert answer.headers["x-request-id"]
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert 'tgi_request_failure{err="500"} 1.0' in figures
     assert "internal" in answer.text
     assert "secret" not in answer.text
     assert "secret detail" in caplog.text
