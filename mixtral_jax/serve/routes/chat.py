@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -92,13 +92,15 @@ def plan(request: Request, body: ChatRequest) -> Job:
         top_logprobs=body.top_logprobs or 0,
         grammar=choice.grammar,
     )
+    # A message that goes on keeps the space before its next word.
+    is_open = _is_open(body.messages)
     adapter = adapter_of(service, body.model)
     count, caller = body.n or 1, caller_of(request)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     return Job(
         body=body,
         requests=samples_of(
-            prompt_ids, sampling, count, caller, adapter_id=adapter, is_answer=True
+            prompt_ids, sampling, count, caller, adapter_id=adapter, is_answer=not is_open
         ),
         choice=choice,
         mark_id=mark_id,
@@ -115,13 +117,26 @@ def chat_ids(
         Failure: it cannot be encoded.
     """
     tokenizer = service.text_tokenizer()
-    is_open = messages[-1].get("role") == "assistant"
-    contents = (message.get("content") for message in messages)
-    service.check_size("messages", (text for text in contents if isinstance(text, str)))
+    is_open = _is_open(messages)
+    service.check_size("messages", _texts(messages))
     try:
         return encode_chat(tokenizer, messages, tools=tools or None, continue_final_message=is_open)
     except MixtralError as error:
         raise Failure("template_error", str(error), param="messages") from None
+
+
+def _is_open(messages: Sequence[dict[str, Any]]) -> bool:
+    return messages[-1].get("role") == "assistant"
+
+
+def _texts(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The texts of messages, whole or in parts."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
 
 
 def _choice(job: Job, index: int, answer: Answer) -> dict[str, Any]:

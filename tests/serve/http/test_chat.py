@@ -196,6 +196,17 @@ async def test_a_last_message_of_the_assistant_is_continued(client, engine):
     assert asked == tuple(encode_chat(V1, messages, continue_final_message=True))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_continues_a_message_keeps_its_space(client, engine, stream):
+    engine.say("is 42")
+    body = {"messages": [*HI, {"role": "assistant", "content": "It"}], "stream": stream}
+    answer = await client.post(ROUTE, json=body)
+    text = (
+        joined(chunks(answer.text)) if stream else answer.json()["choices"][0]["message"]["content"]
+    )
+    assert text == " is 42"
+
+
 async def test_a_tool_is_called(engine_v3):
     engine_v3.script = lambda request: Script(token_ids=calling())
     body = {"messages": HI, "tools": [WEATHER]}
@@ -255,8 +266,9 @@ async def test_a_forced_call_begins_in_the_prompt_and_obeys_a_schema(engine_v3, 
     asked = engine_v3.tickets[0].request
     assert asked.prompt_ids == (*encode_chat(V3, HI, tools=[WEATHER]), MARK)
     schema = json.loads(asked.sampling.grammar.text)
-    assert schema["items"]["properties"]["name"] == {"const": "get_weather"}
-    assert schema["items"]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+    (one,) = schema["items"]["anyOf"]
+    assert one["properties"]["name"] == {"const": "get_weather"}
+    assert one["properties"]["arguments"] == WEATHER["function"]["parameters"]
     assert found["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
