@@ -105,7 +105,7 @@ class Asking:
         self._caller = caller
         self._tickets = tickets
         self.answers = [Answer(request) for request in requests]
-        self.started_at = time.time()
+        self.started_at, self.submitted_at = time.time(), time.perf_counter()
         self._deadline = time.monotonic() + service.options.http.request_timeout
 
     def cancel(self) -> None:

@@ -17,11 +17,11 @@ from mixtral_jax.serve.asking import Answer, Asking, ask, unless_disconnected
 from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.plan import adapter_of, caller_of, openai_sampling, samples_of
 from mixtral_jax.serve.request import Finished, ServeRequest, Started, TokenEvent, TokenScore
+from mixtral_jax.serve.routes.headers import answer_headers, stream_headers
 from mixtral_jax.serve.routes.openai import (
     Envelope,
     envelope,
     finish_reason,
-    headers,
     usage_of,
     wants_usage,
 )
@@ -51,12 +51,15 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     service = service_of(request)
     job = plan(request, body)
     asking = await ask(service, job.requests, caller_of(request))
+    characters = sum(map(len, _texts(body.messages)))
+    known = {"characters": characters, "prompt_tokens": len(job.requests[0].prompt_ids)}
     if body.stream:
-        return EventStream(_frames(job, asking), "openai", on_end=asking.cancel)
+        headers = stream_headers(service, **known)
+        return EventStream(_frames(job, asking), "openai", headers, on_end=asking.cancel)
     found = await unless_disconnected(request, asking.collect)
     choices = [_choice(job, index, answer) for index, answer in enumerate(found)]
     content = job.envelope.around(choices, usage_of(found))
-    return Json(content, headers=headers(request, service, asking))
+    return Json(content, headers=answer_headers(request, service, asking, found, **known))
 
 
 def plan(request: Request, body: ChatRequest) -> Job:

@@ -128,13 +128,18 @@ async def invocations(request: Request, body: _Invocation) -> Response:
 def simple_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
     """Tokens and where their characters lie in the text of them all.
 
-    A control piece has no characters there, nor has a byte that does not end a character.
+    A control piece has no characters there, nor has a byte that does not end a character: the
+    last byte of a character shows it.
     """
     detokenizer, at, found = IncrementalDetokenizer(tokenizer), 0, []
     for token_id in ids:
-        start, at = at, at + len(detokenizer.push(token_id))
-        shown = tokenizer.pieces[token_id]
-        text = shown if tokenizer.is_control(token_id) else tokenizer.text_of(token_id)
+        added = detokenizer.push(token_id)
+        start, at = at, at + len(added)
+        if tokenizer.is_control(token_id):
+            text = tokenizer.pieces[token_id]
+        else:
+            is_byte = tokenizer.byte_of(token_id) is not None
+            text = added if is_byte else tokenizer.text_of(token_id)
         found.append({"id": token_id, "text": text, "start": start, "stop": at})
     return found
 

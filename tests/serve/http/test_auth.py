@@ -30,6 +30,7 @@ async def test_every_route_but_probes_and_page_asks_for_the_key(engine):
     async with client_of(engine, keys=(KEY.encode(),)) as client:
         for path in OPEN:
             assert (await client.get(path)).status_code == 200
+            assert (await client.head(path)).status_code == 200
         refused = [await client.get(path) for path in CLOSED]
         refused += [await client.post(path, json={"inputs": "Hi"}) for path in POSTS]
         basic: Any = {"authorization": KEY.encode()}

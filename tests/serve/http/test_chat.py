@@ -179,6 +179,17 @@ async def test_several_answers(client, engine):
     assert [joined(stream, index) for index in range(3)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_response_headers(client, engine, stream):
+    engine.say("Hello")
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    body = {"messages": [{"role": "user", "content": parts}], "n": 2, "stream": stream}
+    headers = (await client.post(ROUTE, json=body)).headers
+    assert headers["x-compute-characters"] == "7"
+    assert headers["x-prompt-tokens"] == str(len(engine.tickets[0].request.prompt_ids))
+    assert ("x-time-per-token" in headers) == (not stream)
+
+
 async def test_logprobs(client, engine):
     engine.say("Hello")
     body = {"messages": HI, "logprobs": True, "top_logprobs": 2}

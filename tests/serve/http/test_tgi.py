@@ -105,6 +105,20 @@ async def test_details(client, engine):
     assert all(len(top) == 2 for top in details["top_tokens"])
 
 
+async def test_no_token_shows_the_name_of_its_piece(client, engine):
+    """TGI decodes each by itself: what is no whole character is U+FFFD."""
+    text = "wörld\n"
+    engine.say(text)
+    parameters = {"details": True, "decoder_input_details": True, "top_n_tokens": 1}
+    answer = await client.post("/generate", json={"inputs": text, "parameters": parameters})
+    details = answer.json()["details"]
+    shown = ["\ufffd", "\ufffd", "\n"]  # two bytes of the ö, and a newline
+    tops = [top["text"] for (top,) in details["top_tokens"]]
+    for texts in ([token["text"] for token in details["prefill"]], tops):
+        assert [piece for piece in texts if piece in shown] == shown
+        assert not any(piece.startswith("<0x") for piece in texts)
+
+
 async def test_best_of_gives_the_most_probable_and_lists_the_others(client, engine):
     def script(request):
         n = request.sampling.sample_id

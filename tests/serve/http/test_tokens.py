@@ -24,6 +24,8 @@ async def test_tokenize_as_tgi(client):
     text = "Hi, wörld 🎉"
     shown = "".join(text[token["start"] : token["stop"]] for token in found)
     assert shown == text
+    # As TGI: the text of a token is what lies there; no piece has a name of its own.
+    assert "".join(token["text"] for token in found[1:]).removeprefix(" ") == text
     starts = [token["start"] for token in found[1:]]
     assert starts == [token["stop"] for token in found[:-1]]
 
@@ -117,6 +119,9 @@ async def test_health(client, engine, state, health, live):
     assert (await client.get("/health")).status_code == health
     assert (await client.get("/ping")).status_code == health
     assert (await client.get("/live")).status_code == live
+    statuses = [(await client.head(path)).status_code for path in ("/health", "/ping", "/live")]
+    assert statuses == [health, health, live]
+    assert (await client.head("/")).status_code == 200
 
 
 async def test_experts(client):
