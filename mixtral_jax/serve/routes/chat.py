@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -49,7 +50,7 @@ class Job:
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answers a conversation."""
     service = service_of(request)
-    job = plan(request, body)
+    job = await run_in_threadpool(plan, request, body)  # a long text takes its time
     asking = await ask(service, job.requests, caller_of(request))
     characters = sum(map(len, _texts(body.messages)))
     known = {"characters": characters, "prompt_tokens": len(job.requests[0].prompt_ids)}

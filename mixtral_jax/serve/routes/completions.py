@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -73,7 +74,7 @@ class Job:
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues prompts."""
     service = service_of(request)
-    job = plan(request, body)
+    job = await run_in_threadpool(plan, request, body)  # a long text takes its time
     asking = await ask(service, job.requests, caller_of(request))
     known = {
         "characters": sum(len(prompt.text) for prompt in job.prompts),

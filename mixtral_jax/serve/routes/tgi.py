@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -67,7 +68,7 @@ async def generated(
 ) -> tuple[dict[str, Any], int, dict[str, str]]:
     """The whole answer, its status and its headers."""
     service = service_of(request)
-    job = plan(request, body, is_stream=False)
+    job = await run_in_threadpool(plan, request, body, is_stream=False)
     asking = await ask(service, job.requests, caller_of(request))
     found = await unless_disconnected(request, asking.collect)
     best = max(range(len(found)), key=lambda index: found[index].mean_logprob)
@@ -96,7 +97,7 @@ async def generated(
 async def streamed(request: Request, body: GenerateRequest) -> Response:
     """One event per token."""
     service = service_of(request)
-    job = plan(request, body, is_stream=True)
+    job = await run_in_threadpool(plan, request, body, is_stream=True)
     asking = await ask(service, job.requests, caller_of(request))
     prompt_tokens = len(job.requests[0].prompt_ids)
     headers = stream_headers(service, characters=len(body.inputs), prompt_tokens=prompt_tokens)
@@ -104,7 +105,7 @@ async def streamed(request: Request, body: GenerateRequest) -> Response:
 
 
 def plan(request: Request, body: GenerateRequest, *, is_stream: bool) -> Job:
-    """Checks a request and puts it into the engine's terms.
+    """Checks a request and puts it into the engine's terms; a long text takes its time.
 
     Raises:
         Failure: it cannot be answered.

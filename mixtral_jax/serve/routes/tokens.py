@@ -25,7 +25,7 @@ from mixtral_jax.serve.schema.tgi import (
     TokenIds,
     TokenizeRequest,
 )
-from mixtral_jax.serve.service import service_of
+from mixtral_jax.serve.service import Service, service_of
 from mixtral_jax.serve.tool_calls import choice_of
 from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -35,18 +35,22 @@ router = APIRouter(route_class=StrictRoute, tags=["Tokens"])
 @router.post("/tokenize", responses=answers("tgi", list[SimpleToken] | TokenIds, generates=False))
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Token ids of a text: TGI's answer to ``inputs``, a harness's to ``prompt``."""
-    service = service_of(request)
     check_names(request, body)
     if (body.inputs is None) == (body.prompt is None):
         raise Failure("validation", "body: expected one of inputs and prompt")
+    # In a thread: a text may be as long as a body, and others are being answered.
+    return await run_in_threadpool(_tokens_of, service_of(request), body)
+
+
+def _tokens_of(service: Service, body: TokenizeRequest) -> Json:
     if body.inputs is not None:
         most = body.parameters.truncate if body.parameters else None
-        # In a thread: a text may be as long as a body, and others are being answered.
-        ids = truncated(await run_in_threadpool(service.encode, body.inputs), most)
-        tokens = await run_in_threadpool(simple_tokens, service.text_tokenizer(), ids)
-        return await run_in_threadpool(Json, tokens)
+        if most is None:  # each token is told in 50 bytes; those of ``prompt`` are numbers
+            service.check_size("inputs", [body.inputs])
+        ids = truncated(service.encode(body.inputs), most)
+        return Json(simple_tokens(service.text_tokenizer(), ids))
     text = body.prompt or ""
-    ids = await run_in_threadpool(service.encode, text)
+    ids = service.encode(text)
     if not body.add_special_tokens and not text.startswith("<s>"):
         ids = ids[1:]
     most = service.engine.limits.max_total_tokens
@@ -89,9 +93,12 @@ async def tokenizer_info(request: Request) -> Response:
 @router.post("/chat_tokenize", responses=answers("tgi", ChatTokenizeResponse, generates=False))
 async def chat_tokenize(request: Request, body: ChatRequest) -> Response:
     """Token ids of a conversation, and the prompt as text for people to read."""
-    service = service_of(request)
-    tokenizer = service.text_tokenizer()
     check_names(request, body)
+    return await run_in_threadpool(_chat_tokens_of, service_of(request), body)
+
+
+def _chat_tokens_of(service: Service, body: ChatRequest) -> Json:
+    tokenizer = service.text_tokenizer()
     choice = choice_of(body, is_v3=service.engine.model.is_v3)
     ids = chat_ids(service, body.messages, choice.tools)
     tokens = simple_tokens(tokenizer, ids)

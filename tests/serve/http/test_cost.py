@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 
 import pytest
 
 from mixtral_jax.serve.schema.common import MOST_IGNORED
 from mixtral_jax.serve.schema.openai import ChatRequest, CompletionRequest
+from mixtral_jax.tokenizer import Tokenizer
+from tests.test_tokenizer import V1
 
 pytestmark = pytest.mark.anyio
 HI = [{"role": "user", "content": "Hi"}]
@@ -36,6 +39,44 @@ async def test_a_list_of_a_wrong_type_is_refused_for_its_first_item(client, name
     assert answer.status_code in (400, 422)
     more = re.search(r"and (\d+) more", answer.text)
     assert more is None or int(more[1]) <= 3  # of a union, one of each kind
+
+
+TEXTS = {
+    "/generate": {"inputs": "Hi", "parameters": {"truncate": 5}},
+    "/generate_stream": {"inputs": "Hi"},
+    "/v1/completions": {"prompt": ["Hi"]},
+    "/v1/chat/completions": {"messages": HI},
+    "/tokenize": {"inputs": "Hi"},
+    "/chat_tokenize": {"messages": HI},
+}
+
+
+@pytest.mark.parametrize("path", TEXTS)
+async def test_texts_are_cut_while_others_are_answered(client, monkeypatch, path):
+    threads = []
+    encode = Tokenizer.encode
+
+    def watched(*args, **options):
+        threads.append(threading.get_ident())
+        return encode(*args, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", watched)
+    assert (await client.post(path, json=TEXTS[path])).status_code == 200
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+async def test_what_no_prompt_can_be_is_not_cut(client, engine, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "encode", None)  # whoever cuts it fails
+    text = "a" * (V1.longest_piece * (engine.limits.max_input_tokens + 1))
+    parts = [{"type": "text", "text": text}]
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}]}),
+        ("/chat_tokenize", {"messages": [{"role": "user", "content": parts}]}),
+        ("/tokenize", {"inputs": text}),
+        ("/v1/completions", {"prompt": ["a"] * 33}),
+    ):
+        assert (await client.post(path, json=body)).status_code in (400, 422)
 
 
 async def test_three_hundred_biases_are_the_most(client):
