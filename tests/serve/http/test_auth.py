@@ -107,6 +107,14 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path):
     assert read_keys(HttpFlags(), {}) == ()
 
 
+def test_a_key_of_the_environment_is_read_as_a_line_of_a_file_is():
+    assert read_keys(HttpFlags(), {"API_KEY": " secret\n"}) == (b"secret",)
+    assert read_keys(HttpFlags(), {"API_KEY": ""}) == ()
+    with pytest.raises(MixtralError, match="API_KEY: expected a key, got white space") as caught:
+        read_keys(HttpFlags(insecure=True), {"API_KEY": "\n"})  # else open to everybody
+    assert caught.value.code == BAD_DATA
+
+
 def test_bad_key_files(tmp_path):
     with pytest.raises(MixtralError, match="no key file") as caught:
         read_keys(HttpFlags(api_key_file=tmp_path / "none"), {})

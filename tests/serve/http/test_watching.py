@@ -213,6 +213,12 @@ async def test_spans_of_an_answer(engine):
     assert "secret" not in str(dict(whole.attributes))
 
 
+@pytest.mark.parametrize(("port", "warned"), [(4317, True), (4318, False)])
+async def test_a_port_of_grpc_is_warned_of(caplog, port, warned):
+    Tracing(f"http://localhost:{port}", "here").close()
+    assert ("port 4317 takes gRPC" in caplog.text) == warned
+
+
 async def test_a_bad_traceparent_is_no_fault(engine):
     exporter = InMemorySpanExporter()
     async with client_with(engine, Tracing(None, "here", exporter)) as client:
