@@ -207,9 +207,8 @@ def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
         next(name for name, i in tokenizer.control_ids.items() if i == tokenizer.bos_id)
     )
     text = re.sub(rf"\A(?:\s*{bos})+", "", text)
-    names = sorted(tokenizer.control_ids, key=len, reverse=True)
     token_ids = [tokenizer.bos_id]
-    for segment in re.split(f"({'|'.join(map(re.escape, names))})", text):
+    for segment in tokenizer.control_pattern.split(text):
         if segment in tokenizer.control_ids:
             token_ids.append(tokenizer.control_ids[segment])
         else:

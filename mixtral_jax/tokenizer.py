@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, SupportsIndex
 
@@ -161,6 +162,11 @@ class Tokenizer:
         return tuple(self._processor.id_to_piece(token_id) for token_id in range(self.vocab_size))
 
     @functools.cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Finds control pieces spelled in a text: as one group, the longest that fits."""
+        return re.compile(f"({_any_of(self.control_ids)})")
+
+    @functools.cached_property
     def longest_piece(self) -> int:
         """Bytes of text that a token stands for at most."""
         return max(len(piece.replace(SPACE, " ").encode()) for piece in self.pieces)
@@ -194,6 +200,15 @@ class Tokenizer:
                 code=BAD_DATA,
             )
         return token_id
+
+
+def _any_of(names: Collection[str]) -> str:
+    """A pattern for any of the names, as a tree: hundreds of them cost a text no more than one."""
+    rests: dict[str, list[str]] = {}
+    for name in filter(None, names):
+        rests.setdefault(name[0], []).append(name[1:])
+    branches = "|".join(re.escape(first) + _any_of(rest) for first, rest in rests.items())
+    return f"(?:{branches})" + ("?" if "" in names else "") if branches else ""
 
 
 def _missing(path: Path, folder: Path) -> MixtralError:

@@ -42,7 +42,7 @@ def attach_each(
                 f"adapter {adapter.folder}",
                 expected="an adapter of attention alone, where rows choose their adapters",
                 got=f"factors for {listing(others[:3])}",
-                fix="load it for all rows with --adapter, or merge it with convert --adapter",
+                fix="merge it into the weights: convert --adapter",
                 code=BAD_CONFIG,
             )
     found: dict[str, list[Factors | None]] = {}

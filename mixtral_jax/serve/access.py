@@ -18,6 +18,7 @@ _INFERENCE = {
     "/", "/generate", "/generate_stream", "/invocations", "/v1/chat/completions", "/v1/completions",
 }  # fmt: skip
 _MOST_CHARACTERS = 200
+_MOST_IGNORED_BYTES = 1000  # in a header: proxies take 4 to 8 KB of all headers together
 
 
 class Access:
@@ -53,7 +54,9 @@ class Access:
         try:
             await self._app(scope, receive, watched)
         finally:
-            self._count(scope, status, time.perf_counter() - started)
+            # A stream has its status before it is known how it ends.
+            end = state.get("end_status", status)
+            self._count(scope, status, end, time.perf_counter() - started)
             if scope["path"] not in _QUIET or status >= 500:
                 logs.event(
                     "request",
@@ -61,6 +64,7 @@ class Access:
                     method=scope["method"],
                     path=scope["path"][:_MOST_CHARACTERS],
                     status=status or "left",
+                    **({} if end == status else {"ended": end or "left"}),
                     seconds=round(time.perf_counter() - started, 6),
                     **state["log"],
                     **({"ignored": state["ignored"]} if state.get("ignored") else {}),
@@ -71,11 +75,13 @@ class Access:
         headers = [(b"x-request-id", state["request_id"].encode("latin-1"))]
         if state.get("ignored"):
             # Names come from the client: none may end the header, or be no header at all.
-            names = ", ".join(quote(name, safe="") or "%00" for name in state["ignored"])
-            headers.append((b"x-ignored-parameters", names.encode("ascii")))
+            names = [quote(name, safe="") or "%00" for name in state["ignored"]]
+            while len(", ".join(names)) > _MOST_IGNORED_BYTES:
+                names.pop()
+            headers.append((b"x-ignored-parameters", ", ".join(names).encode("ascii")))
         return headers
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+    def _count(self, scope: Scope, status: int, end: int, seconds: float) -> None:
         metrics = self._service.metrics
         route = scope.get("route")
         # Only routes that exist: a client must not make series at will.
@@ -86,12 +92,12 @@ class Access:
             return
         metrics.count.inc()
         metrics.duration.observe(seconds)
-        if status in (0, 499):
+        if end in (0, 499):
             metrics.disconnects.inc()
-        elif status < 400:
+        elif end < 400:
             metrics.success.inc()
         else:
-            metrics.failure.labels(_error_name(status)).inc()
+            metrics.failure.labels(_error_name(end)).inc()
 
 
 def _error_name(status: int) -> str:

@@ -105,7 +105,7 @@ class Asking:
         self._caller = caller
         self._tickets = tickets
         self.answers = [Answer(request) for request in requests]
-        self.started_at = time.time()
+        self.started_at, self.submitted_at = time.time(), time.perf_counter()
         self._deadline = time.monotonic() + service.options.http.request_timeout
 
     def cancel(self) -> None:
@@ -164,11 +164,12 @@ class Asking:
             self._caller.log.update(prompts=texts, texts=[end.text for end in ends])
 
     async def _next(self, queue: asyncio.Queue[Indexed | Exception]) -> Indexed | Exception:
-        with contextlib.suppress(asyncio.QueueEmpty):
-            return queue.get_nowait()
+        left = self._deadline - time.monotonic()
         try:
+            if left <= 0:  # whatever is there: a slow reader has no more time than others
+                raise TimeoutError
             # Not wait_for: before Python 3.12 it can swallow a cancellation (the client left).
-            async with asyncio.timeout(max(self._deadline - time.monotonic(), 0)):
+            async with asyncio.timeout(left):
                 return await queue.get()
         except TimeoutError:
             seconds = self._service.options.http.request_timeout
@@ -202,9 +203,13 @@ async def ask(service: Service, requests: Sequence[ServeRequest], caller: Caller
     """Submits requests to the engine: all of them, or none.
 
     Raises:
-        Failure: the engine refuses one.
+        Failure: the engine refuses one, or would never have room for all of them.
     """
     service.check_ready()
+    most = service.engine.limits.max_concurrent_requests
+    if len(requests) > most:
+        message = f"expected at most {most} answers at one time, got {len(requests)}"
+        raise Failure("validation", f"{message}; fix: fewer prompts, n or best_of", param="n")
     tickets: list[Ticket] = []
     try:
         for request in requests:

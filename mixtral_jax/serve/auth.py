@@ -27,10 +27,19 @@ def read_keys(flags: HttpFlags, environ: Mapping[str, str]) -> tuple[bytes, ...]
     """The API keys of this server: of the file, one a line, and of the environment.
 
     Raises:
-        MixtralError: exit code 66 without the file, 65 if it has no key; 64 where others could
-            reach a server without one.
+        MixtralError: exit code 66 without the file, 65 if it has no key or the environment's is
+            blank; 64 where others could reach a server without one.
     """
-    keys = [environ[ENVIRONMENT]] if environ.get(ENVIRONMENT) else []
+    given = environ.get(ENVIRONMENT, "")
+    keys = [given.strip()] if given else []  # secrets of files often end with a newline
+    if given and not given.strip():
+        raise MixtralError(
+            f"environment variable {ENVIRONMENT}",
+            expected="a key",
+            got="white space",
+            fix="set a key, or leave it out",
+            code=BAD_DATA,
+        )
     if flags.api_key_file is not None:
         keys += _lines(flags.api_key_file)
     if not keys and flags.host not in LOCAL_HOSTS and not flags.insecure:

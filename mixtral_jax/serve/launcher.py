@@ -97,18 +97,19 @@ def arguments(argv: Sequence[str], environ: Mapping[str, str]) -> Arguments:
         elif value not in _FALSE:
             notes.append(f"environment variable {_variable(flag)} has no effect here")
     given = {word.partition("=")[0] for word in kept if word.startswith("--")}
+    names_checkpoint = _names_checkpoint(kept)
     first: list[str] = []
     for name, kind in _fields().items():
         text = environ.get(name.upper(), environ.get(_OLD_NAMES.get(name, "")))
         flag = "--" + name.replace("_", "-")
         if text is None or not {flag, f"--no-{flag[2:]}"}.isdisjoint(given):
             continue
-        if name == "model_id" and any(not word.startswith("-") for word in kept[:1]):
-            continue  # a checkpoint is named on the command line
+        if name == "model_id" and names_checkpoint:
+            continue
         if {name, *given} >= {"num_shard", "--mesh"}:
             continue
         first += _from_environment(name, flag, kind, text)
-    return Arguments(kept[:1] + first + kept[1:] if _is_positional(kept) else first + kept, notes)
+    return Arguments(first + kept, notes)
 
 
 def _variable(flag: str) -> str:
@@ -120,8 +121,19 @@ def _refuse(name: str) -> NoReturn:
     raise MixtralError(f"{name} is not offered: {REFUSED[flag]}", fix="drop it", code=USAGE)
 
 
-def _is_positional(kept: list[str]) -> bool:
-    return bool(kept) and not kept[0].startswith("-")
+def _names_checkpoint(words: Sequence[str]) -> bool:
+    """Whether one of the words is no option and no option's value."""
+    booleans = {name for name, kind in _fields().items() if kind is bool} | {"debug", "insecure"}
+    alone = {"-h", "--help"}
+    for name in booleans:
+        flag = name.replace("_", "-")
+        alone |= {f"--{flag}", f"--no-{flag}"}
+    is_value = False
+    for word in words:
+        if not word.startswith("-") and not is_value:
+            return True
+        is_value = word.startswith("-") and "=" not in word and word not in alone
+    return False
 
 
 def _from_environment(name: str, flag: str, kind: Any, text: str) -> list[str]:

@@ -73,13 +73,14 @@ class BatchFlags:
     max_concurrent_requests: int = 128
     """Requests running or waiting; further ones are refused with 429."""
     max_input_tokens: int | None = None
-    """Of a prompt; what the model and memory allow, if not given."""
+    """Of a prompt; all of --max-total-tokens but one, if not given."""
     max_total_tokens: int | None = None
-    """Of a prompt and its answer; what the model and memory allow, if not given."""
+    """Of a prompt and its answer; what the model has positions for, up to 4096, if not given."""
     max_batch_prefill_tokens: int | None = None
     """Prompt tokens read at one time."""
     max_batch_total_tokens: int | None = None
-    """Prompt and answer tokens of everything that runs; what memory allows, if not given."""
+    """Prompt and answer tokens of everything that runs, which is the memory for keys and values; of
+    about 8 requests of each length (128, 512, ...), if not given."""
     max_batch_size: int | None = None
     """Requests running at one time."""
     waiting_served_ratio: float = 0.3
@@ -156,7 +157,7 @@ class WatchFlags:
     log_prompts: bool = False
     """Log the text of prompts and answers as well."""
     otlp_endpoint: str | None = None
-    """Send traces there (OTLP over HTTP, such as http://localhost:4318)."""
+    """Send traces there: OTLP over HTTP, such as http://localhost:4318 (TGI's is over gRPC)."""
     otlp_service_name: str = "mixtral-jax"
     """Name of this service in traces."""
 
@@ -212,7 +213,9 @@ class ServeOptions:
         """What to load: ``tiny``, a folder, or ``org/name[@revision]``."""
         name = self.model.model_id or self.checkpoint
         revision = self.model.revision
-        return name if revision is None or "@" in name else f"{name}@{revision}"
+        is_here = name == EMBEDDED or Path(name).is_absolute() or Path(name).exists()
+        # As in TGI, what lies here has no revision.
+        return name if revision is None or is_here or "@" in name else f"{name}@{revision}"
 
     @property
     def adapters(self) -> dict[str, str]:

@@ -145,7 +145,7 @@ def openai_sampling(
         stop=_stop(service, stop),
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=grammar or response_grammar(service, request),
+        grammar=_forced(service, grammar) or response_grammar(service, request),
     )
 
 
@@ -223,6 +223,12 @@ def _tgi_grammar(service: Service, parameters: GenerateParameters) -> Grammar | 
     return schema_grammar(
         asked.value.schema_ if isinstance(asked, JsonSchemaGrammar) else asked.value
     )
+
+
+def _forced(service: Service, grammar: Grammar | None) -> Grammar | None:
+    if grammar is not None:
+        _check_grammars(service, "tool_choice")
+    return grammar
 
 
 def _check_grammars(service: Service, name: str) -> None:

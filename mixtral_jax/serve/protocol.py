@@ -33,6 +33,7 @@ class BoundedProtocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self._flags = flags
         self._headers_due: asyncio.TimerHandle | None = None
+        self._reading_due: asyncio.TimerHandle | None = None
         self._inner: Any = self.app
         self.app = self._run
 
@@ -44,6 +45,7 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It went."""
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -51,6 +53,7 @@ class BoundedProtocol(H11Protocol):
         if self._headers_due is None and self.conn.their_state is h11.IDLE:
             self._await_headers()
         super().data_received(data)
+        self._read_on()
 
     def on_response_complete(self) -> None:
         """An answer is written; whether it was read shows later."""
@@ -72,8 +75,21 @@ class BoundedProtocol(H11Protocol):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._stop_waiting()
+        self._stop_watching()  # the next answer fills what is left; its own sending is timed
         scope.setdefault("extensions", {})[ABORT] = self.transport.abort
         await self._inner(scope, receive, send)
+
+    def _read_on(self) -> None:
+        """Keeps reading what a client sends beyond its request: else its leaving is not seen.
+
+        uvicorn pauses there until the answer is sent. One that sends more than headers is dropped.
+        """
+        if self.conn.their_state is not h11.DONE or self.cycle.response_complete:
+            return
+        if len(self.conn.trailing_data[0]) > self._flags.header_limit:
+            self.transport.abort()
+        else:
+            self.flow.resume_reading()
 
     def _await_headers(self) -> None:
         seconds = self._flags.header_timeout
@@ -105,9 +121,16 @@ class BoundedProtocol(H11Protocol):
         self._await_reader()
 
     def _await_reader(self) -> None:
+        self._stop_watching()
         left = self.transport.get_write_buffer_size()
         if left > 0:
-            self.loop.call_later(self._flags.write_timeout, self._drop_unread, left)
+            seconds = self._flags.write_timeout
+            self._reading_due = self.loop.call_later(seconds, self._drop_unread, left)
+
+    def _stop_watching(self) -> None:
+        if self._reading_due is not None:
+            self._reading_due.cancel()
+            self._reading_due = None
 
     def _drop_unread(self, left: int) -> None:
         """Drops a client that has read nothing meanwhile; a slow one has time again."""

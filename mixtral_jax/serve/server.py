@@ -97,9 +97,12 @@ class Server(uvicorn.Server):
         seconds = self._seconds
         logs.event("draining", signal=signal.Signals(sig).name, seconds=seconds)
         try:
-            if not self._service.engine.drain(seconds):
+            engine = self._service.engine
+            is_done = engine.drain(seconds)
+            self.has_failed = engine.state() == "failed"  # as it may meanwhile
+            if not is_done:
                 logs.event("time is up: ending what still runs", seconds=seconds)
-                self._service.engine.close()  # whoever waits gets an end
+                engine.close()  # whoever waits gets an end
         finally:
             self.should_exit = True
 

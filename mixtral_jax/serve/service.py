@@ -84,7 +84,7 @@ class Service:
         """
         tokenizer = self.text_tokenizer()
         try:
-            if any(name in text for name in tokenizer.control_ids):
+            if tokenizer.control_pattern.search(text):
                 return encode_rendered(tokenizer, text)
             return tokenizer.encode(text)
         except MixtralError as error:

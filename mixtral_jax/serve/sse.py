@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -29,11 +29,15 @@ def frame(value: Any, family: Family) -> bytes:
 class EventStream(Response):
     """An answer that is sent while it is made.
 
+    When it is over, ``end_status`` in the scope's state says how it ended, as a status: 0 where the
+    client left.
+
     Args:
         frames: bytes of the events. It may raise Failure, which becomes the last event; it is
             closed when the client leaves.
         family: whose manners an error has.
         headers: beside those of every event stream.
+        on_end: called at the end, also where the answer never began.
     """
 
     media_type = "text/event-stream"
@@ -43,12 +47,17 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         family: Family,
         headers: Mapping[str, str] | None = None,
+        *,
+        on_end: Callable[[], None],
     ):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self.headers.update(headers or {})
         self._frames = frames
         self._family: Family = family
+        self._on_end = on_end
+        self._found_status = 200
+        self._end_status = 0  # until everything is sent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until they end or the client leaves."""
@@ -59,9 +68,12 @@ class EventStream(Response):
             if sender.done():
                 sender.result()
         finally:
+            # First of all: of an answer that never began, nobody closes the frames.
+            self._on_end()
             for task in (sender, watcher):
                 task.cancel()
             await asyncio.gather(sender, watcher, return_exceptions=True)
+            scope.setdefault("state", {})["end_status"] = self._end_status
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -69,6 +81,7 @@ class EventStream(Response):
             async for data in frames:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._end_status = self._found_status
 
     async def _whole(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -76,11 +89,14 @@ class EventStream(Response):
                 async for data in frames:
                     yield data
         except Failure as failure:
-            yield frame(failure.body(self._family), self._family)
+            yield self._last(failure)
         except Exception:
             logger.exception("a stream broke off")
-            failure = Failure("internal", "the answer broke off")
-            yield frame(failure.body(self._family), self._family)
+            yield self._last(Failure("internal", "the answer broke off"))
+
+    def _last(self, failure: Failure) -> bytes:
+        self._found_status = failure.status(self._family)
+        return frame(failure.body(self._family), self._family)
 
 
 async def _with_comments(frames: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -13,6 +13,7 @@ from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.plan import schema_grammar
 from mixtral_jax.serve.request import Grammar
 from mixtral_jax.serve.schema.openai import ChatRequest, ToolChoice
+from mixtral_jax.tokenizer import REPLACEMENT
 
 MARK = "[TOOL_CALLS]"
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
@@ -48,7 +49,8 @@ def choice_of(request: ChatRequest, *, is_v3: bool) -> Choice:
     tools = [_as_openai(tool) for tool in request.tools or []]
     asked = request.tool_choice or ("auto" if tools else "none")
     if asked == "none" or (asked == "auto" and not tools):
-        return Choice(tools=[] if not is_v3 else tools, may_call=False)
+        # A model that is told of tools may call one all the same.
+        return Choice(tools=[], may_call=False)
     if not is_v3:
         message = "tools: this model's format (v1) has none; fix: serve a v3 model (8x22B Instruct)"
         raise Failure("tool_error", message, param="tools")
@@ -81,15 +83,30 @@ def _calls_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:
             "type": "object",
             "properties": {
                 "name": {"const": function.get("name")},
-                "arguments": function.get("parameters") or {"type": "object"},
+                "arguments": _moved(
+                    function.get("parameters") or {"type": "object"},
+                    f"#/items/anyOf/{index}/properties/arguments",
+                ),
             },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for function in functions
+        for index, function in enumerate(functions)
     ]
-    items = one[0] if len(one) == 1 else {"anyOf": one}
-    return {"type": "array", "items": items, "minItems": 1, "maxItems": 16}
+    return {"type": "array", "items": {"anyOf": one}, "minItems": 1, "maxItems": 16}
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema that now lies at ``root``: what it says of its own parts (#/$defs/...) follows."""
+    if isinstance(schema, list):
+        return [_moved(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: _moved(value, root) for name, value in schema.items()}
+    target = schema.get("$ref")
+    if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+        moved["$ref"] = root + target[1:]
+    return moved
 
 
 def read_calls(text: str) -> list[dict[str, Any]] | None:
@@ -100,7 +117,8 @@ def read_calls(text: str) -> list[dict[str, Any]] | None:
     """
     try:
         found = json.loads(text.removeprefix(MARK))
-    except (ValueError, RecursionError):
+        json.dumps(found, allow_nan=False)
+    except (ValueError, RecursionError):  # of NaN too, which JSON has not
         return None
     found = [found] if isinstance(found, dict) else found
     if not isinstance(found, list) or not found:
@@ -116,10 +134,15 @@ def read_calls(text: str) -> list[dict[str, Any]] | None:
             {
                 "id": _call_id(call.get("id")),
                 "type": "function",
-                "function": {"name": call["name"], "arguments": arguments},
+                "function": {"name": _whole(call["name"]), "arguments": _whole(arguments)},
             }
         )
     return calls
+
+
+def _whole(text: str) -> str:
+    """The text with U+FFFD for half of a surrogate pair, which UTF-8 cannot hold."""
+    return re.sub("[\ud800-\udfff]", REPLACEMENT, text)
 
 
 def _call_id(given: object) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import logging
 import urllib.parse
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+import mixtral_jax
 
 if TYPE_CHECKING:
     from mixtral_jax.serve.asking import Answer
 
 _NANOSECONDS = 1e9
+_GRPC_PORT = 4317
+
+logger = logging.getLogger(__name__)
 
 
 class Tracing:
@@ -32,7 +37,7 @@ class Tracing:
 
         attributes = {
             "service.name": service_name,
-            "service.version": importlib.metadata.version("mixtral-jax"),
+            "service.version": mixtral_jax.__version__,
         }
         self._provider = TracerProvider(resource=Resource.create(attributes))
         if exporter is not None:
@@ -40,7 +45,11 @@ class Tracing:
             return
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        exporter = OTLPSpanExporter(endpoint=_traces_url(endpoint or ""))
+        url = _traces_url(endpoint or "")
+        if urllib.parse.urlsplit(url).port == _GRPC_PORT:
+            message = "--otlp-endpoint %s: port %d takes gRPC, and spans are sent over HTTP (4318)"
+            logger.warning(message, endpoint, _GRPC_PORT)
+        exporter = OTLPSpanExporter(endpoint=url)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
 
     def finished(

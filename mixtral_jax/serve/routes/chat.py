@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -17,11 +18,11 @@ from mixtral_jax.serve.asking import Answer, Asking, ask, unless_disconnected
 from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.plan import adapter_of, caller_of, openai_sampling, samples_of
 from mixtral_jax.serve.request import Finished, ServeRequest, Started, TokenEvent, TokenScore
+from mixtral_jax.serve.routes.headers import answer_headers, stream_headers
 from mixtral_jax.serve.routes.openai import (
     Envelope,
     envelope,
     finish_reason,
-    headers,
     usage_of,
     wants_usage,
 )
@@ -49,14 +50,17 @@ class Job:
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answers a conversation."""
     service = service_of(request)
-    job = plan(request, body)
+    job = await run_in_threadpool(plan, request, body)  # a long text takes its time
     asking = await ask(service, job.requests, caller_of(request))
+    characters = sum(map(len, _texts(body.messages)))
+    known = {"characters": characters, "prompt_tokens": len(job.requests[0].prompt_ids)}
     if body.stream:
-        return EventStream(_frames(job, asking), "openai")
+        headers = stream_headers(service, **known)
+        return EventStream(_frames(job, asking), "openai", headers, on_end=asking.cancel)
     found = await unless_disconnected(request, asking.collect)
     choices = [_choice(job, index, answer) for index, answer in enumerate(found)]
     content = job.envelope.around(choices, usage_of(found))
-    return Json(content, headers=headers(request, service, asking))
+    return Json(content, headers=answer_headers(request, service, asking, found, **known))
 
 
 def plan(request: Request, body: ChatRequest) -> Job:
@@ -92,13 +96,15 @@ def plan(request: Request, body: ChatRequest) -> Job:
         top_logprobs=body.top_logprobs or 0,
         grammar=choice.grammar,
     )
+    # A message that goes on keeps the space before its next word.
+    is_open = _is_open(body.messages)
     adapter = adapter_of(service, body.model)
     count, caller = body.n or 1, caller_of(request)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     return Job(
         body=body,
         requests=samples_of(
-            prompt_ids, sampling, count, caller, adapter_id=adapter, is_answer=True
+            prompt_ids, sampling, count, caller, adapter_id=adapter, is_answer=not is_open
         ),
         choice=choice,
         mark_id=mark_id,
@@ -115,13 +121,26 @@ def chat_ids(
         Failure: it cannot be encoded.
     """
     tokenizer = service.text_tokenizer()
-    is_open = messages[-1].get("role") == "assistant"
-    contents = (message.get("content") for message in messages)
-    service.check_size("messages", (text for text in contents if isinstance(text, str)))
+    is_open = _is_open(messages)
+    service.check_size("messages", _texts(messages))
     try:
         return encode_chat(tokenizer, messages, tools=tools or None, continue_final_message=is_open)
     except MixtralError as error:
         raise Failure("template_error", str(error), param="messages") from None
+
+
+def _is_open(messages: Sequence[dict[str, Any]]) -> bool:
+    return messages[-1].get("role") == "assistant"
+
+
+def _texts(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The texts of messages, whole or in parts."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
 
 
 def _choice(job: Job, index: int, answer: Answer) -> dict[str, Any]:

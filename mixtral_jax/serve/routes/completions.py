@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,11 +16,11 @@ from mixtral_jax.serve.asking import Answer, Asking, ask, unless_disconnected
 from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.plan import adapter_of, caller_of, openai_sampling, samples_of
 from mixtral_jax.serve.request import Finished, ServeRequest, Started, TokenEvent, TokenScore
+from mixtral_jax.serve.routes.headers import answer_headers, stream_headers
 from mixtral_jax.serve.routes.openai import (
     Envelope,
     envelope,
     finish_reason,
-    headers,
     usage_of,
     wants_usage,
 )
@@ -73,10 +74,15 @@ class Job:
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Continues prompts."""
     service = service_of(request)
-    job = plan(request, body)
+    job = await run_in_threadpool(plan, request, body)  # a long text takes its time
     asking = await ask(service, job.requests, caller_of(request))
+    known = {
+        "characters": sum(len(prompt.text) for prompt in job.prompts),
+        "prompt_tokens": sum(len(prompt.ids) for prompt in job.prompts),
+    }
     if body.stream:
-        return EventStream(_frames(job, asking), "openai")
+        headers = stream_headers(service, **known)
+        return EventStream(_frames(job, asking), "openai", headers, on_end=asking.cancel)
     found = await unless_disconnected(request, asking.collect)
     choices = []
     for number, prompt in enumerate(job.prompts):
@@ -86,7 +92,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         for answer in best[: body.n or 1]:
             choices.append(_choice(job, len(choices), prompt, answer))
     content = job.envelope.around(choices, _usage(job, found))
-    return Json(content, headers=headers(request, service, asking))
+    return Json(content, headers=answer_headers(request, service, asking, found, **known))
 
 
 def plan(request: Request, body: CompletionRequest) -> Job:
@@ -106,9 +112,6 @@ def plan(request: Request, body: CompletionRequest) -> Job:
     if body.max_tokens == 0 and not body.echo:
         _refuse("max_tokens", "expected at least 1, or echo beside 0")
     prompts = _prompts(service, body.prompt)
-    most = service.options.request.max_client_batch_size
-    if len(prompts) > most:
-        _refuse("prompt", f"expected at most {most} prompts, got {len(prompts)}")
     adapter, caller = adapter_of(service, body.model), caller_of(request)
     requests = []
     for prompt in prompts:
@@ -137,6 +140,9 @@ def _prompts(service: Service, prompt: Any) -> list[Prompt]:
         _refuse("prompt", "expected a text or token ids, got an empty list")
     if isinstance(prompt[0], int):
         return [_id_prompt(service, prompt)]
+    most = service.options.request.max_client_batch_size
+    if len(prompt) > most:
+        _refuse("prompt", f"expected at most {most} prompts, got {len(prompt)}")
     make = _text_prompt if isinstance(prompt[0], str) else _id_prompt
     return [make(service, one) for one in prompt]
 
@@ -170,43 +176,61 @@ def _choice(job: Job, index: int, prompt: Prompt, answer: Answer) -> dict[str, A
     events = [] if job.is_only_echo else answer.tokens
     text = "" if job.is_only_echo else answer.end.text
     before = prompt.text if job.body.echo else ""
-    prompt_scores = answer.prompt_scores[prompt.added :] if job.body.echo else ()
+    logprobs = None
+    if job.is_scored:
+        echoed = _echoed(job, prompt, answer) if job.body.echo else []
+        logprobs = _logprobs(job, [*echoed, *_generated(events, len(before))])
     return {
         "index": index,
         "text": before + text,
-        "logprobs": _logprobs(job, answer, prompt_scores, events) if job.is_scored else None,
+        "logprobs": logprobs,
         "finish_reason": "length" if job.is_only_echo else finish_reason(answer.end),
     }
 
 
-def _logprobs(
-    job: Job, answer: Answer, prompt_scores: Sequence[TokenScore], events: Sequence[TokenEvent]
-) -> dict[str, Any]:
-    """OpenAI's old form: parallel lists over the tokens, echoed ones first."""
-    scores = [*prompt_scores, *(event.token for event in events)]
-    tops: list[dict[str, float] | None] = [
-        *_prompt_tops(job, answer, prompt_scores),
-        *(_top(event.token, event.top) for event in events),
-    ]
-    offsets, at = [], 0
-    for score in scores:
-        offsets.append(at)
-        at += _length(score)
+class Scored(NamedTuple):
+    """A token, where it begins in the text, and the best ones in its place."""
+
+    score: TokenScore
+    offset: int
+    top: dict[str, float] | None
+
+
+def _logprobs(job: Job, scored: Sequence[Scored]) -> dict[str, Any]:
+    """OpenAI's old form: parallel lists over the tokens."""
     return {
-        "tokens": [score.text for score in scores],
-        "token_logprobs": [finite(score.logprob) for score in scores],
-        "top_logprobs": tops if job.body.logprobs else None,
-        "text_offset": offsets,
+        "tokens": [one.score.text for one in scored],
+        "token_logprobs": [finite(one.score.logprob) for one in scored],
+        "top_logprobs": [one.top for one in scored] if job.body.logprobs else None,
+        "text_offset": [one.offset for one in scored],
     }
 
 
-def _length(score: TokenScore) -> int:
-    """Characters that a token adds to the text; those of several bytes count with their first."""
-    if score.is_special:
-        return 0
-    if score.byte is None:
-        return len(score.text)
-    return 0 if 0x80 <= score.byte < 0xC0 else 1
+def _echoed(job: Job, prompt: Prompt, answer: Answer) -> list[Scored]:
+    """The tokens of a prompt; None for the best in place of a first one, which nothing predicts."""
+    scores = answer.prompt_scores[prompt.added :]
+    tops = None if answer.started is None else answer.started.prompt_top_logprobs
+    tops = [()] * len(scores) if tops is None else tops[prompt.added :]
+    at, found = 0, []
+    for score, top in zip(scores, tops, strict=True):
+        found.append(Scored(score, at, None if score.logprob is None else _top(score, top)))
+        at += _length(prompt.text, at, score)
+    return found
+
+
+def _length(text: str, at: int, score: TokenScore) -> int:
+    """Characters of a prompt's token: SentencePiece adds spaces, ids may be no part of a text."""
+    if score.byte is not None:
+        return 0 if 0x80 <= score.byte < 0xC0 else 1
+    shown = (score.text, score.text.removeprefix(" "))
+    return next((len(piece) for piece in shown if text.startswith(piece, at)), 0)
+
+
+def _generated(events: Sequence[TokenEvent], at: int) -> Iterator[Scored]:
+    """Generated tokens, of which the first begins at ``at``."""
+    for event in events:
+        yield Scored(event.token, at, _top(event.token, event.top))
+        at += len(event.piece)
 
 
 def _top(token: TokenScore, top: Sequence[TokenScore]) -> dict[str, float]:
@@ -217,18 +241,6 @@ def _top(token: TokenScore, top: Sequence[TokenScore]) -> dict[str, float]:
         if logprob is not None:
             found.setdefault(score.text, logprob)
     return found
-
-
-def _prompt_tops(
-    job: Job, answer: Answer, scores: Sequence[TokenScore]
-) -> list[dict[str, float] | None]:
-    """The best tokens at each echoed position; None for a first one, which nothing predicts."""
-    tops = None if answer.started is None else answer.started.prompt_top_logprobs
-    if tops is None:
-        return [None] * len(scores)
-    tops = tops[len(tops) - len(scores) :]
-    pairs = zip(scores, tops, strict=True)
-    return [None if score.logprob is None else _top(score, top) for score, top in pairs]
 
 
 def _usage(job: Job, found: Sequence[Answer]) -> dict[str, Any]:
@@ -244,16 +256,21 @@ async def _frames(job: Job, asking: Asking) -> AsyncGenerator[bytes, None]:
         usage = None if wants_usage(job.body.stream_options) else ...
         return frame(job.envelope.around([choice], usage), "openai")
 
+    before = [len(prompt.text) if job.body.echo else 0 for prompt in job.prompts]
+    offsets = [start for start in before for _ in range(job.samples)]
     async with contextlib.aclosing(asking.events()) as events:
         async for index, event in events:
             answer, prompt = asking.answers[index], job.prompt_of(index)
             if isinstance(event, Started) and job.body.echo:
                 logprobs = None
                 if job.is_scored:
-                    logprobs = _logprobs(job, answer, answer.prompt_scores[prompt.added :], ())
+                    logprobs = _logprobs(job, _echoed(job, prompt, answer))
                 yield chunk(index, prompt.text, None, logprobs)
             elif isinstance(event, TokenEvent) and not job.is_only_echo:
-                logprobs = _logprobs(job, answer, (), [event]) if job.is_scored else None
+                logprobs = None
+                if job.is_scored:
+                    logprobs = _logprobs(job, list(_generated([event], offsets[index])))
+                offsets[index] += len(event.piece)
                 if event.text or logprobs:
                     yield chunk(index, event.text, None, logprobs)
             elif isinstance(event, Finished):

@@ -7,10 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from starlette.requests import Request
-
 import mixtral_jax
-from mixtral_jax.serve.asking import Answer, Asking
+from mixtral_jax.serve.asking import Answer
 from mixtral_jax.serve.request import Finished
 from mixtral_jax.serve.schema.openai import StreamOptions
 from mixtral_jax.serve.service import Service, new_id
@@ -65,20 +63,3 @@ def finish_reason(end: Finished) -> str:
 def wants_usage(options: StreamOptions | None) -> bool:
     """Whether a stream ends with the token counts."""
     return bool(options and options.include_usage)
-
-
-def headers(request: Request, service: Service, asking: Asking) -> dict[str, str]:
-    """TGI's headers, where they are known for all answers together."""
-    total = time.perf_counter() - request.state.received_at
-    ends = [answer.end for answer in asking.answers]
-    tokens = sum(len(end.token_ids) for end in ends)
-    inference = max(end.prefill_seconds + end.decode_seconds for end in ends)
-    return {
-        "x-compute-type": f"jax+{service.engine.model.mesh}",
-        "x-compute-time": f"{total:.6f}",
-        "x-total-time": str(round(total * 1000)),
-        "x-queue-time": str(round(max(end.queue_seconds for end in ends) * 1000)),
-        "x-inference-time": str(round(inference * 1000)),
-        "x-prompt-tokens": str(sum(end.prompt_tokens for end in ends)),
-        "x-generated-tokens": str(tokens),
-    }

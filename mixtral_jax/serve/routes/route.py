@@ -18,8 +18,6 @@ from mixtral_jax.serve.schema.tgi import TgiError
 from mixtral_jax.serve.service import service_of
 from mixtral_jax.serve.strict_json import BadJSONError, parse
 
-_MOST_IGNORED = 20  # names listed in a header
-
 
 class Json(Response):
     """A JSON answer; numbers that JSON cannot hold never reach it."""
@@ -71,7 +69,7 @@ def check_names(request: Request, body: Strict) -> None:
     """
     unknown = body.check_names()
     if unknown:
-        request.state.ignored = [name[:64] for name in unknown[:_MOST_IGNORED]]
+        request.state.ignored = [name[:64] for name in unknown]
 
 
 _ERRORS = [

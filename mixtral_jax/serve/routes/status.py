@@ -29,6 +29,7 @@ _HEALTH: dict[int | str, dict[str, Any]] = {
 }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", responses=_HEALTH)
 async def health(request: Request) -> Response:
     """Readiness, as TGI's: 503 while requests are not taken."""
@@ -36,12 +37,14 @@ async def health(request: Request) -> Response:
     return Response(media_type="text/plain")
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get("/ping", responses=_HEALTH)
 async def ping(request: Request) -> Response:
     """/health, as SageMaker calls it."""
     return await health(request)
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live", responses=_HEALTH)
 async def live(request: Request) -> Response:
     """Liveness: 503 only where a restart is what helps."""
@@ -131,6 +134,7 @@ def _page() -> tuple[str, str]:
     return text, policy
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
     """The chat page."""

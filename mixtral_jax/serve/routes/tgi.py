@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -16,6 +16,7 @@ from mixtral_jax.serve.asking import Answer, Asking, ask, unless_disconnected
 from mixtral_jax.serve.failures import Failure
 from mixtral_jax.serve.plan import caller_of, samples_of, tgi_sampling
 from mixtral_jax.serve.request import Finished, ServeRequest, TokenEvent, TokenScore
+from mixtral_jax.serve.routes.headers import answer_headers, stream_headers
 from mixtral_jax.serve.routes.route import Json, StrictRoute, answers, check_names, finite
 from mixtral_jax.serve.schema.tgi import (
     CompatGenerateRequest,
@@ -67,9 +68,8 @@ async def generated(
 ) -> tuple[dict[str, Any], int, dict[str, str]]:
     """The whole answer, its status and its headers."""
     service = service_of(request)
-    job = plan(request, body, is_stream=False)
+    job = await run_in_threadpool(plan, request, body, is_stream=False)
     asking = await ask(service, job.requests, caller_of(request))
-    validated = time.perf_counter()
     found = await unless_disconnected(request, asking.collect)
     best = max(range(len(found)), key=lambda index: found[index].mean_logprob)
     answer = found.pop(best)
@@ -83,24 +83,29 @@ async def generated(
                 for other in found
             ]
         content["details"] = details
-    return content, 200, _headers(request, service, body, answer, validated)
+    headers = answer_headers(
+        request,
+        service,
+        asking,
+        [answer],
+        characters=len(body.inputs),
+        prompt_tokens=answer.end.prompt_tokens,
+    )
+    return content, 200, headers
 
 
 async def streamed(request: Request, body: GenerateRequest) -> Response:
     """One event per token."""
     service = service_of(request)
-    job = plan(request, body, is_stream=True)
+    job = await run_in_threadpool(plan, request, body, is_stream=True)
     asking = await ask(service, job.requests, caller_of(request))
-    headers = {
-        "x-compute-type": compute_type(service),
-        "x-compute-characters": str(len(body.inputs)),
-        "x-prompt-tokens": str(len(job.requests[0].prompt_ids)),
-    }
-    return EventStream(_frames(service, job, asking), "tgi", headers)
+    prompt_tokens = len(job.requests[0].prompt_ids)
+    headers = stream_headers(service, characters=len(body.inputs), prompt_tokens=prompt_tokens)
+    return EventStream(_frames(service, job, asking), "tgi", headers, on_end=asking.cancel)
 
 
 def plan(request: Request, body: GenerateRequest, *, is_stream: bool) -> Job:
-    """Checks a request and puts it into the engine's terms.
+    """Checks a request and puts it into the engine's terms; a long text takes its time.
 
     Raises:
         Failure: it cannot be answered.
@@ -189,10 +194,15 @@ def token_json(token: TokenScore, piece: str | None = None) -> dict[str, Any]:
     """A generated token; ``piece`` is what it adds to the text, where that is known."""
     return {
         "id": token.id,
-        "text": token.text if piece is None or token.is_special else piece,
+        "text": _shown(token) if piece is None or token.is_special else piece,
         "logprob": finite(token.logprob),
         "special": token.is_special,
     }
+
+
+def _shown(token: TokenScore) -> str:
+    """A token by itself: a byte of a longer character is U+FFFD, as in TGI."""
+    return token.text if token.byte is None else bytes([token.byte]).decode("utf-8", "replace")
 
 
 def _details(answer: Answer) -> dict[str, Any]:
@@ -202,7 +212,7 @@ def _details(answer: Answer) -> dict[str, Any]:
         "generated_tokens": len(end.token_ids),
         "seed": _seed(answer),
         "prefill": [
-            {"id": score.id, "text": score.text, "logprob": finite(score.logprob)}
+            {"id": score.id, "text": _shown(score), "logprob": finite(score.logprob)}
             for score in answer.prompt_scores
         ],
         "tokens": [token_json(event.token, event.piece) for event in answer.tokens],
@@ -216,33 +226,3 @@ def _details(answer: Answer) -> dict[str, Any]:
 
 def _seed(answer: Answer) -> int | None:
     return None if answer.request.sampling.temperature == 0 else answer.end.seed
-
-
-def compute_type(service: Service) -> str:
-    """What computes, for x-compute-type."""
-    return f"jax+{service.engine.model.mesh}"
-
-
-def _headers(
-    request: Request, service: Service, body: GenerateRequest, answer: Answer, validated: float
-) -> dict[str, str]:
-    """TGI's response headers. Times are in milliseconds, x-compute-time in seconds."""
-    end = answer.end
-    started = request.state.received_at
-    total = time.perf_counter() - started
-    inference = end.prefill_seconds + end.decode_seconds
-    times: Mapping[str, float] = {
-        "x-total-time": total,
-        "x-validation-time": validated - started,
-        "x-queue-time": end.queue_seconds,
-        "x-inference-time": inference,
-        "x-time-per-token": inference / max(len(end.token_ids), 1),
-    }
-    return {
-        "x-compute-type": compute_type(service),
-        "x-compute-time": f"{total:.6f}",
-        "x-compute-characters": str(len(body.inputs)),
-        "x-prompt-tokens": str(end.prompt_tokens),
-        "x-generated-tokens": str(len(end.token_ids)),
-        **{name: str(round(seconds * 1000)) for name, seconds in times.items()},
-    }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from fastapi import APIRouter
+from pydantic import WrapValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,7 +25,7 @@ from mixtral_jax.serve.schema.tgi import (
     TokenIds,
     TokenizeRequest,
 )
-from mixtral_jax.serve.service import service_of
+from mixtral_jax.serve.service import Service, service_of
 from mixtral_jax.serve.tool_calls import choice_of
 from mixtral_jax.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -33,18 +35,22 @@ router = APIRouter(route_class=StrictRoute, tags=["Tokens"])
 @router.post("/tokenize", responses=answers("tgi", list[SimpleToken] | TokenIds, generates=False))
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Token ids of a text: TGI's answer to ``inputs``, a harness's to ``prompt``."""
-    service = service_of(request)
     check_names(request, body)
     if (body.inputs is None) == (body.prompt is None):
         raise Failure("validation", "body: expected one of inputs and prompt")
+    # In a thread: a text may be as long as a body, and others are being answered.
+    return await run_in_threadpool(_tokens_of, service_of(request), body)
+
+
+def _tokens_of(service: Service, body: TokenizeRequest) -> Json:
     if body.inputs is not None:
         most = body.parameters.truncate if body.parameters else None
-        # In a thread: a text may be as long as a body, and others are being answered.
-        ids = truncated(await run_in_threadpool(service.encode, body.inputs), most)
-        tokens = await run_in_threadpool(simple_tokens, service.text_tokenizer(), ids)
-        return await run_in_threadpool(Json, tokens)
+        if most is None:  # each token is told in 50 bytes; those of ``prompt`` are numbers
+            service.check_size("inputs", [body.inputs])
+        ids = truncated(service.encode(body.inputs), most)
+        return Json(simple_tokens(service.text_tokenizer(), ids))
     text = body.prompt or ""
-    ids = await run_in_threadpool(service.encode, text)
+    ids = service.encode(text)
     if not body.add_special_tokens and not text.startswith("<s>"):
         ids = ids[1:]
     most = service.engine.limits.max_total_tokens
@@ -87,9 +93,12 @@ async def tokenizer_info(request: Request) -> Response:
 @router.post("/chat_tokenize", responses=answers("tgi", ChatTokenizeResponse, generates=False))
 async def chat_tokenize(request: Request, body: ChatRequest) -> Response:
     """Token ids of a conversation, and the prompt as text for people to read."""
-    service = service_of(request)
-    tokenizer = service.text_tokenizer()
     check_names(request, body)
+    return await run_in_threadpool(_chat_tokens_of, service_of(request), body)
+
+
+def _chat_tokens_of(service: Service, body: ChatRequest) -> Json:
+    tokenizer = service.text_tokenizer()
     choice = choice_of(body, is_v3=service.engine.model.is_v3)
     ids = chat_ids(service, body.messages, choice.tools)
     tokens = simple_tokens(tokenizer, ids)
@@ -98,7 +107,19 @@ async def chat_tokenize(request: Request, body: ChatRequest) -> Response:
     return Json({"tokenize_response": tokens, "templated_text": text})
 
 
-_Invocation = CompatGenerateRequest | ChatRequest | CompletionRequest
+def _chosen(body: Any, whole: Callable[[Any], Any]) -> Any:
+    """The one form that a body's fields name: errors are about that form and no other."""
+    if not isinstance(body, dict):
+        return whole(body)
+    if "messages" in body:
+        return ChatRequest.model_validate(body)
+    is_completion = "prompt" in body and "inputs" not in body
+    return (CompletionRequest if is_completion else CompatGenerateRequest).model_validate(body)
+
+
+_Invocation = Annotated[
+    CompatGenerateRequest | ChatRequest | CompletionRequest, WrapValidator(_chosen)
+]
 
 
 @router.post("/invocations", responses=answers("tgi", dict[str, Any] | list[Any], streams=True))
@@ -114,13 +135,18 @@ async def invocations(request: Request, body: _Invocation) -> Response:
 def simple_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[dict[str, Any]]:
     """Tokens and where their characters lie in the text of them all.
 
-    A control piece has no characters there, nor has a byte that does not end a character.
+    A control piece has no characters there, nor has a byte that does not end a character: the
+    last byte of a character shows it.
     """
     detokenizer, at, found = IncrementalDetokenizer(tokenizer), 0, []
     for token_id in ids:
-        start, at = at, at + len(detokenizer.push(token_id))
-        shown = tokenizer.pieces[token_id]
-        text = shown if tokenizer.is_control(token_id) else tokenizer.text_of(token_id)
+        added = detokenizer.push(token_id)
+        start, at = at, at + len(added)
+        if tokenizer.is_control(token_id):
+            text = tokenizer.pieces[token_id]
+        else:
+            is_byte = tokenizer.byte_of(token_id) is not None
+            text = added if is_byte else tokenizer.text_of(token_id)
         found.append({"id": token_id, "text": text, "start": start, "stop": at})
     return found
 

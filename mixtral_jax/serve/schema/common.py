@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,16 +13,20 @@ from mixtral_jax.serve.request import MOST_TOP_LOGPROBS, NUM_SEEDS
 
 MOST_TOKENS = 2**31 - 1
 MOST_SAMPLES = 128  # n and best_of; --max-best-of decides below it
+MOST_IGNORED = 20  # unknown names that are looked at and told
+_Item = TypeVar("_Item")
 
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Samples = Annotated[int, Field(ge=1, le=MOST_SAMPLES)]
 Seed = Annotated[int, Field(ge=0, lt=NUM_SEEDS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Repetition = Annotated[float, Field(gt=0, le=1e4)]
+Repetition = Annotated[float, Field(gt=0, le=100)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, le=1)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+# Its first bad item is enough: an error for each of 100,000 takes seconds and gigabytes.
+Items = Annotated[list[_Item], Field(fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -40,7 +44,7 @@ class Strict(BaseModel):
     WITHOUT_EFFECT: ClassVar[frozenset[str]] = frozenset()
 
     def check_names(self, where: str = "") -> list[str]:
-        """Names that are unknown and therefore not used.
+        """The first names that are unknown and therefore not used.
 
         Raises:
             Failure: one that is not offered, or that looks like a known one misspelled.
@@ -51,12 +55,12 @@ class Strict(BaseModel):
                 if value not in (None, False, [], {}):
                     message = f"{where}{name}: {self.REFUSED[name]}"
                     raise Failure("validation", message, param=name)
-            elif name not in self.WITHOUT_EFFECT:
+            elif name not in self.WITHOUT_EFFECT and len(unknown) < MOST_IGNORED:
                 self._refuse_misspelled(where, name)
                 unknown.append(where + name)
         for name, part in self._parts():
             unknown += part.check_names(f"{where}{name}.")
-        return unknown
+        return unknown[:MOST_IGNORED]
 
     def _parts(self) -> Iterator[tuple[str, Strict]]:
         for name in type(self).model_fields:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
+from mixtral_jax.serve.request import MOST_BIASES
 from mixtral_jax.serve.schema.common import (
     Count,
     Fraction,
+    Items,
     MinP,
     Penalty,
     Repetition,
@@ -21,7 +23,16 @@ from mixtral_jax.serve.schema.common import (
 from mixtral_jax.serve.schema.tgi import NamedSchema, RegexGrammar
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
+BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 _NOT_OFFERED = "not offered here; fix: drop it"
+_OF_TGI = {"max_new_tokens": "TGI's name, not known here; fix: max_tokens"}
+
+
+def _few(value: Any) -> Any:
+    """Refuses many biases before each of them is looked at (max_length is checked after that)."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise ValueError(f"expected at most {MOST_BIASES} biases")
+    return value
 
 
 class TextFormat(Strict):
@@ -95,10 +106,13 @@ class _Shared(Strict):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Repetition | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Bias] | None = None
+    logit_bias: Annotated[
+        Annotated[dict[BiasedId, Bias], Field(max_length=MOST_BIASES)] | None,
+        BeforeValidator(_few),
+    ] = None
     n: Samples | None = None
     seed: Seed | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=1e4)] | None = None
@@ -120,24 +134,25 @@ class ChatRequest(_Shared):
         "audio": _NOT_OFFERED,
         "reasoning_effort": "Mixtral has no reasoning part; fix: drop it",
         "web_search_options": _NOT_OFFERED,
+        **_OF_TGI,
     }
     WITHOUT_EFFECT: ClassVar = _Shared.WITHOUT_EFFECT | {"modalities"}
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Items[dict[str, Any]] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | ToolChoice | None = None
 
 
 class CompletionRequest(_Shared):
     """Body of /v1/completions."""
 
-    REFUSED: ClassVar = {"suffix": "the model does not fill gaps; fix: drop it"}
+    REFUSED: ClassVar = {"suffix": "the model does not fill gaps; fix: drop it", **_OF_TGI}
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Items[str] | Items[TokenId] | Items[Items[TokenId]]
     best_of: Samples | None = None
     echo: bool | None = None
     logprobs: TopLogprobs | None = None

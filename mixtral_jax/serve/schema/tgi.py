@@ -9,6 +9,7 @@ from pydantic import AliasChoices, BaseModel, Field
 from mixtral_jax.serve.schema.common import (
     Count,
     Fraction,
+    Items,
     MinP,
     Penalty,
     Repetition,
@@ -54,7 +55,10 @@ TgiGrammar = Annotated[JsonGrammar | JsonSchemaGrammar | RegexGrammar, Field(dis
 class GenerateParameters(Strict):
     """Options of /generate."""
 
-    REFUSED: ClassVar = {"ignore_eos_token": "not offered here; fix: drop it"}
+    REFUSED: ClassVar = {
+        "ignore_eos_token": "not offered here; fix: drop it",
+        "max_tokens": "OpenAI's name, not known here; fix: max_new_tokens",
+    }
 
     adapter_id: str | None = None
     best_of: Samples | None = None
@@ -71,7 +75,7 @@ class GenerateParameters(Strict):
     repetition_penalty: Repetition | None = None
     return_full_text: bool | None = None
     seed: Seed | None = None
-    stop: list[str] = Field(default=[], validation_alias=AliasChoices("stop", "stop_sequences"))
+    stop: Items[str] = Field(default=[], validation_alias=AliasChoices("stop", "stop_sequences"))
     temperature: Annotated[float, Field(gt=0, le=1e4)] | None = None
     top_k: Count | None = None
     top_n_tokens: TopLogprobs | None = None
@@ -83,6 +87,11 @@ class GenerateParameters(Strict):
 
 class GenerateRequest(Strict):
     """Body of /generate and /generate_stream."""
+
+    REFUSED: ClassVar = {
+        "max_tokens": "not known here; fix: max_new_tokens inside parameters",
+        "max_new_tokens": "belongs inside parameters; fix: put it there",
+    }
 
     inputs: str
     parameters: GenerateParameters = GenerateParameters()
@@ -106,7 +115,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """Body of /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Items[TokenId]
 
 
 # Answers, for the OpenAPI document.

@@ -30,6 +30,7 @@ async def test_every_route_but_probes_and_page_asks_for_the_key(engine):
     async with client_of(engine, keys=(KEY.encode(),)) as client:
         for path in OPEN:
             assert (await client.get(path)).status_code == 200
+            assert (await client.head(path)).status_code == 200
         refused = [await client.get(path) for path in CLOSED]
         refused += [await client.post(path, json={"inputs": "Hi"}) for path in POSTS]
         basic: Any = {"authorization": KEY.encode()}
@@ -104,6 +105,14 @@ def test_keys_come_from_the_environment_and_a_file(tmp_path):
     file.write_text("one\n\n  two \n", encoding="utf-8")
     assert read_keys(HttpFlags(api_key_file=file), {"API_KEY": "zero"}) == (b"zero", b"one", b"two")
     assert read_keys(HttpFlags(), {}) == ()
+
+
+def test_a_key_of_the_environment_is_read_as_a_line_of_a_file_is():
+    assert read_keys(HttpFlags(), {"API_KEY": " secret\n"}) == (b"secret",)
+    assert read_keys(HttpFlags(), {"API_KEY": ""}) == ()
+    with pytest.raises(MixtralError, match="API_KEY: expected a key, got white space") as caught:
+        read_keys(HttpFlags(insecure=True), {"API_KEY": "\n"})  # else open to everybody
+    assert caught.value.code == BAD_DATA
 
 
 def test_bad_key_files(tmp_path):

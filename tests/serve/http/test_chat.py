@@ -179,6 +179,17 @@ async def test_several_answers(client, engine):
     assert [joined(stream, index) for index in range(3)] == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_response_headers(client, engine, stream):
+    engine.say("Hello")
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    body = {"messages": [{"role": "user", "content": parts}], "n": 2, "stream": stream}
+    headers = (await client.post(ROUTE, json=body)).headers
+    assert headers["x-compute-characters"] == "7"
+    assert headers["x-prompt-tokens"] == str(len(engine.tickets[0].request.prompt_ids))
+    assert ("x-time-per-token" in headers) == (not stream)
+
+
 async def test_logprobs(client, engine):
     engine.say("Hello")
     body = {"messages": HI, "logprobs": True, "top_logprobs": 2}
@@ -194,6 +205,17 @@ async def test_a_last_message_of_the_assistant_is_continued(client, engine):
     await client.post(ROUTE, json={"messages": messages})
     asked = engine.tickets[0].request.prompt_ids
     assert asked == tuple(encode_chat(V1, messages, continue_final_message=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_continues_a_message_keeps_its_space(client, engine, stream):
+    engine.say("is 42")
+    body = {"messages": [*HI, {"role": "assistant", "content": "It"}], "stream": stream}
+    answer = await client.post(ROUTE, json=body)
+    text = (
+        joined(chunks(answer.text)) if stream else answer.json()["choices"][0]["message"]["content"]
+    )
+    assert text == " is 42"
 
 
 async def test_a_tool_is_called(engine_v3):
@@ -255,8 +277,9 @@ async def test_a_forced_call_begins_in_the_prompt_and_obeys_a_schema(engine_v3, 
     asked = engine_v3.tickets[0].request
     assert asked.prompt_ids == (*encode_chat(V3, HI, tools=[WEATHER]), MARK)
     schema = json.loads(asked.sampling.grammar.text)
-    assert schema["items"]["properties"]["name"] == {"const": "get_weather"}
-    assert schema["items"]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+    (one,) = schema["items"]["anyOf"]
+    assert one["properties"]["name"] == {"const": "get_weather"}
+    assert one["properties"]["arguments"] == WEATHER["function"]["parameters"]
     assert found["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
 
 
@@ -298,6 +321,7 @@ REFUSED = {
     ),
     "tools of v1": ({"messages": HI, "tools": [WEATHER]}, 400, "v3"),
     "functions": ({"messages": HI, "functions": [{}]}, 400, "use tools"),
+    "TGI's name": ({"messages": HI, "max_new_tokens": 5}, 400, "fix: max_tokens"),
     "bias": ({"messages": HI, "logit_bias": {"99999999": 1}}, 400, "logit_bias"),
     "same bias twice": ({"messages": HI, "logit_bias": {"1": 1, "01": 1}}, 400, "once"),
     "temperature": ({"messages": HI, "temperature": -1}, 400, "temperature"),

@@ -73,6 +73,52 @@ async def test_logprobs_are_parallel_lists(client, engine):
     assert all(len(top) >= 2 for top in logprobs["top_logprobs"])
 
 
+PROMPTS = ["Hi there", " Hi  there", "wörld 🎉", "<s>Hi</s> there", [5, 2, 9], [V1.bos_id, 7]]
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=str)
+async def test_offsets_say_where_a_token_lies_in_the_text(client, engine, prompt, stream, echo):
+    engine.say("Hello, wörld 🎉")
+    body = {"prompt": prompt, "echo": echo, "logprobs": 1, "stream": stream}
+    answer = await client.post(ROUTE, json=body)
+    parts = chunks(answer.text) if stream else [answer.json()]
+    choices = [choice for part in parts for choice in part["choices"]]
+    text = "".join(choice["text"] for choice in choices)
+    scored = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    offsets = [offset for part in scored for offset in part["text_offset"]]
+    tokens = [token for part in scored for token in part["tokens"]]
+    assert offsets == sorted(offsets)
+    assert offsets[0] == 0
+    for token, offset in zip(tokens, offsets, strict=True):
+        if not token.startswith("<"):  # neither control piece nor byte
+            rest = text[offset:]
+            assert rest.startswith(token) or rest.startswith(token.removeprefix(" "))
+    assert text[offsets[-1] :] == ""  # </s>
+    whole = len(text) - len(" Hello, wörld 🎉")
+    assert whole in offsets  # where the answer begins
+    assert offsets.count(text.index("ö", whole)) == 2  # both its bytes
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_response_headers(client, engine, stream):
+    engine.say("Hello")
+    body = {"prompt": ["Hi", "there"], "n": 3, "stream": stream}
+    answer = await client.post(ROUTE, json=body)
+    size = len(V1.encode("Hi")) + len(V1.encode("there"))
+    assert answer.headers["x-prompt-tokens"] == str(size)  # each prompt once, as in usage
+    assert answer.headers["x-compute-characters"] == "7"
+    assert answer.headers["x-compute-type"] == "jax+1x1"
+    if not stream:
+        usage = answer.json()["usage"]
+        assert usage["prompt_tokens"] == size
+        assert answer.headers["x-generated-tokens"] == str(usage["completion_tokens"])
+        for name in ("total-time", "validation-time", "queue-time", "inference-time"):
+            assert answer.headers[f"x-{name}"]
+        assert answer.headers["x-time-per-token"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_echo_has_the_prompt_without_the_bos_that_was_added(client, engine, stream):
     engine.say("there")

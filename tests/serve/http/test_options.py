@@ -80,6 +80,28 @@ def test_the_environment_counts_where_the_command_line_is_silent():
     assert found.engine_fields()["max_total_tokens"] == 9
 
 
+def test_what_lies_here_has_no_revision(tmp_path):
+    assert parsed(MODEL_ID=str(tmp_path), REVISION="main").source == str(tmp_path)
+    assert parsed(MODEL_ID="/repository", REVISION="main").source == "/repository"
+    assert parsed(REVISION="main").source == EMBEDDED
+    assert parsed(MODEL_ID="org/name", REVISION="main").source == "org/name@main"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["folder", "--port 80 folder", "--port=80 folder", "--json-output folder", "folder --port 80"],
+)
+def test_a_checkpoint_anywhere_in_the_command_line_counts(argv):
+    found = parsed(*argv.split(), MODEL_ID="org/name", CORS_ALLOW_ORIGIN="a,b")
+    assert found.source == "folder"
+    assert found.http.cors_allow_origin == ("a", "b")
+
+
+@pytest.mark.parametrize("argv", ["--port 80", "--json-output", "--dtype bfloat16 --debug"])
+def test_the_value_of_an_option_is_no_checkpoint(argv):
+    assert parsed(*argv.split(), MODEL_ID="org/name").source == "org/name"
+
+
 def test_flags_without_a_use_here_are_accepted_and_said():
     words, notes = arguments(
         ["--sharded", "true", "--cuda-graphs=1,2", "--trust-remote-code", "--port", "5"], {}

@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from mixtral_jax.errors import INTERNAL, IO_ERROR, MixtralError
+from mixtral_jax.errors import INTERNAL, IO_ERROR, OK, MixtralError
 from mixtral_jax.serve.options import HttpFlags
 from mixtral_jax.serve.server import Server, bind, serve
 from tests.serve.http.fake import options
@@ -137,8 +137,8 @@ def test_an_engine_that_dies_answers_everyone(engine):
         assert client.get("/live").status_code == 503
 
 
-def test_a_server_whose_engine_died_ends_and_says_so(engine):
-    """Else whoever watches the process would not start another, and followers would wait."""
+def code_of(engine, do) -> int:
+    """The exit code of a server to which something happens."""
     from mixtral_jax.serve.app import create_app
 
     asked = options(port=0)
@@ -150,9 +150,32 @@ def test_a_server_whose_engine_died_ends_and_says_so(engine):
     thread.start()
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         wait_until(lambda: client.get("/health").status_code == 200)
-        engine.die()
+        do(client)
         thread.join(20)
-    assert codes == [INTERNAL]
+    (code,) = codes
+    return code
+
+
+def test_a_server_whose_engine_died_ends_and_says_so(engine):
+    """Else whoever watches the process would not start another, and followers would wait."""
+    assert code_of(engine, lambda client: engine.die()) == INTERNAL
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_an_engine_that_dies_while_it_is_drained_is_told_too(engine, monkeypatch, dies):
+    servers = []
+    begin = Server.attend
+    monkeypatch.setattr(Server, "attend", lambda self: (servers.append(self), begin(self)))
+
+    def leave(client: httpx.Client) -> None:
+        start_stream(client, [])
+        servers[0].handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: engine.state() == "draining")
+        if dies:
+            engine.die()
+
+    engine.say("word " * 10, delay=0.05)
+    assert code_of(engine, leave) == (INTERNAL if dies else OK)
 
 
 def test_what_speaks_http_needs_no_jax():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from urllib.parse import quote
 
 import httpx
 import pytest
 
+from mixtral_jax.serve.request import ServeRequest, ServeSampling
 from mixtral_jax.serve.schema.tgi import GenerateResponse, StreamResponse
-from tests.serve.http.conftest import application, client_of
+from tests.serve.http.conftest import client_of
 from tests.serve.http.fake import Script
 from tests.serve.http.live import serving
 from tests.test_tokenizer import V1
@@ -101,6 +103,20 @@ async def test_details(client, engine):
     assert [token["id"] for token in details["prefill"]] == V1.encode("Hi")
     assert details["prefill"][0]["logprob"] is None
     assert all(len(top) == 2 for top in details["top_tokens"])
+
+
+async def test_no_token_shows_the_name_of_its_piece(client, engine):
+    """TGI decodes each by itself: what is no whole character is U+FFFD."""
+    text = "wörld\n"
+    engine.say(text)
+    parameters = {"details": True, "decoder_input_details": True, "top_n_tokens": 1}
+    answer = await client.post("/generate", json={"inputs": text, "parameters": parameters})
+    details = answer.json()["details"]
+    shown = ["\ufffd", "\ufffd", "\n"]  # two bytes of the ö, and a newline
+    tops = [top["text"] for (top,) in details["top_tokens"]]
+    for texts in ([token["text"] for token in details["prefill"]], tops):
+        assert [piece for piece in texts if piece in shown] == shown
+        assert not any(piece.startswith("<0x") for piece in texts)
 
 
 async def test_best_of_gives_the_most_probable_and_lists_the_others(client, engine):
@@ -248,6 +264,8 @@ REFUSED = {
     "grammar kind": ({"grammar": {"type": "lark", "value": "x"}}, "grammar"),
     "grammar text": ({"grammar": {"type": "json", "value": "{"}}, "grammar: its JSON schema"),
     "grammar list": ({"grammar": {"type": "json", "value": "[]"}}, "grammar: expected a JSON"),
+    "OpenAI's name": ({"max_tokens": 5}, "parameters.max_tokens: OpenAI's name, not known here"),
+    "repetition": ({"repetition_penalty": 100.1}, "repetition_penalty"),
     "misspelled": ({"temprature": 0.5}, "fix: temperature"),
 }
 
@@ -262,6 +280,14 @@ async def test_refusals_are_422_and_name_the_parameter(client, engine, name, str
     assert answer.json()["error_type"] == "validation"
     assert message in answer.json()["error"]
     assert engine.running == set()
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_new_tokens"])
+async def test_a_length_in_the_wrong_place_is_refused(client, engine, name):
+    answer = await client.post("/generate", json={"inputs": "Hi", name: 5})
+    assert answer.status_code == 422
+    assert "parameters" in answer.json()["error"]
+    assert engine.tickets == []
 
 
 async def test_the_longest_request_is_accepted_and_one_more_token_refused(client, engine):
@@ -284,6 +310,23 @@ async def test_a_name_cannot_leave_its_header(client):
     shown = "a%0D%0Aset-cookie%3A%20b, %00, x%20, %C3%A9%2C%20b"
     assert answer.headers["x-ignored-parameters"] == shown
     assert "set-cookie" not in answer.headers
+
+
+def test_any_name_is_a_header_that_http_allows(engine):
+    """The one over a socket: without h11 in between, anything is a header."""
+    with serving(engine) as port:
+        for name in (" ", "x ", "\r\n", "\x00", "é" * 64):
+            body = {"inputs": "Hi", name: 1}
+            answer = httpx.post(f"http://127.0.0.1:{port}/generate_stream", json=body)
+            assert answer.status_code == 200
+            assert answer.headers["x-ignored-parameters"] == quote(name)
+    assert engine.running == set()
+
+
+async def test_long_names_do_not_make_a_long_header(client):
+    body = {"inputs": "Hi"} | {f"{n}" + "🎉" * 63: 1 for n in range(10)}
+    answer = await client.post("/generate", json=body)
+    assert answer.headers["x-ignored-parameters"] == "0" + quote("🎉") * 63
 
 
 async def test_a_prompt_that_is_too_long_however_it_is_cut_is_refused_uncut(
@@ -309,9 +352,9 @@ async def test_a_failure_is_424_and_in_a_stream_the_last_event(client, engine):
 
 
 async def test_a_full_queue_is_429_with_a_time_to_come_again(engine):
-    engine.limits = engine.limits.__class__(
-        **{**engine.limits.__dict__, "max_concurrent_requests": 0}
-    )
+    limits = {**engine.limits.__dict__, "max_concurrent_requests": 1}
+    engine.limits = engine.limits.__class__(**limits)
+    engine.submit(ServeRequest(prompt_ids=(1, 5), sampling=ServeSampling()))
     async with client_of(engine) as client:
         answer = await client.post("/generate", json={"inputs": "Hi"})
     assert (answer.status_code, answer.json()["error_type"]) == (429, "overloaded")
@@ -319,13 +362,27 @@ async def test_a_full_queue_is_429_with_a_time_to_come_again(engine):
 
 
 async def test_samples_are_taken_all_or_none(engine):
+    limits = {**engine.limits.__dict__, "max_concurrent_requests": 3}
+    engine.limits = engine.limits.__class__(**limits)
+    other = engine.submit(ServeRequest(prompt_ids=(1, 5), sampling=ServeSampling()))
+    async with client_of(engine) as client:
+        body = {"inputs": "Hi", "parameters": {"best_of": 3, "do_sample": True}}
+        assert (await client.post("/generate", json=body)).status_code == 429
+    assert [ticket.is_cancelled for ticket in engine.tickets] == [False, True, True]
+    assert engine.running == {other}
+
+
+async def test_more_samples_than_ever_fit_are_no_matter_of_coming_again(engine):
     limits = {**engine.limits.__dict__, "max_concurrent_requests": 2}
     engine.limits = engine.limits.__class__(**limits)
     async with client_of(engine) as client:
         body = {"inputs": "Hi", "parameters": {"best_of": 3, "do_sample": True}}
-        assert (await client.post("/generate", json=body)).status_code == 429
-    assert [ticket.is_cancelled for ticket in engine.tickets] == [True, True]
-    assert engine.running == set()
+        answer = await client.post("/generate", json=body)
+        assert answer.status_code == 422
+        assert "at most 2 answers at one time, got 3" in answer.json()["error"]
+        body["parameters"]["best_of"] = 2
+        assert (await client.post("/generate", json=body)).status_code == 200
+    assert len(engine.tickets) == 2
 
 
 @pytest.mark.parametrize("state", ["loading", "draining", "failed"])
@@ -342,10 +399,14 @@ async def test_a_fault_of_ours_is_a_500_that_says_nothing_of_the_inside(engine, 
         raise RuntimeError("secret detail")
 
     engine.script = broken
-    transport = httpx.ASGITransport(application(engine), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-        answer = await client.post(path, json={"inputs": "Hi", "prompt": "Hi"})
+    async with client_of(engine, cors_allow_origin=("https://app.example",)) as client:
+        body = {"inputs": "Hi", "prompt": "Hi"}
+        answer = await client.post(path, json=body, headers={"origin": "https://app.example"})
+        figures = (await client.get("/metrics")).text
     assert answer.status_code == 500
+    assert answer.headers["x-request-id"]
+    assert answer.headers["access-control-allow-origin"] == "https://app.example"
+    assert 'tgi_request_failure{err="500"} 1.0' in figures
     assert "internal" in answer.text
     assert "secret" not in answer.text
     assert "secret detail" in caplog.text

@@ -24,6 +24,8 @@ async def test_tokenize_as_tgi(client):
     text = "Hi, wörld 🎉"
     shown = "".join(text[token["start"] : token["stop"]] for token in found)
     assert shown == text
+    # As TGI: the text of a token is what lies there; no piece has a name of its own.
+    assert "".join(token["text"] for token in found[1:]).removeprefix(" ") == text
     starts = [token["start"] for token in found[1:]]
     assert starts == [token["stop"] for token in found[:-1]]
 
@@ -78,6 +80,19 @@ async def test_invocations_are_told_apart_by_their_fields(client, engine):
     assert (await client.post("/invocations", json={"x": 1})).status_code == 422
 
 
+async def test_an_invocation_is_refused_for_what_is_wrong_with_its_own_form(client):
+    hi = [{"role": "user", "content": "Hi"}]
+    for body, message in (
+        ({"messages": hi, "temperature": -1}, "temperature: Input should be greater than"),
+        ({"prompt": "Hi", "best_of": 0}, "best_of: Input should be greater than"),
+        ({"inputs": 5, "prompt": "Hi"}, "inputs: Input should be a valid string"),
+        ([1], "CompatGenerateRequest"),
+    ):
+        answer = await client.post("/invocations", json=body)
+        assert answer.status_code in (400, 422)
+        assert answer.json()["error"].startswith(message)
+
+
 async def test_info(client):
     found = (await client.get("/info")).json()
     Info.model_validate(found, strict=True)
@@ -104,6 +119,9 @@ async def test_health(client, engine, state, health, live):
     assert (await client.get("/health")).status_code == health
     assert (await client.get("/ping")).status_code == health
     assert (await client.get("/live")).status_code == live
+    statuses = [(await client.head(path)).status_code for path in ("/health", "/ping", "/live")]
+    assert statuses == [health, health, live]
+    assert (await client.head("/")).status_code == 200
 
 
 async def test_experts(client):

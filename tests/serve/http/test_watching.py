@@ -18,6 +18,7 @@ from mixtral_jax.serve.app import create_app
 from mixtral_jax.serve.options import ServeOptions, WatchFlags
 from mixtral_jax.serve.tracing import Tracing
 from tests.serve.http.conftest import client_of
+from tests.serve.http.live import connect, post_bytes, serving, wait_until
 from tests.test_tokenizer import V1
 
 pytestmark = pytest.mark.anyio
@@ -106,6 +107,38 @@ async def test_a_client_makes_no_series_of_its_own(engine):
         assert len(await figures(client)) <= before + 3
 
 
+@pytest.mark.parametrize("path", ["/generate_stream", "/v1/chat/completions"])
+async def test_a_stream_counts_by_its_end(engine, log, path):
+    engine.say("Hello, world", fails_after=1)
+    body = {"inputs": "Hi", "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+    async with client_of(engine) as client:
+        answer = await client.post(path, json=body)
+        assert answer.status_code == 200
+        found = await figures(client)
+        assert found["tgi_request_failure{err=generation}"] == 1
+        assert found["tgi_request_success"] == 0
+        engine.say("Hello, world")
+        await client.post(path, json=body)
+        assert (await figures(client))["tgi_request_success"] == 1
+    failed, fine = log()
+    assert (failed["status"], failed["ended"]) == (200, 424)
+    assert "ended" not in fine
+
+
+def test_a_stream_whose_client_leaves_counts_as_a_disconnect(engine, log):
+    engine.say("word " * 100, delay=0.05)
+    with serving(engine) as port:
+        body = json.dumps({"inputs": "Hi"}).encode()
+        with connect(port) as connection:
+            connection.sendall(post_bytes("/generate_stream", body))
+            assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        wait_until(log)
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+    assert "tgi_request_success 0.0" in text
+    assert re.search(r"^mixtral_\w*disconnect\w* 1.0$", text, re.MULTILINE)
+    assert log()[0]["ended"] == "left"
+
+
 @pytest.fixture
 def log():
     stream = io.StringIO()
@@ -178,6 +211,12 @@ async def test_spans_of_an_answer(engine):
     seconds = (spans["decode"].end_time - spans["decode"].start_time) / 1e9
     assert seconds == pytest.approx(0.003, abs=1e-6)
     assert "secret" not in str(dict(whole.attributes))
+
+
+@pytest.mark.parametrize(("port", "warned"), [(4317, True), (4318, False)])
+async def test_a_port_of_grpc_is_warned_of(caplog, port, warned):
+    Tracing(f"http://localhost:{port}", "here").close()
+    assert ("port 4317 takes gRPC" in caplog.text) == warned
 
 
 async def test_a_bad_traceparent_is_no_fault(engine):
