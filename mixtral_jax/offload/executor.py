@@ -54,10 +54,21 @@ class OffloadReport:
     seconds: float
 
     @property
-    def slow_down(self) -> float:
-        """Time taken over what it would have been had no copy been waited for."""
+    def stretch(self) -> float:
+        """Time taken over what is left of it without the waits for copies.
+
+        A resident model is faster still: it starts one program per pass, not one per expert.
+        """
         busy = self.seconds - self.counts.waited
         return self.seconds / busy if busy > 0 else 1.0
+
+    def since(self, before: OffloadReport) -> OffloadReport:
+        """What was done since an earlier report; peaks are those of all.
+
+        Of a generation: what others did meanwhile is in it.
+        """
+        counts, seconds = self.counts.since(before.counts), self.seconds - before.seconds
+        return dataclasses.replace(self, counts=counts, seconds=seconds)
 
     def line(self) -> str:
         """In words."""
@@ -70,7 +81,7 @@ class OffloadReport:
             f"the device ({counts.kept:,} kept, {counts.guessed:,} of {counts.prefetched:,} "
             "prefetched); "
             f"{counts.copied_bytes / 1e6:,.1f} MB copied, {counts.waited:.2f} of "
-            f"{self.seconds:.2f} s waiting for it ({self.slow_down:.2f}x slower); "
+            f"{self.seconds:.2f} s waiting for it ({self.stretch:.2f}x the time without); "
             f"{self.resident_experts} of {self.num_experts} experts on the device; at most "
             f"{self.peak / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB ({kinds})"
         )
