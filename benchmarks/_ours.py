@@ -64,7 +64,7 @@ def std_of(path: str, shape: tuple[int, ...]) -> float:
     return 1.0 if path == "embed_tokens" else 1 / math.sqrt(shape[-1])
 
 
-def here() -> Placement:
+def here() -> LocalPlacement:
     """One device of the default platform, with the kernels that ``load`` would choose for it."""
     return LocalPlacement(kernels_for(jax.default_backend()))
 

@@ -31,10 +31,10 @@ from mixtral_jax.decode.generate import Generation, Request
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import INTERNAL, OK
 from mixtral_jax.language_model import load
-from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.model.transformer import Mixtral
 from mixtral_jax.offload.executor import OffloadExecutor
 from mixtral_jax.offload.load import Generating, least_of, offloaded
+from mixtral_jax.weights import ExpertSlots, slots_of
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -73,9 +73,9 @@ class Options:
     no_prefetch: bool = False
     """Copy nothing ahead."""
     quick: bool = False
-    """The small model and one round: does it still run?"""
+    """The small model and one round, plain and (unless --quantize says another) in int8."""
     json: bool = False
-    """Print one JSON line instead of a table."""
+    """Print one JSON line instead of a table (with --quick two)."""
 
 
 def models(options: Options) -> tuple[Mixtral, list[list[int]]]:
@@ -94,7 +94,10 @@ def split(model: Mixtral, device: Any) -> dict[str, Any]:
     leaves = {}
     for path, param in nnx.to_flat_state(nnx.state(model)):
         name, leaf = ".".join(map(str, path)), param[...]
-        leaves[name] = jax.device_put(leaf, host) if EXPERT_LEAF.fullmatch(name) else leaf
+        if EXPERT_LEAF.fullmatch(name):
+            slots = leaf if isinstance(leaf, ExpertSlots) else slots_of(leaf, 1)
+            leaf = jax.device_put(slots, host)
+        leaves[name] = leaf
     return leaves
 
 
@@ -104,7 +107,7 @@ def generate(
     """Seconds of reading and of writing, and the tokens."""
     asked = SamplingOptions(max_new_tokens=steps, ignore_eos=True)
     requests = [Request(prompt_ids=tuple(ids), options=asked) for ids in prompts]
-    run = Generation(model, requests, placement=LOCAL, executor=executor)
+    run = Generation(model, requests, placement=_ours.here(), executor=executor)
     rows: list[list[int]] = [[] for _ in prompts]
     for chunk in run.chunks():
         for row, ids in zip(rows, chunk.token_ids, strict=True):
@@ -115,21 +118,21 @@ def generate(
 def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row per share, and sizes in bytes."""
     model, prompts = models(options)
-    device = jax.devices()[0]
+    device, placement = jax.devices()[0], _ours.here()
     _, first = offloaded(
-        model.config, split(model, device), budget=2**60, placement=LOCAL, device=device
+        model.config, split(model, device), budget=2**60, placement=placement, device=device
     )
     parts, longest = first.parts, max(map(len, prompts))
     what = Generating(len(prompts), longest + options.steps, longest)
     least = least_of(first.compiler, what)
-    resident = Resident(model, LOCAL)
+    resident = Resident(model, placement)
     rows = []
     for share in options.shares:
         room = max(1, round(share * parts.num_experts))
         executor = OffloadExecutor(
             parts,
             budget=least.total + (room - 1) * least.expert,
-            placement=LOCAL,
+            placement=placement,
             device=device,
             prefetch=not options.no_prefetch,
             compiler=first.compiler,
@@ -182,13 +185,17 @@ def _row(
 
 def main(options: Options) -> int:
     """Runs and prints; fails if tokens differ or the ledger passed its budget."""
+    cases = [options]
     if options.quick:
-        options = dataclasses.replace(
-            options, model="small", shares=(1.0, 0.3), context=8, steps=8, rounds=1
-        )
-    rows, sizes = measure(options)
-    report(rows, is_json=options.json, **dataclasses.asdict(options), **sizes)
-    are_fine = [row["same tokens"] and row["peak MB"] <= row["budget MB"] for row in rows]
+        quick = {"model": "small", "shares": (1.0, 0.3), "context": 8, "steps": 8, "rounds": 1}
+        options = dataclasses.replace(options, **quick)
+        schemes = (None, options.quantize or "int8")
+        cases = [dataclasses.replace(options, quantize=scheme) for scheme in schemes]
+    are_fine = []
+    for case in cases:
+        rows, sizes = measure(case)
+        report(rows, is_json=case.json, **dataclasses.asdict(case), **sizes)
+        are_fine += [row["same tokens"] and row["peak MB"] <= row["budget MB"] for row in rows]
     return OK if all(are_fine) else INTERNAL
 
 

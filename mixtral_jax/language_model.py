@@ -324,6 +324,8 @@ class LanguageModel:
         if not batch.requests:
             return
         hosts.agree("generate", lambda: {"the batch": short(batch.requests)})
+        offloaded = self.executor if isinstance(self.executor, OffloadExecutor) else None
+        before = offloaded and offloaded.report()
         generation = Generation(
             self.model,
             batch.requests,
@@ -340,8 +342,8 @@ class LanguageModel:
         if any(dropped):
             counts = ", ".join(map(str, dropped))
             self._note(f"dropped {sum(dropped)} expert assignments; per layer: {counts}")
-        if isinstance(self.executor, OffloadExecutor):
-            self._note(self.executor.report().line())
+        if offloaded and before:
+            self._note(offloaded.report().since(before).line())
 
     def save(self, dst: str | Path) -> str:
         """Saves weights and small files as ``convert`` does (see save_model); gives the digest."""

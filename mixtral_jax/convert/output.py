@@ -129,10 +129,8 @@ def new_folder(dst: Path, num_bytes: int) -> Iterator[Path]:
     """
     _remove_abandoned(dst)
     check_disk(dst.parent, num_bytes, dst)
-    work = Path(tempfile.mkdtemp(prefix=f"{dst.name}.", suffix=_SAVING, dir=dst.parent))
-    lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
+    work, lock = _locked_folder(dst)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends, however it does
         os.chmod(work, 0o755)  # of mkdtemp: for nobody else
         yield work
         sync_folder(work)
@@ -149,17 +147,37 @@ def new_folder(dst: Path, num_bytes: int) -> Iterator[Path]:
         os.close(lock)
 
 
+def _locked_folder(dst: Path) -> tuple[Path, int]:
+    """A folder that is ours until this process ends, however it does; and the lock on it.
+
+    Before it is locked, another process that makes the same ``dst`` may take it for abandoned.
+    """
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f"{dst.name}.", suffix=_SAVING, dir=dst.parent))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if work.exists():
+                return work, lock
+            os.close(lock)
+
+
 def _remove_abandoned(dst: Path) -> None:
     """Removes folders of ``new_folder`` that no living process holds."""
     name = re.compile(re.escape(dst.name) + r"\.\w{8}" + re.escape(_SAVING))
     for path in dst.parent.iterdir():
         if not name.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
-        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
+        with contextlib.suppress(FileNotFoundError):  # it was finished, or removed, just now
+            _remove_unless_locked(path)
+
+
+def _remove_unless_locked(path: Path) -> None:
+    lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)

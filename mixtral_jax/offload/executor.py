@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,10 +56,21 @@ class OffloadReport:
     seconds: float
 
     @property
-    def slow_down(self) -> float:
-        """Time taken over what it would have been had no copy been waited for."""
+    def stretch(self) -> float:
+        """Time taken over what is left of it without the waits for copies.
+
+        A resident model is faster still: it starts one program per pass, not one per expert.
+        """
         busy = self.seconds - self.counts.waited
         return self.seconds / busy if busy > 0 else 1.0
+
+    def since(self, before: OffloadReport) -> OffloadReport:
+        """What was done since an earlier report; peaks are those of all.
+
+        Of a generation: what others did meanwhile is in it.
+        """
+        counts, seconds = self.counts.since(before.counts), self.seconds - before.seconds
+        return dataclasses.replace(self, counts=counts, seconds=seconds)
 
     def line(self) -> str:
         """In words."""
@@ -70,7 +83,7 @@ class OffloadReport:
             f"the device ({counts.kept:,} kept, {counts.guessed:,} of {counts.prefetched:,} "
             "prefetched); "
             f"{counts.copied_bytes / 1e6:,.1f} MB copied, {counts.waited:.2f} of "
-            f"{self.seconds:.2f} s waiting for it ({self.slow_down:.2f}x slower); "
+            f"{self.seconds:.2f} s waiting for it ({self.stretch:.2f}x the time without); "
             f"{self.resident_experts} of {self.num_experts} experts on the device; at most "
             f"{self.peak / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB ({kinds})"
         )
@@ -79,8 +92,25 @@ class OffloadReport:
         return line
 
 
+@dataclasses.dataclass
+class _Open:
+    """A generation that is not over, and whose state nobody has dropped.
+
+    Attributes:
+        shapes: of its state.
+        passes: compiled for them.
+        token: of the state that was given out last.
+    """
+
+    shapes: DecodeState
+    passes: Mapping[str, Pass]
+    token: weakref.ref[jax.Array]
+
+
 class OffloadExecutor:
     """Runs a model whose experts lie in host memory; see ``decode/executor.py``.
+
+    Several generations may be open, in turns; each holds room until its last state is dropped.
 
     Args:
         parts: the model; what stays on the device is there already.
@@ -106,7 +136,7 @@ class OffloadExecutor:
         self.ledger = Ledger(budget)
         self.ledger.hold("weights", parts.device_bytes)
         self._experts = DeviceExperts(parts.experts, self.ledger, device, prefetch=prefetch)
-        self._passes: dict[str, Pass] = {}
+        self._open: list[_Open] = []
         self._seconds = 0.0
 
     def report(self) -> OffloadReport:
@@ -143,14 +173,13 @@ class OffloadExecutor:
         """
         rows = len(last_tokens)
         shapes = self.compiler.state(rows, slots, dtype)
-        self._passes = {
+        passes = {
             "prefill": self.compiler.get("prefill", rows, chunk, shapes),
             "step": self.compiler.get("step", rows, 1, shapes),
         }
-        least = self.compiler.least(shapes, *self._passes.values())
-        self._reserve(least, f"{rows} rows of {slots} cache slots")
+        self._reserve(shapes, passes, f"{rows} rows of {slots} cache slots")
         last_tokens, is_padding = jax.device_put((last_tokens, is_padding), self.device)
-        return steps.empty_state(
+        state = steps.empty_state(
             self.parts.config,
             last_tokens,
             is_padding,
@@ -158,26 +187,46 @@ class OffloadExecutor:
             dtype=dtype,
             placement=self._placement,
         )
+        self._open.append(_Open(shapes, passes, weakref.ref(state.token)))
+        return state
 
-    def _reserve(self, least: Least, what: str) -> None:
-        check_budget(self.ledger.budget, least, what)
-        ledger = self.ledger
-        ledger.replace("state", 0)  # of the generation before
+    def _reserve(self, shapes: DecodeState | None, passes: Mapping[str, Pass], what: str) -> None:
+        """Makes room for a state and passes, beside the generations that are open."""
+        self._open = [each for each in self._open if each.token() is not None]
+        states = [shapes, *(each.shapes for each in self._open)]
+        used = [*passes.values()]
+        for each in self._open:
+            used += each.passes.values()
+        least, ledger = self.compiler.least(states, *used), self.ledger
+        if least.total > ledger.budget:
+            self.compiler.keep(used)
+            least = self.compiler.least(states, *used)
+        if self._open:
+            what += f" (other generations open: {len(self._open)})"
+        check_budget(ledger.budget, least, what)
+        ledger.replace("state", 0)  # of generations that are over
         ledger.replace("working", 0)
         self._experts.make_room(least.state + least.working)
         ledger.replace("state", least.state)
         ledger.replace("working", least.working)
 
+    def _opened(self, state: DecodeState) -> _Open:
+        """The generation of a state that was given out."""
+        (found,) = [each for each in self._open if each.token() is state.token]
+        return found
+
     def prefill(
         self, state: DecodeState, tokens: Int[np.ndarray, "B T"], counts: Int[np.ndarray, " B"]
     ) -> DecodeState:
         """See Executor."""
-        began, passed, rest = time.perf_counter(), self._passes["prefill"], without_kv(state)
+        began, opened, rest = time.perf_counter(), self._opened(state), without_kv(state)
+        passed = opened.passes["prefill"]
         begun = passed.begin.call(self.parts.ends, rest, tokens, counts)
         cache = [*map(LayerKV, state.cache.keys, state.cache.values)]
         # Nothing reads what the last layer's experts would add.
         _, _, routing = self._layers(passed, begun, cache, skip_last=True)
         rest = passed.end.call(rest, begun.start._replace(x=None), routing, tokens)
+        opened.token = weakref.ref(rest.token)
         self._seconds += time.perf_counter() - began
         return _with_kv(rest, cache)
 
@@ -185,7 +234,8 @@ class OffloadExecutor:
         self, state: DecodeState, rows: RowSampling, limits: Limits, num_steps: int
     ) -> tuple[DecodeState, Emitted]:
         """See Executor."""
-        began, passed = time.perf_counter(), self._passes["step"]
+        began, opened = time.perf_counter(), self._opened(state)
+        passed = opened.passes["step"]
         emitted = steps.no_tokens(len(limits.budget), steps.STEPS_PER_CALL)
         emitted = jax.device_put(emitted, self.device)
         cache, rest = [*map(LayerKV, state.cache.keys, state.cache.values)], without_kv(state)
@@ -200,6 +250,7 @@ class OffloadExecutor:
                 self.parts.ends, rest, start, x, shares, routing, rows, limits, emitted
             )
             is_done = bool(done)
+        opened.token = weakref.ref(rest.token)
         self._seconds += time.perf_counter() - began
         return _with_kv(rest, cache), emitted
 
@@ -213,8 +264,7 @@ class OffloadExecutor:
         """
         rows, length = tokens.shape
         passed = self.compiler.get("score", rows, length)
-        least = self.compiler.least(None, passed)
-        self._reserve(least, f"{rows} rows of {length} tokens")
+        self._reserve(None, {"score": passed}, f"{rows} rows of {length} tokens")
         began = time.perf_counter()
         begun = passed.begin.call(self.parts.ends, tokens, valid)
         x, shares, _ = self._layers(passed, begun, [None] * len(self.parts.blocks))

@@ -36,7 +36,7 @@ class Counts:
         copied: of those that were copied when they were needed.
         prefetched: copies made ahead, needed later or not.
         copied_bytes: from the host to the device, all together.
-        waited: seconds in which nothing could go on before a copy was there.
+        waited: seconds of the host spent starting copies, and waiting until they were there.
     """
 
     kept: int = 0
@@ -55,6 +55,11 @@ class Counts:
     def hit_rate(self) -> float:
         """Share of the visits whose expert was on the device, or on its way, when asked for."""
         return (self.kept + self.guessed) / self.visits if self.visits else 1.0
+
+    def since(self, before: Counts) -> Counts:
+        """What came after an earlier look at the same counts."""
+        then = vars(before)
+        return Counts(**{name: now - then[name] for name, now in vars(self).items()})
 
 
 @dataclasses.dataclass
@@ -180,7 +185,13 @@ class DeviceExperts:
                 return False
             self._evict(self._victim(layer, others))
         self._ledger.hold("experts", size)
-        weights = jax.device_put(source, self._sharding)  # from pinned memory: asynchronous
+        began = time.perf_counter()
+        try:
+            weights = jax.device_put(source, self._sharding)  # from pinned memory: asynchronous
+        except BaseException:  # no memory, or Ctrl-C
+            self._ledger.hold("experts", -size)
+            raise
+        self.counts.waited += time.perf_counter() - began
         self.counts.copied_bytes += size
         self._clock += 1
         self._entries[key] = _Entry(weights, size, why, self._clock)
@@ -198,13 +209,23 @@ class DeviceExperts:
 
     def _evict(self, key: Key) -> None:
         """Takes an expert away, once nothing reads it any more."""
+        entry = self._entries[key]
+        try:
+            self._wait(entry)
+            jax.block_until_ready(entry.read)
+        except Exception:  # a copy or what read it has failed: there is nothing to wait for
+            self._drop(key)
+            raise
+        self._drop(key)
+
+    def _drop(self, key: Key) -> None:
         entry = self._entries.pop(key)
-        jax.block_until_ready((entry.weights, entry.read))
         for part in jax.tree.leaves(entry.weights):
             part.delete()
         self._ledger.hold("experts", -entry.num_bytes)
 
     def _wait(self, entry: _Entry) -> None:
+        """Until its copy is there."""
         parts = jax.tree.leaves(entry.weights)
         if not all(part.is_ready() for part in parts):
             began = time.perf_counter()

@@ -6,7 +6,7 @@ Everything is compiled from shapes, before a byte is allocated, so that the budg
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,6 +52,11 @@ class Pass(NamedTuple):
     visit: list[Program]
     end: Program
     working: int
+
+    @property
+    def programs(self) -> list[Program]:
+        """All of them; equal layers have the same ones."""
+        return [self.begin, *self.attend, *self.visit, self.end]
 
 
 def ahead_of(blocks: list[Block], layer: int) -> Ahead:
@@ -104,11 +109,21 @@ class Compiler:
             jax.eval_shape(make, np.zeros((rows,), np.int32), np.zeros((rows,), np.bool_))
         )
 
-    def least(self, state: DecodeState | None, *passes: Pass) -> Least:
-        """What generation with this state, or scoring without one, must have."""
+    def keep(self, passes: Sequence[Pass]) -> None:
+        """Drops all programs but those of these passes, and the bytes of their code."""
+        kept = {id(each) for each in passes}
+        self._passes = {key: each for key, each in self._passes.items() if id(each) in kept}
+        used = {id(program) for each in passes for program in each.programs}
+        dropped = [key for key, program in self._programs.items() if id(program) not in used]
+        for key in dropped:
+            del self._programs[key]
+            key[0].clear_cache()  # JAX keeps what it compiled of a function, too
+
+    def least(self, states: Any, *passes: Pass) -> Least:
+        """What generation with these states, or scoring without one, must have."""
         working = max(each.working for each in passes) + self.code_bytes
         parts = self.parts
-        return Least(parts.device_bytes, num_bytes(state), working, parts.expert_bytes)
+        return Least(parts.device_bytes, num_bytes(states), working, parts.expert_bytes)
 
     def get(self, kind: Kind, rows: int, length: int, state: DecodeState | None = None) -> Pass:
         """The pass over ``length`` tokens of so many rows.

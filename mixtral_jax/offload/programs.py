@@ -184,7 +184,7 @@ def end_prefill(
     return steps.has_read(state, hidden, tokens, start.valid, placement)
 
 
-@functools.partial(_jit, donate_argnames=("emitted",))
+@functools.partial(_jit, donate_argnames=("state", "emitted"))
 def end_step(
     ends: Mixtral,
     state: DecodeState,

@@ -147,7 +147,7 @@ def main(options: Options) -> int:
         _refuse(what, fix="--train lora, or the checkpoint that it was made from")
     simulate(max(work.mesh.num_devices, options.max_devices))
     if options.offload:
-        return print_offload(options, work)
+        return print_offload(options, work, quantize)
     shared: dict[str, Any] = {
         "quantize": quantize,
         "memory_fraction": options.memory_fraction,

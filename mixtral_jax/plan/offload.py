@@ -21,7 +21,7 @@ from mixtral_jax.offload.passes import Compiler
 from mixtral_jax.plan.devices import Device, find_device
 from mixtral_jax.plan.programs import Workload, state_shapes
 from mixtral_jax.plan.roofline import experts_visited
-from mixtral_jax.plan.schemes import quantized_parts
+from mixtral_jax.plan.schemes import Scheme, Stored, quantized_parts
 from mixtral_jax.quantize.source import is_quantized
 
 _ALONE = ("mesh", "sweep", "plot", "train", "price")  # options of other bills
@@ -81,7 +81,7 @@ def offload_bill(
     work: Workload,
     device: Device,
     *,
-    quantize: str | None = None,
+    quantize: Scheme | None = None,
     budget: int,
     hit_rate: float | None = None,
     host_bandwidth: float,
@@ -94,7 +94,7 @@ def offload_bill(
     Args:
         work: sizes, batch and context; its mesh is 1x1.
         device: for the bandwidth of its memory.
-        quantize: a scheme of ``plan/schemes.py``.
+        quantize: a scheme of ``plan/schemes.py``, or what a folder holds.
         budget: bytes of the device.
         hit_rate: None for that of uniform routing.
         host_bandwidth: bytes per second from host to device.
@@ -138,12 +138,16 @@ def offload_bill(
     )
 
 
-def _parts(work: Workload, quantize: str | None, dtype: str) -> Parts:
-    quantized = {}
-    for path, spec in leaf_specs(work.config, dtype).items():
-        leaf = LeafSpec(spec.shape, spec.axes, jnp.dtype(dtype))
-        if quantize is not None and is_quantized(leaf, quantize):
-            quantized[path] = quantized_parts(path, leaf, quantize)
+def _parts(work: Workload, quantize: Scheme | None, dtype: str) -> Parts:
+    quantized, kept = {}, jnp.dtype(dtype)
+    if isinstance(quantize, Stored):
+        for path, q in quantize.weights.items():
+            quantized[path] = dataclasses.replace(q, dtype=kept)
+    elif quantize is not None:
+        for path, spec in leaf_specs(work.config, dtype).items():
+            leaf = LeafSpec(spec.shape, spec.axes, kept)
+            if is_quantized(leaf, quantize):
+                quantized[path] = quantized_parts(path, leaf, quantize)
     return abstract_parts(work.config, quantized, dtype)
 
 
@@ -168,7 +172,7 @@ def check_offload(options: Any) -> None:
         raise MixtralError("--host-bandwidth", expected=expected, got=bandwidth, code=USAGE)
 
 
-def print_offload(options: Any, work: Workload) -> int:
+def print_offload(options: Any, work: Workload, quantize: Scheme | None) -> int:
     """Makes and prints the bill.
 
     Raises:
@@ -186,7 +190,7 @@ def print_offload(options: Any, work: Workload) -> int:
     bill = offload_bill(
         work,
         device,
-        quantize=options.quantize,
+        quantize=quantize,
         budget=budget,
         hit_rate=options.hit_rate,
         host_bandwidth=bandwidth,
@@ -194,12 +198,13 @@ def print_offload(options: Any, work: Workload) -> int:
     if options.json:
         slow, fast = bill.tokens_per_second
         found = {"model": options.model, "device": options.device, "offload": "experts"}
-        found |= {"quantize": options.quantize, "dtype": work.dtype, "context": work.context}
+        scheme = None if quantize is None else str(quantize)
+        found |= {"quantize": scheme, "dtype": work.dtype, "context": work.context}
         found |= dataclasses.asdict(bill) | {"fits": bill.fits}
         found |= {"tokens_per_second": slow, "tokens_per_second_overlapped": fast}
         print(json.dumps(found))
     else:
-        print("\n".join(_lines(options, work, bill)))
+        print("\n".join(_lines(options, work, quantize, bill)))
     if bill.fits:
         return OK
     raise MixtralError(
@@ -211,11 +216,13 @@ def print_offload(options: Any, work: Workload) -> int:
     )
 
 
-def _lines(options: Any, work: Workload, bill: OffloadBill) -> Iterator[str]:
+def _lines(
+    options: Any, work: Workload, quantize: Scheme | None, bill: OffloadBill
+) -> Iterator[str]:
     def gb(size: float) -> str:
         return f"{size / 1e9:,.3f} GB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
 
-    kinds = ", ".join([work.dtype, *([options.quantize] if options.quantize else [])])
+    kinds = work.dtype if quantize is None else f"{work.dtype}, {quantize}"
     yield (
         f"{options.model}, {kinds}: generation on 1 x {options.device}, experts in host memory; "
         f"batch {work.batch} (compiled for {work.rows} rows), context {work.context}"

@@ -76,8 +76,8 @@ class Options:
     double_quant: bool = False
     """Of nf4 and fp4: the scales are quantized as well."""
     format: Literal["orbax", "gptq"] = "orbax"
-    """gptq: the published GPTQ layout, for other tools, of gptq and int4; DST.quantized holds the
-    work until DST is written."""
+    """gptq: the published GPTQ layout, for other tools, of gptq, rtn and int4; .DST.quantizing
+    holds the work until DST is written."""
     verify: bool = False
     """Read every leaf back, of a finished output too."""
     json: bool = False

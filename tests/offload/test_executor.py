@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Generator, Sequence
 
 import jax
 import numpy as np
 import pytest
 
 from mixtral_jax.convert.load import HOST
+from mixtral_jax.decode.generate import Generation, Request
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_CONFIG, USAGE, MixtralError
 from mixtral_jax.model.placement import LOCAL
@@ -50,6 +52,19 @@ def floor_of(executor: OffloadExecutor) -> int:
     """The least for what it ran last."""
     held = executor.ledger.held
     return executor.ledger.total - held["experts"] + executor.parts.expert_bytes
+
+
+def fresh(executor: OffloadExecutor) -> Compiler:
+    """A compiler of the same model that has compiled nothing yet."""
+    return Compiler(executor.parts, executor.compiler.placement, executor.device)
+
+
+def pieces(executor: OffloadExecutor, rows: Sequence[Sequence[int]]) -> Generator[list[list[int]]]:
+    """A generation that can be left open: tokens of each row, a few at a time."""
+    requests = [Request(prompt_ids=tuple(ids), options=GREEDY) for ids in rows]
+    fields = {"placement": LOCAL, "executor": executor, "prefill_chunk": 16}
+    for chunk in Generation(executor.parts.ends, requests, **fields).chunks(4):
+        yield chunk.token_ids
 
 
 def same(one, other) -> bool:
@@ -129,6 +144,90 @@ def test_scores_are_those_of_the_resident_model(pair):
     assert not np.allclose(found[0], found[1])
 
 
+TOKENS = np.random.default_rng(3).integers(3, 64, (2, 32)).astype(np.int32)
+VALID = np.ones(TOKENS.shape, np.bool_)
+
+
+def test_generations_take_turns(pair, prompts):
+    """Of other shapes than each other, with scores between two steps."""
+    resident, first = pair
+    executor = within(first, first.ledger.budget)
+    batches = prompts[:1], prompts
+    found: list[list[list[int]]] = [[[] for _ in batch] for batch in batches]
+    for step in zip(*(pieces(executor, batch) for batch in batches), strict=True):
+        executor.score(TOKENS, VALID)
+        for rows, written in zip(found, step, strict=True):
+            for row, ids in zip(rows, written, strict=True):
+                row.extend(ids)
+    for batch, rows in zip(batches, found, strict=True):
+        assert rows == write(resident, batch, GREEDY)[0]
+
+
+def test_a_generation_keeps_its_room_until_it_is_dropped(pair, prompts):
+    """No other one takes it, nor do scores; where both do not fit the second is refused."""
+    first, compiler = pair[1], fresh(pair[1])
+    floor = least_of(compiler, Generating(rows=3, context=52, prompt=16)).total
+    executor = within(first, floor, compiler=compiler)
+    one = pieces(executor, prompts)
+    next(one)
+    state = executor.ledger.held["state"]
+    with pytest.raises(MixtralError, match=r"\(other generations open: 1\)") as error:
+        next(pieces(executor, prompts))
+    assert error.value.code == BAD_CONFIG
+    assert executor.ledger.held["state"] == state
+    assert sum(map(len, one)) == 2 * 3, "the first goes on"
+    next(pieces(executor, prompts))
+    roomy = within(first, 10**9, compiler=compiler)
+    left = pieces(roomy, prompts)
+    next(left)
+    roomy.score(TOKENS, VALID)
+    assert roomy.ledger.held["state"] == state
+    left.close()
+    roomy.score(TOKENS, VALID)
+    assert roomy.ledger.held["state"] == 0
+
+
+class WithCode(Compiler):
+    """As a GPU has it; the CPU says of all code that it has no size."""
+
+    @property
+    def code_bytes(self) -> int:
+        return 1000 * len(self._programs)
+
+
+def test_code_that_is_not_needed_makes_room(pair, prompts):
+    """A process that has met many shapes refuses nothing that would fit alone."""
+    first = pair[1]
+    compiler = WithCode(first.parts, first.compiler.placement, first.device)
+    what = Generating(rows=3, context=52, prompt=16)
+    floor = least_of(compiler, what).total
+    executor = within(first, floor, compiler=compiler)
+    expected = write(executor, prompts, GREEDY)
+    loaded = len(first.device.client.live_executables())
+    compiler.get("score", 2, 48)
+    assert least_of(compiler, what).total > floor
+    assert len(first.device.client.live_executables()) > loaded
+    assert same(write(executor, prompts, GREEDY), expected)
+    assert least_of(compiler, what).total == floor
+    gc.collect()
+    assert len(first.device.client.live_executables()) <= loaded
+
+
+def test_a_step_gives_its_state_away(pair, prompts, monkeypatch):
+    """Else there were three copies of it: the caller's, what is read and what is written."""
+    executor, given = within(pair[1], pair[1].ledger.budget), []
+    step = executor.decode_step
+
+    def stepping(state, *arguments):
+        given.append(state)
+        return step(state, *arguments)
+
+    monkeypatch.setattr(executor, "decode_step", stepping)
+    write(executor, prompts, GREEDY)
+    assert len(given) == 3
+    assert all(state.seen.is_deleted() and state.expert_counts.is_deleted() for state in given)
+
+
 def on_device(device) -> int:
     """Bytes of what lies on a device, asked of JAX and not of the ledger."""
     return sum(
@@ -194,7 +293,7 @@ def test_the_audit_finds_an_expert_that_was_not_taken_away(pair, prompts, monkey
 def test_layers_share_their_programs(pair, prompts):
     """A program of each kind for all layers, and for prompts and budgets of any length."""
     first = pair[1]
-    compiler = Compiler(first.parts, first.compiler.placement, first.device)
+    compiler = fresh(first)
     executor = within(first, first.ledger.budget, compiler=compiler)
     write(executor, prompts, GREEDY)
     assert len(compiler._programs) == 2 * len(("begin", "attend", "visit", "end"))
@@ -204,11 +303,12 @@ def test_layers_share_their_programs(pair, prompts):
 
 
 def test_a_budget_too_small_says_the_least(pair, prompts):
-    floor = least(pair[1], 3, 52, 16)
-    exact = within(pair[1], floor)
+    compiler = fresh(pair[1])
+    floor = least_of(compiler, Generating(rows=3, context=52, prompt=16)).total
+    exact = within(pair[1], floor, compiler=compiler)
     write(exact, prompts, GREEDY)
     assert exact.report().peak == floor
-    small = within(pair[1], floor - 1)
+    small = within(pair[1], floor - 1, compiler=compiler)
     with pytest.raises(
         MixtralError, match=r"expected at least \d+MB \(weights .*fix: --device-m"
     ) as e:

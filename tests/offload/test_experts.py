@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +150,60 @@ def test_a_copy_is_never_the_hosts_own_memory(make, host):
             assert mine.unsafe_buffer_pointer() != its.unsafe_buffer_pointer()
     experts.make_room(10**9)
     np.testing.assert_array_equal(np.asarray(host[0][0].gate), np.full((1, 2, 4), 0.1, np.float32))
+
+
+def fails(error):
+    """A function that does."""
+
+    def function(*arguments):
+        raise error
+
+    return function
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_copy_that_fails_is_not_in_the_ledger(make, host, monkeypatch, error):
+    experts, size = make(2), num_bytes(host[0][0])
+    visit(experts, host, 0, rows_of(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_put", fails(error))
+        with pytest.raises(error):
+            visit(experts, host, 0, rows_of(1))
+    assert (len(experts), experts._ledger.total) == (1, size)
+    assert visit(experts, host, 0, rows_of(0, 1)) == [0, 1]
+    assert (len(experts), experts._ledger.total) == (2, 2 * size)
+
+
+@pytest.mark.parametrize(("error", "left"), [(RuntimeError, 0), (KeyboardInterrupt, 1)])
+def test_an_expert_is_there_or_not_in_the_ledger(make, host, monkeypatch, error, left):
+    """After Ctrl-C a program may still read it; after a program has failed nothing does."""
+    experts = make(1)
+    visit(experts, host, 0, rows_of(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "block_until_ready", fails(error))
+        with pytest.raises(error):
+            experts.make_room(10**9)
+    assert (len(experts), experts._ledger.total) == (left, left * num_bytes(host[0][0]))
+    experts.make_room(10**9)
+    assert (len(experts), experts._ledger.total) == (0, 0)
+
+
+def test_the_time_that_copies_take_is_counted(make, host, monkeypatch):
+    """Where the backend copies at once, and where it is waited for later."""
+    put = jax.device_put
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return put(*arguments)
+
+    monkeypatch.setattr(jax, "device_put", slow)
+    experts = make(2)
+    visit(experts, host, 0, rows_of(0, 1))
+    before = dataclasses.replace(experts.counts)
+    assert before.waited > 0.1
+    visit(experts, host, 0, rows_of(0, 1))
+    visit(experts, host, 1, rows_of(5))
+    found = experts.counts.since(before)
+    assert (found.kept, found.copied) == (2, 1)
+    assert found.copied_bytes == num_bytes(host[0][0])
+    assert 0.05 < found.waited < experts.counts.waited

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -90,12 +91,16 @@ def test_reading_puts_no_expert_on_the_device(lm, moved):
     ids=["greedy", "sampled", "stop"],
 )
 def test_texts_are_those_of_the_resident_model(resident, lm, notes, fields):
+    before = executor_of(lm).report()
     found, expected = (each.generate(PROMPTS, **fields) for each in (lm, resident))
     assert all(map(same, found, expected))
     report = executor_of(lm).report()
     assert report.peak <= report.budget == 9_000_000
     assert 0 < report.counts.hit_rate < 1
-    assert f"offload: {report.counts.hit_rate:.1%} of " in notes[-1]
+    done = report.since(before)
+    assert 0 < done.counts.visits < report.counts.visits or not before.counts.visits
+    assert notes[-1] == done.line(), "of this generation"
+    assert f"offload: {done.counts.hit_rate:.1%} of {done.counts.visits:,} expert" in notes[-1]
 
 
 @pytest.mark.slow
@@ -106,6 +111,12 @@ def test_chat_stream_and_logits(resident, lm):
     assert pieces[0] == pieces[1]
     ids = [[1, 310, 402, 9], [1, 5, 6, 7]]
     np.testing.assert_allclose(lm.logits(ids), resident.logits(ids), atol=TOLERANCE)
+
+    def in_turns(model: mj.LanguageModel) -> list:
+        streams = (model.stream(prompt, max_new_tokens=8) for prompt in PROMPTS[:2])
+        return [(pieces, model.logits(ids).shape) for pieces in itertools.zip_longest(*streams)]
+
+    assert in_turns(lm) == in_turns(resident)
 
 
 @pytest.mark.slow

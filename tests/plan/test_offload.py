@@ -12,11 +12,14 @@ from mixtral_jax import cli
 from mixtral_jax.config import PRESETS
 from mixtral_jax.decode.generate import row_bucket, slot_bucket
 from mixtral_jax.errors import BAD_CONFIG, USAGE
+from mixtral_jax.language_model import EMBEDDED_FOLDER
 from mixtral_jax.offload.executor import OffloadExecutor
 from mixtral_jax.offload.load import Generating, least_of
 from mixtral_jax.plan import offload as plans
 from mixtral_jax.plan.__main__ import Options, main, workload
 from mixtral_jax.plan.devices import DEVICES
+from mixtral_jax.quantize.driver import quantize_checkpoint
+from mixtral_jax.quantize.makers import Recipe
 
 RUN = ("--model", "tiny", "--offload", "experts", "--context", "100")
 
@@ -42,6 +45,24 @@ def test_it_holds_what_a_run_would_hold(capsys):
     assert found["host_bytes"] == 32 * found["expert_bytes"] == 32 * least.expert
     room = 9_000_000 - least.total + least.expert
     assert found["resident_experts"] == min(32, room // least.expert)
+
+
+def test_a_quantized_folder_is_billed_as_it_lies_there(tmp_path, capsys):
+    """In its own groups, asked for by name or not; they are not those of the scheme."""
+    folder, bills = tmp_path / "q", []
+    quantize_checkpoint(EMBEDDED_FOLDER, folder, Recipe(scheme="int4", group_size=32))
+    fixed = [word if word != "tiny" else str(folder) for word in RUN]
+    for asked in ([], ["--quantize", "int4"]):
+        more = ["--dtype", "float32", "--device-memory", "9MB", "--json", *asked]
+        assert cli.run(main, Options, "plan", [*fixed, *more]) == 0
+        bills.append(json.loads(capsys.readouterr().out))
+    assert bills[0] == bills[1]
+    assert bills[0]["quantize"] == "int4"
+    lm = mj.load(folder, offload="experts", device_memory="9MB", dtype="float32")
+    assert isinstance(lm.executor, OffloadExecutor)
+    least = least_of(lm.executor.compiler, Generating(1, 100, 100))
+    assert bills[0]["least"] == dataclasses.asdict(least)
+    assert bills[0]["host_bytes"] == 32 * least.expert
 
 
 def test_times_follow_from_hits_and_bandwidth(capsys):

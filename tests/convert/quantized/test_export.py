@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import mixtral_jax as mj
-from mixtral_jax.convert import ConvertOptions, convert
+from mixtral_jax.convert import ConvertOptions, convert, output
 from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.convert.output import new_folder
 from mixtral_jax.convert.quantized.export import Made, export_gptq
@@ -167,6 +169,36 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
         assert len(list(tmp_path.glob("out.*.saving"))) == 2
         (tmp_path / "out").rename(tmp_path / "moved")
     assert {path.name for path in tmp_path.iterdir()} == {"src", "out", "moved", "out.mine.saving"}
+
+
+@pytest.mark.parametrize("moment", ["before it is open", "before it is locked"])
+def test_a_folder_taken_away_before_it_is_locked_is_made_again(tmp_path, monkeypatch, moment):
+    """Another process at the same DST finds it without a lock: abandoned, as far as it can tell."""
+    make, lock, left = tempfile.mkdtemp, fcntl.flock, [1]
+
+    def another_comes():
+        if left:
+            left.pop()
+            output._remove_abandoned(tmp_path / "out")
+            assert not list(tmp_path.iterdir())
+
+    def making(**fields):
+        found = make(**fields)
+        another_comes()
+        return found
+
+    def locking(*arguments):
+        another_comes()
+        return lock(*arguments)
+
+    if moment == "before it is open":
+        monkeypatch.setattr(tempfile, "mkdtemp", making)
+    else:
+        monkeypatch.setattr(fcntl, "flock", locking)
+    with new_folder(tmp_path / "out", 1) as work:
+        (work / "file").touch()
+    assert not left
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["out", "file"]
 
 
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
