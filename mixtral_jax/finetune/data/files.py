@@ -40,9 +40,9 @@ class Row(NamedTuple):
         try:
             found = json.loads(self.content.decode("utf-8-sig"))  # some files begin with a mark
         except json.JSONDecodeError as error:
-            raise _not_an_object(f"{error.msg} at character {error.colno}") from None
+            raise _not_an_object(f"{error.msg} (character {error.colno})") from None
         except UnicodeDecodeError as error:
-            raise _not_an_object(f"{error.reason} at byte {error.start + 1}") from None
+            raise _not_an_object(f"{error.reason} (byte {error.start + 1})") from None
         except (ValueError, RecursionError) as error:
             raise _not_an_object(str(error)) from None
         if not isinstance(found, dict):
@@ -72,45 +72,44 @@ def find_files(names: Sequence[str | Path]) -> list[Path]:
 
 
 def _matches(name: str | Path) -> list[Path]:
-    folder = Path(name)
-    if folder.is_file():
-        return [folder]
-    if folder.is_dir():
-        below = (path.relative_to(folder) for path in folder.rglob("*"))
-        paths = [folder / path for path in below if not _is_hidden(path)]
-        paths = [path for path in paths if path.suffix in SUFFIXES]
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        root, found = path, _below(path)
         got = f"a folder with no {' or '.join(SUFFIXES)} file"
     else:
-        paths = [Path(path) for path in glob.glob(str(name), recursive=True)]
+        root, found = Path(), [Path(one) for one in glob.glob(str(name), recursive=True)]
         got = "nothing of that name"
-    paths = sorted(path for path in paths if path.is_file())
+    paths = sorted(one for one in found if one.is_file())
     if not paths:
+        what, expected = f"dataset {name}", "data files"
         fix = "name a JSONL or Parquet file, a folder of them, or a pattern in quotes"
-        raise MixtralError(
-            f"dataset {name}", expected="data files", got=got, fix=fix, code=INPUT_NOT_FOUND
-        )
-    splits = sorted({split for path in paths if (split := _split(path))})
+        raise MixtralError(what, expected=expected, got=got, fix=fix, code=INPUT_NOT_FOUND)
+    splits = sorted({split for one in paths if (split := _split(one, root))})
     if len(splits) > 1:
-        raise MixtralError(
-            f"dataset {name}",
-            expected="files of one split",
-            got=listing(splits),
-            fix="name the files of one, by a pattern in quotes",
-            code=USAGE,
-        )
+        what, expected = f"dataset {name}", "files of one split"
+        fix = "name the files of one, by a pattern in quotes"
+        raise MixtralError(what, expected=expected, got=listing(splits), fix=fix, code=USAGE)
     return paths
+
+
+def _below(folder: Path) -> list[Path]:
+    found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    return [path for path in found if not _is_hidden(path.relative_to(folder))]
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _split(path: Path) -> str | None:
-    """The split that a file's name tells, or else its folder's name."""
-    for name in (path.name, path.parent.name):
-        if found := _SHARD.match(name) or _SPLIT.match(name):
-            return found[1]
-    return None
+def _split(path: Path, root: Path) -> str | None:
+    """The split that a file's name tells, or else the name of its folder below ``root``."""
+    if path.is_relative_to(root):
+        path = path.relative_to(root)
+    found = _SHARD.match(path.name) or _SPLIT.match(path.name)
+    found = found or _SPLIT.fullmatch(path.parent.name)
+    return found[1].lower() if found else None
 
 
 def read_rows(path: Path, columns: Collection[str]) -> Iterator[Row]:

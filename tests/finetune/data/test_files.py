@@ -75,6 +75,7 @@ SPLITS = [
     (["data/train-1.jsonl", "data/Train_2.jsonl"], False),
     (["data/train/0.parquet", "data/test/0.parquet"], True),
     (["data/trains.jsonl", "data/testament.jsonl", "data/evaluation.jsonl"], False),
+    (["data/test_run/train.jsonl", "data/test_run/more.jsonl"], False),
 ]
 
 
@@ -108,10 +109,10 @@ def test_lines_are_counted_as_editors_do(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        (b"nonsense", "Expecting value at character 1"),
-        (b'{"text": "cut', "Unterminated string starting at at character 10"),
-        (b'{"a": 1} {"a": 2}', "Extra data at character 10"),
-        (b'{"text": "\xff"}', "invalid start byte at byte 11"),
+        (b"nonsense", "Expecting value (character 1)"),
+        (b'{"text": "cut', "Unterminated string starting at (character 10)"),
+        (b'{"a": 1} {"a": 2}', "Extra data (character 10)"),
+        (b'{"text": "\xff"}', "invalid start byte (byte 11)"),
         (b"[1, 2]", "got a list"),
         (b'"text"', "got a str"),
         (b"[" * 100_000, "recursion"),
