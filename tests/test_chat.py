@@ -275,7 +275,7 @@ def test_turns_may_end_with_calls_but_not_with_more_results():
     turns = encode_turns(V3, [user("a"), call()])
     assert [BOS, *turns[0].token_ids] == encode_chat(V3, [user("a")])
     assert turns[1].token_ids[-1] == EOS
-    with pytest.raises(MixtralError, match="tool results at the end: .*got 1 too many"):
+    with pytest.raises(MixtralError, match=r"tool results at the end: .*got 1 too many"):
         encode_turns(V3, [user("a"), call(), result(), result()])
     with pytest.raises(MixtralError, match=r"tool results before messages\[2\]"):
         encode_turns(V3, [user("a"), call(), assistant("b")])

@@ -38,7 +38,8 @@ class Row(NamedTuple):
         if isinstance(self.content, dict):
             return self.content
         try:
-            found = json.loads(self.content.decode("utf-8-sig"))  # some files begin with a mark
+            text = self.content.rstrip(b"\r\n").decode("utf-8-sig")  # some files begin with a mark
+            found = json.loads(text)
         except json.JSONDecodeError as error:
             raise _not_an_object(f"{error.msg} (character {error.colno})") from None
         except UnicodeDecodeError as error:

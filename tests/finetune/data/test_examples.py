@@ -58,9 +58,7 @@ def test_a_published_chat_set_works_as_downloaded(tmp_path: Path):
         parquet.write_table(table, folder / f"train_sft-0000{shard}-of-00002-4d1b.parquet")
         parquet.write_table(table, folder / f"test_sft-0000{shard}-of-00002-4d1b.parquet")
     counts: list[int] = []
-    examples = load_examples(
-        [folder / "train_sft-*"], V1, max_length=256, progress=lambda count: counts.append(count)
-    )
+    examples = load_examples([folder / "train_sft-*"], V1, max_length=256, progress=counts.append)
     assert counts == list(range(1, 8))
     assert len(examples) == 7
     for i, row in enumerate(ULTRACHAT):
@@ -95,11 +93,11 @@ def test_the_digest_is_that_of_the_tokens(tmp_path: Path):
         ([*ULTRACHAT[1:], ULTRACHAT[0]], {}),
         (ULTRACHAT[1:], {}),
         (ULTRACHAT, {"tokenizer": V3}),
-        (ULTRACHAT, {"max_length": 20}),
+        (ULTRACHAT, {"max_length": 40}),
         ([{"prompt": row["messages"][:3], "completion": "hi"} for row in ULTRACHAT], {}),  # marks
     ]
-    for rows, options in changed:
-        options = {"tokenizer": V1, "max_length": 256} | options
+    for rows, change in changed:
+        options: dict[str, Any] = {"tokenizer": V1, "max_length": 256} | change
         assert load_examples([write_lines(lines, rows)], **options).digest != digest
 
 
@@ -144,7 +142,7 @@ def test_no_example_at_all(tmp_path: Path, rows: list[Any]):
 
 def failure(*names: Path, **options: Any) -> MixtralError:
     with pytest.raises(MixtralError) as caught:
-        load_examples(names, V1, **({"max_length": 64} | options))
+        load_examples(names, V1, **{"max_length": 64, **options})
     assert "\n" not in str(caught.value)
     return caught.value
 
