@@ -30,6 +30,7 @@ _OF_THE_MACHINE = {
     "device_memory",
     "offload",
     "gradient_checkpointing",
+    "fsdp",
     "per_device_train_batch_size",
 }
 # Other spellings of --quantize.

@@ -19,7 +19,7 @@ from mixtral_jax.sharding.cluster import ProcessOptions
 
 Method = Literal["sft", "dpo"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
+Optimizer = Literal["adamw", "adafactor", "muon"]
 ReportTo = Literal["tensorboard", "jsonl", "none"]
 
 # Steps are told to other processes as float32, which is exact up to here.
@@ -58,8 +58,11 @@ class TrainOptions:
     the three; gate, the router; all-linear."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
-    train_router: bool = False
-    """Train the routers whole; otherwise they are frozen."""
+    freeze_router: bool = False
+    """Where all weights train: leave the routers as they are. (With factors a router trains if it
+    is a target.)"""
+    fsdp: bool = False
+    """Where all weights train: share each, and its optimizer state, over the axis data too."""
 
     learning_rate: float = 2e-5
     """At its highest. 2e-4 is usual for LoRA, 1e-6 for dpo of all weights."""
@@ -70,8 +73,7 @@ class TrainOptions:
     warmup_steps: int = 0
     """Or so many steps."""
     optim: Optimizer = "adamw"
-    """adamw_8bit keeps its moments in 8 bits; muon is for whole matrices of attention and experts,
-    with adamw for the rest."""
+    """muon updates whole matrices of attention and experts, with adamw for the rest."""
     weight_decay: float = 0.0
     """Of matrices, not of norms."""
     adam_beta1: float = 0.9
@@ -189,7 +191,7 @@ class FinetuneOptions:
     OUTPUT_DIR/model.
     """
 
-    model: tyro.conf.Positional[str] = EMBEDDED
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[MODEL]")] = EMBEDDED
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     dataset: tuple[str, ...]
     """JSONL and Parquet: files, folders and globs. Columns: messages, or prompt and completion, or
