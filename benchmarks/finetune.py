@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import _ours
-import jax
 import numpy as np
 from _common import report, run_script, spread
 
@@ -114,7 +113,9 @@ def their_step(config: ModelConfig, options: Options, leaves: Any) -> Callable[[
     import torch
 
     model = _peer.their_model(config, leaves, options.dtype)
-    model.set_experts_implementation("grouped_mm" if options.rows * options.length >= 64 else "eager")
+    model.set_experts_implementation(
+        "grouped_mm" if options.rows * options.length >= 64 else "eager"
+    )
     if options.remat:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -155,7 +155,9 @@ def with_trained(
 
 def _adapted(base: Weight, pair: Pair, scale: float, key: Any, dropout: float) -> Weight:
     if not isinstance(base, ExpertSlots):
-        return Adapted(cast(Matrix, base), pair.a, pair.b, scale, key, dropout if key is not None else 0.0)
+        return Adapted(
+            cast(Matrix, base), pair.a, pair.b, scale, key, dropout if key is not None else 0.0
+        )
     num_slots = len(base.slots)
 
     def slots(factor: jax.Array) -> jax.Array:

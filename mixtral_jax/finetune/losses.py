@@ -112,8 +112,8 @@ class Preference(NamedTuple):
 
 
 def dpo(
-    policy: Float[Array, "B"],
-    reference: Float[Array, "B"],
+    policy: Float[Array, " B"],
+    reference: Float[Array, " B"],
     *,
     beta: float,
     label_smoothing: float = 0.0,

@@ -75,12 +75,12 @@ def _replace(path: Path, write: Any) -> None:
     partial.replace(path)
 
 
-def _config(
-    pairs: Mapping[str, Pair], lm: LanguageModel, options: TrainOptions
-) -> dict[str, Any]:
+def _config(pairs: Mapping[str, Pair], lm: LanguageModel, options: TrainOptions) -> dict[str, Any]:
     rank, alpha = options.lora_r, options.lora_alpha
     modules = [name for name in _ATTENTION if any(p.endswith(name) for p in pairs)]
-    has = {part: any(p.endswith(f"experts.{part}") for p in pairs) for part in ("gate", "up", "down")}
+    has = {
+        part: any(p.endswith(f"experts.{part}") for p in pairs) for part in ("gate", "up", "down")
+    }
     parameters, patterns = [], {"rank_pattern": {}, "alpha_pattern": {}}
     if has["gate"] or has["up"]:
         parameters.append(_GATE_UP)

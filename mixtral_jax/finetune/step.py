@@ -192,9 +192,7 @@ def _sums(
 def _reference(frozen: Mapping[str, Weight], trained: Any) -> dict[str, Any]:
     """What trains whole, as it was; what trains by factors needs nothing."""
     return {
-        path: frozen[f"{REFERENCE}{path}"]
-        for path in trained
-        if f"{REFERENCE}{path}" in frozen
+        path: frozen[f"{REFERENCE}{path}"] for path in trained if f"{REFERENCE}{path}" in frozen
     }
 
 
@@ -294,7 +292,9 @@ def update(
 
     if num_steps == 1:
         only = jax.tree.map(lambda x: x[0], batch)
-        gradients, sums = jax.grad(loss_of, has_aux=True)(state.trained, only, jax.random.fold_in(key, 0))
+        gradients, sums = jax.grad(loss_of, has_aux=True)(
+            state.trained, only, jax.random.fold_in(key, 0)
+        )
         sums = jax.tree.map(lambda x: x[None], sums)
     else:
         zeros = jax.tree.map(jnp.zeros_like, state.trained)

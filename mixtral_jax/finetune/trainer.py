@@ -20,9 +20,7 @@ from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.finetune import step as steps
 from mixtral_jax.finetune.data.batches import Batch
 from mixtral_jax.finetune.lora import (
-    Pair,
     first_pair,
-    is_pair,
     pair_shardings,
     refuse_dropout,
     scale_of,
@@ -35,11 +33,10 @@ from mixtral_jax.finetune.peft_folder import write_adapter
 from mixtral_jax.finetune.step import REFERENCE, Measures, Objective, TrainState
 from mixtral_jax.json_file import read_json
 from mixtral_jax.language_model import LanguageModel
-from mixtral_jax.model.transformer import LeafSpec, Mixtral, leaf_specs, with_window
+from mixtral_jax.model.transformer import Mixtral, leaf_specs, with_window
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.rules import partition_spec
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, Weight
-
 
 _AUX_COEF = 0.001  # of MixtralConfig in transformers
 
@@ -69,9 +66,7 @@ class Trainer:
         self._specs = leaf_specs(lm.config)
         self._check_rows()
         leaves = _leaves(lm.model)
-        self._scale = scale_of(
-            options.lora_r, options.lora_alpha, is_stabilized=options.use_rslora
-        )
+        self._scale = scale_of(options.lora_r, options.lora_alpha, is_stabilized=options.use_rslora)
         whole, paired = self._targets()
         refuse_dropout(paired, options.lora_dropout)
         for path in whole:

@@ -21,7 +21,7 @@ from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.weights import slots_of, takes_slots
 from tests.models import random_model
 
-TOKENS = np.random.default_rng(0).integers(3, 100, (2, 12)).astype(np.int32)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 100, (2, 12)), jnp.int32)
 
 
 def leaves_of(model):
@@ -34,7 +34,10 @@ def test_targets_are_the_names_of_published_checkpoints(small_config):
     assert len(target_paths(config, ["q_proj", "v_proj"])) == 4
     assert target_paths(config, ["experts"]) == target_paths(config, ["w1", "w2", "w3"])
     assert len(target_paths(config, ["all-linear"])) == 2 * (4 + 3 + 1)
-    assert target_paths(config, ["gate"]) == ("layers.0.moe.router.weight", "layers.1.moe.router.weight")
+    assert target_paths(config, ["gate"]) == (
+        "layers.0.moe.router.weight",
+        "layers.1.moe.router.weight",
+    )
     for names in (["q"], ["gate_proj"], []):
         with pytest.raises(MixtralError, match="lora-target-modules") as caught:
             target_paths(config, names)
@@ -67,10 +70,10 @@ def test_factors_act_as_the_product_added_to_the_weight(small_config, shards):
     frozen = leaves_of(random_model(config))
     rng, trained, merged = np.random.default_rng(1), {}, dict(frozen)
     for path in target_paths(config, ["all-linear"]):
-        *stack, O, I = frozen[path].shape
+        *stack, out, summed = frozen[path].shape
         pair = Pair(
-            jnp.asarray(rng.standard_normal((*stack, 3, I)) * 0.1, jnp.float32),
-            jnp.asarray(rng.standard_normal((*stack, O, 3)) * 0.1, jnp.float32),
+            jnp.asarray(rng.standard_normal((*stack, 3, summed)) * 0.1, jnp.float32),
+            jnp.asarray(rng.standard_normal((*stack, out, 3)) * 0.1, jnp.float32),
         )
         trained[path] = pair
         merged[path] = frozen[path] + 0.5 * pair.b @ pair.a
@@ -87,15 +90,18 @@ def test_dropout_drops_what_a_sees_and_keeps_its_mean(small_config):
     config = small_config(num_hidden_layers=1)
     frozen = leaves_of(random_model(config))
     path = "layers.0.attention.o_proj"
-    O, I = frozen[path].shape
+    out, summed = frozen[path].shape
     rng = np.random.default_rng(2)
-    pair = Pair(*(jnp.asarray(rng.standard_normal(s) * 0.2, jnp.float32) for s in ((3, I), (O, 3))))
+    shapes = (3, summed), (out, 3)
+    pair = Pair(*(jnp.asarray(rng.standard_normal(s) * 0.2, jnp.float32) for s in shapes))
 
     @jax.jit
-    def run(key, rate=0.5):
-        return with_trained(
-            config, frozen, {path: pair}, scale=0.1, dropout=0.5, key=key
-        ).hidden(TOKENS).x
+    def run(key):
+        return (
+            with_trained(config, frozen, {path: pair}, scale=0.1, dropout=0.5, key=key)
+            .hidden(TOKENS)
+            .x
+        )
 
     keys = jax.random.split(jax.random.key(0), 200)
     found = jnp.stack([run(key) for key in keys])

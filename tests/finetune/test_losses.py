@@ -25,20 +25,21 @@ def routed(logits: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("kind", ["pooled", "per_layer"])
 def test_even_routing_gives_the_number_of_experts_per_token(kind):
-    ids = np.stack([np.arange(N) % E, (np.arange(N) + 1) % E], axis=1)
+    ids = jnp.stack([jnp.arange(N) % E, (jnp.arange(N) + 1) % E], axis=1)
     found = load_balancing([jnp.zeros((N, E))] * L, [ids] * L, jnp.ones(N, bool), kind)
     assert found == pytest.approx(A)
 
 
 def test_one_expert_for_all_is_as_bad_as_it_gets_and_pooling_can_hide_it():
-    logits = np.full((E, N, E), -50.0, np.float32)
+    scores = np.full((E, N, E), -50.0, np.float32)
     for layer in range(E):  # each layer overloads another expert
-        logits[layer, :, layer] = 50.0
-        logits[layer, :, (layer + 1) % E] = 40.0
-    ids = list(routed(jnp.asarray(logits)))
+        scores[layer, :, layer] = 50.0
+        scores[layer, :, (layer + 1) % E] = 40.0
+    logits = list(jnp.asarray(scores))
+    ids = [routed(x) for x in logits]
     valid = jnp.ones(N, bool)
-    per_layer = load_balancing(list(logits), ids, valid, "per_layer")
-    pooled = load_balancing(list(logits), ids, valid, "pooled")
+    per_layer = load_balancing(logits, ids, valid, "per_layer")
+    pooled = load_balancing(logits, ids, valid, "pooled")
     assert per_layer == pytest.approx(E)
     assert pooled == pytest.approx(A)
 
@@ -51,7 +52,10 @@ def test_padding_counts_nowhere(kind):
     got = load_balancing(logits, ids, valid, kind), router_z(logits, valid)
     short = [x[:40] for x in logits]
     everything = jnp.ones(40, bool)
-    want = load_balancing(short, [i[:40] for i in ids], everything, kind), router_z(short, everything)
+    want = (
+        load_balancing(short, [i[:40] for i in ids], everything, kind),
+        router_z(short, everything),
+    )
     np.testing.assert_allclose(got, want, rtol=1e-6)
     assert load_balancing(logits, ids, jnp.ones(N, bool), kind) != pytest.approx(float(got[0]))
     assert np.isfinite(load_balancing(logits, ids, jnp.zeros(N, bool), kind))

@@ -108,8 +108,9 @@ def test_packed_and_padded_rows_give_the_same_update(config):
     apart = batch_of([[[text] for text in all_texts]], LENGTH)
     packed_options = dataclasses.replace(options, per_device_train_batch_size=4)
     packed = batch_of([[all_texts[i : i + 2] for i in range(0, 8, 2)]], LENGTH)
-    one, two = Trainer(on_mesh(config), options, total_steps=5), Trainer(
-        on_mesh(config), packed_options, total_steps=5
+    one, two = (
+        Trainer(on_mesh(config), options, total_steps=5),
+        Trainer(on_mesh(config), packed_options, total_steps=5),
     )
     for _ in range(3):
         a, b = one.step(apart), two.step(packed)
@@ -144,9 +145,7 @@ def test_every_mesh_makes_the_same_updates(config, case):
     spec = MeshSpec.parse(mesh)
     ways = spec.data * spec.expert
     here = dataclasses.replace(options, per_device_train_batch_size=8)
-    there = dataclasses.replace(
-        options, per_device_train_batch_size=8 // ways, fsdp="fsdp" in how
-    )
+    there = dataclasses.replace(options, per_device_train_batch_size=8 // ways, fsdp="fsdp" in how)
     if "tensor" in how:
         there = dataclasses.replace(there, per_device_train_batch_size=8)
     one = Trainer(on_mesh(config), here, total_steps=5)
@@ -195,10 +194,11 @@ def test_pairs_train_toward_the_chosen_answers(config):
 
 
 def test_what_cannot_train_is_refused(config):
+    odd = dataclasses.replace(LORA, method="dpo", per_device_train_batch_size=1)
+    plain, quantized = on_mesh(config), on_mesh(config, scheme="int8")
     with pytest.raises(MixtralError, match="even number") as caught:
-        odd = dataclasses.replace(LORA, method="dpo", per_device_train_batch_size=1)
-        Trainer(on_mesh(config), odd, total_steps=5)
+        Trainer(plain, odd, total_steps=5)
     assert caught.value.code == BAD_CONFIG
     with pytest.raises(MixtralError, match="quantized") as caught:
-        Trainer(on_mesh(config, scheme="int8"), FULL, total_steps=5)
+        Trainer(quantized, FULL, total_steps=5)
     assert caught.value.code == BAD_CONFIG

@@ -32,11 +32,12 @@ def test_a_packed_text_is_read_as_if_it_were_alone(small_config, window, kernels
     config = small_config(num_hidden_layers=2, sliding_window=window)
     model, placement = random_model(with_window(config, T)), LocalPlacement(kernels)
     texts, tokens, segments = packed(np.random.default_rng(0))
+    tokens, segments = jnp.asarray(tokens), jnp.asarray(segments)
     hidden = model.hidden(tokens, segments > 0, segments=segments, placement=placement)
     alone = random_model(config)
     at = 0
     for text in texts:
-        want = alone.hidden(text[None], placement=placement).x[0]
+        want = alone.hidden(jnp.asarray(text[None]), placement=placement).x[0]
         np.testing.assert_allclose(hidden.x[0, at : at + len(text)], want, atol=1e-5)
         at += len(text)
     mixed = model.hidden(tokens, segments > 0, placement=placement).x
@@ -48,8 +49,8 @@ def test_blocks_of_keys_keep_texts_apart_too(small_config, monkeypatch):
     config = with_window(small_config(num_hidden_layers=1), 512)
     model = random_model(config)
     rng = np.random.default_rng(1)
-    tokens = rng.integers(3, 100, (2, 512)).astype(np.int32)
-    segments = np.sort(rng.integers(1, 6, (2, 512)), axis=1).astype(np.int32)
+    tokens = jnp.asarray(rng.integers(3, 100, (2, 512)), jnp.int32)
+    segments = jnp.sort(jnp.asarray(rng.integers(1, 6, (2, 512)), jnp.int32), axis=1)
     blocked = model.hidden(tokens, segments=segments, placement=LocalPlacement("visit")).x
     plain = model.hidden(tokens, segments=segments, placement=LocalPlacement("reference")).x
     np.testing.assert_allclose(blocked, plain, atol=1e-4)
@@ -57,7 +58,7 @@ def test_blocks_of_keys_keep_texts_apart_too(small_config, monkeypatch):
 
 def test_remat_changes_no_gradient(small_config):
     model = random_model(small_config(num_hidden_layers=2))
-    tokens = np.random.default_rng(2).integers(3, 100, (2, 16)).astype(np.int32)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(3, 100, (2, 16)), jnp.int32)
 
     def gradient(remat: bool):
         def loss(model: Mixtral) -> jax.Array:

@@ -131,9 +131,7 @@ def test_an_adapter_of_ours_gives_our_logits_in_peft(targets, torch, transformer
     peft = importlib.import_module("peft")
     base = saved_base(torch, transformers, tmp_path / "base")
     for is_stabilized in (False, True):
-        options = dataclasses.replace(
-            LORA, lora_target_modules=targets, use_rslora=is_stabilized
-        )
+        options = dataclasses.replace(LORA, lora_target_modules=targets, use_rslora=is_stabilized)
         trainer = Trainer(mj.load(tmp_path / "base", mesh="1x1"), options, total_steps=4)
         batch = batch_of([[[text] for text in texts()]], LENGTH)
         for _ in range(4):
@@ -175,7 +173,11 @@ def test_gradients_of_full_training_are_those_of_transformers(torch, transformer
 
 
 def their_name(path: str, F: int) -> tuple[str, Any]:
-    ends = {"embed_tokens": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "lm_head": "lm_head.weight"}
+    ends = {
+        "embed_tokens": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "lm_head": "lm_head.weight",
+    }
     if path in ends:
         return ends[path], None
     _, i, rest = path.split(".", 2)
