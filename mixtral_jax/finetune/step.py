@@ -302,7 +302,7 @@ def update(
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     measures = _whole(sums, batch, objective.is_dpo)._replace(
-        grad_norm=optax.global_norm(gradients),
+        grad_norm=optax.tree.norm(gradients),
         learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
     )
     return TrainState(trained, optimizer_state, state.step + 1), measures
