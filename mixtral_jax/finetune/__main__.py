@@ -23,7 +23,7 @@ from mixtral_jax.finetune.curves import draw_curves
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.data.examples import Examples, load_examples
 from mixtral_jax.finetune.loop import Loop
-from mixtral_jax.finetune.metrics import NAME, check_report_to
+from mixtral_jax.finetune.metrics import NAME, check_report_to, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
@@ -221,6 +221,9 @@ def _tell(options: FinetuneOptions, result: Path, told: dict[str, Any], seconds:
     if not options.json:
         print(f"{'adapter' if options.train.use_peft else 'model'}  {result}")
         return
+    log = options.output_dir / NAME  # of a run that had nothing left to do, too
+    for line in reversed(list(read_lines(log)) if log.is_file() else []):
+        told = {**line, **told}
     names = ("step", "loss", "eval_loss", "eval_perplexity", "num_tokens")
     line = {name: told.get(name) for name in names}
     print(json.dumps({"result": str(result), **line, "seconds": round(seconds, 3)}))
