@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 
 import jax
@@ -13,36 +12,24 @@ import pytest
 from safetensors.numpy import load_file
 
 from mixtral_jax import cli
-from mixtral_jax.convert.save import save_model
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OK, OUTPUT_EXISTS, USAGE
 from mixtral_jax.finetune.__main__ import PROG, main, run
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.metrics import NAME, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions
-from mixtral_jax.language_model import EMBEDDED_FOLDER, load
-from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
+from mixtral_jax.language_model import load
 from tests.finetune.fakes import log_of
-from tests.models import random_model
+from tests.finetune.models import make_folder
 
 ADAPTER = "adapter_model.safetensors"
-LINES = [
-    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
-    for q, a in (("1+1=", "2"), ("2+2=", "4"), ("one and two", "three"), ("a, b,", "c"))
-]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, small_config):
     """A checkpoint and data."""
     folder = tmp_path_factory.mktemp("model")
-    vocab_size = Tokenizer.from_folder(EMBEDDED_FOLDER).vocab_size
-    config = small_config(vocab_size=vocab_size, num_hidden_layers=1, num_local_experts=2)
-    save_model(random_model(config), folder / "model")
-    tokenizer = find_tokenizer(EMBEDDED_FOLDER)
-    assert tokenizer is not None
-    shutil.copy(tokenizer, folder / "model")
-    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    make_folder(folder, small_config, num_local_experts=2)
     return folder
 
 
