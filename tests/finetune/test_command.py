@@ -34,8 +34,9 @@ def folder(tmp_path_factory, small_config):
 
 
 def words(folder, out, *more: str) -> list[str]:
-    options = "--max-length 16 --no-gradient-checkpointing --per-device-train-batch-size 2 --report-to jsonl --logging-steps 1"
-    options += " --save-steps 2 --max-steps 4 --use-peft --lora-r 4 --learning-rate 1e-2 --json"
+    options = "--max-length 16 --no-gradient-checkpointing --per-device-train-batch-size 2"
+    options += " --report-to jsonl --logging-steps 1 --save-steps 2 --max-steps 4"
+    options += " --use-peft --lora-r 4 --learning-rate 1e-2 --json"
     data = ["--dataset", str(folder / "chat.jsonl"), "--output-dir", str(out)]
     return [str(folder / "model"), *data, *options.split(), *more]
 

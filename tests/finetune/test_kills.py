@@ -115,8 +115,8 @@ def killed(self):
 Batches.__next__ = killed
 sys.exit(run(sys.argv[2:]))
 """
-OPTIONS = """--max-length 16 --per-device-train-batch-size 1 --max-steps 40 --save-steps 6 --use-peft
---lora-r 4 --learning-rate 1e-2 --logging-steps 4 --report-to jsonl --debug
+OPTIONS = """--max-length 16 --per-device-train-batch-size 1 --max-steps 40 --save-steps 6
+--use-peft --lora-r 4 --learning-rate 1e-2 --logging-steps 4 --report-to jsonl --debug
 --lora-target-modules q_proj v_proj"""
 
 
