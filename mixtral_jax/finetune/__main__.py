@@ -16,14 +16,14 @@ import jax
 from mixtral_jax import cli
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.errors import BAD_CONFIG, INPUT_NOT_FOUND, OK, MixtralError
-from mixtral_jax.finetune.binding import binding_facts
+from mixtral_jax.finetune.binding import binding_facts, check_bound
 from mixtral_jax.finetune.checkpoints import Checkpoints
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.curves import draw_curves
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.data.examples import Examples, load_examples
 from mixtral_jax.finetune.loop import Loop
-from mixtral_jax.finetune.metrics import NAME, check_report_to
+from mixtral_jax.finetune.metrics import NAME, check_report_to, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
@@ -34,6 +34,7 @@ from mixtral_jax.plan.bill import active_parameters
 from mixtral_jax.plan.devices import device_of_kind
 from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.agreement import Facts
 from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 
@@ -51,23 +52,25 @@ def main(options: FinetuneOptions) -> int:
     with contextlib.ExitStack() as stack:
         if hosts.is_first():
             stack.enter_context(OutputFolder(options.output_dir, options))
+        hosts.barrier("the output folder is ours", may_wait_for_first=True)
         stop = stack.enter_context(Stop())
-        examples, evaluated = _read_data(options)
+        checkpoints = Checkpoints(options.output_dir, limit=options.run.save_total_limit, note=note)
+        folder = resolve(options.model, note).folder
+        _check_early(checkpoints, binding_facts(options, folder=folder))
+        examples, evaluated = _read_data(options, folder)
         lm = load(options.model, note=note, **_fields(options))
         batches = _batches(options, lm, examples)
         total_steps = options.run.total_steps(batches.steps_per_epoch)
         trainer = Trainer(lm, options.train, total_steps=total_steps)
-        note(f"{trainer.num_trained:,} numbers train, in {total_steps:,} steps")
+        note(f"{trainer.num_trained:,} trained parameters, {total_steps:,} steps")
         loop = Loop(
             trainer=trainer,
             batches=batches,
             run=options.run,
             total_steps=total_steps,
-            checkpoints=Checkpoints(
-                options.output_dir, limit=options.run.save_total_limit, note=note
-            ),
+            checkpoints=checkpoints,
             stop=stop,
-            bound=binding_facts(options, rows=_rows(options, lm), folder=lm.folder),
+            bound=binding_facts(options, folder=folder, rows=_rows(options, lm)),
             is_dpo=options.train.method == "dpo",
             evaluation=None if evaluated is None else _evaluation(options, lm, evaluated),
             sample=_sampler(lm, trainer, options.run) if options.run.sample_prompts else None,
@@ -88,9 +91,16 @@ def _fields(options: FinetuneOptions) -> dict[str, Any]:
     return {name: getattr(asked, name) for name in asked.__dataclass_fields__}
 
 
-def _read_data(options: FinetuneOptions) -> tuple[Examples, Examples | None]:
+def _check_early(checkpoints: Checkpoints, bound: Facts) -> None:
+    """Other options are refused before anything large is read; the loop compares all of them."""
+    record = checkpoints.glance()
+    if record is not None:
+        saved = {name: fact for name, fact in record.saved.options.items() if name in bound}
+        check_bound(saved, bound, checkpoints.path(record.saved.step))
+
+
+def _read_data(options: FinetuneOptions, folder: Path) -> tuple[Examples, Examples | None]:
     """All of it is checked before the model is loaded."""
-    folder = resolve(options.model, note).folder
     if find_tokenizer(folder) is None:
         fix = "copy it from the published checkpoint"
         raise MixtralError(f"{folder} has no tokenizer.model", fix=fix, code=INPUT_NOT_FOUND)
@@ -211,6 +221,9 @@ def _tell(options: FinetuneOptions, result: Path, told: dict[str, Any], seconds:
     if not options.json:
         print(f"{'adapter' if options.train.use_peft else 'model'}  {result}")
         return
+    log = options.output_dir / NAME  # of a run that had nothing left to do, too
+    for line in reversed(list(read_lines(log)) if log.is_file() else []):
+        told = {**line, **told}
     names = ("step", "loss", "eval_loss", "eval_perplexity", "num_tokens")
     line = {name: told.get(name) for name in names}
     print(json.dumps({"result": str(result), **line, "seconds": round(seconds, 3)}))

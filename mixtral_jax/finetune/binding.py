@@ -41,19 +41,22 @@ _FREE = {
 }
 
 
-def binding_facts(options: FinetuneOptions, *, rows: int, folder: Path | None) -> Facts:
+def binding_facts(
+    options: FinetuneOptions, *, folder: Path | None, rows: int | None = None
+) -> Facts:
     """What a run is bound to, by the name that a person knows it by.
 
     Args:
         options: of the command.
-        rows: of a forward pass over all devices.
         folder: of the checkpoint that is trained, to be told apart by its files.
+        rows: of a forward pass over all devices, once the mesh is known.
     """
     asked = dataclasses.replace(
         options, load=options.load_options(), load_in_4bit=False, load_in_8bit=False
     )
     found = {f"--{n}": fact for n, fact in option_facts(asked).items() if n not in _FREE}
-    found["--per-device-train-batch-size x devices"] = str(rows)
+    if rows is not None:
+        found["--per-device-train-batch-size x devices"] = str(rows)
     if folder is not None:
         found |= {f"MODEL: {name}": fact for name, fact in file_facts(folder).items()}
     return found

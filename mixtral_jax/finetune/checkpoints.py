@@ -64,6 +64,13 @@ class Checkpoints:
         self._logger.setLevel(logging.CRITICAL)
         self.last_step: int | None = None  # saved, or being saved
 
+    def glance(self) -> Record | None:
+        """The newest checkpoint that can be read, its arrays unproved: to refuse a run early."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(MixtralError, OSError):
+                return read_record(self.path(step))
+        return None
+
     def newest(self) -> Record | None:
         """The newest checkpoint that is sound; those that are not are set aside."""
         step = -1

@@ -116,7 +116,7 @@ class Loop:
         self.step = 0
         self.told: dict[str, Any] = {}  # the newest value of everything in the log
         self._window, self._pending = Window(), None
-        self._speed = Speed(self.machine)
+        self._speed, self._is_compiled = Speed(self.machine), False
 
     def train(self) -> dict[str, Any]:
         """Resumes, trains to ``total_steps`` and leaves a checkpoint of the end.
@@ -201,16 +201,15 @@ class Loop:
         found = gathered.fetch(pending.measures, is_dpo=self.is_dpo)
         if not gathered.is_finite(found):
             self._refuse(pending, found)
-        is_first = not self.told
         self._window.add(found)
         self._speed.add(pending.num_tokens)
+        if not self._is_compiled:
+            self._speed.take()  # most of it was compiling
+            self._is_compiled = True
         if pending.step % self.run.logging_steps == 0 or pending.step == self.total_steps:
             epoch = round(pending.epoch, 6)
             line = {"step": pending.step, "epoch": epoch, **self._window.take()}
             self._write({**line, **self._speed.take()})
-        elif is_first:
-            self.told = {"step": pending.step}
-            self._speed.take()  # most of it was compiling
 
     def _refuse(self, pending: _Pending, found: gathered.Found) -> None:
         """Ends a run whose weights are lost; no checkpoint has them."""

@@ -55,8 +55,14 @@ class Speed:
 
     def take(self) -> dict[str, float]:
         """Seconds, tokens per second and, where the devices' peak is known, the share of it that
-        the model's own products make up (MFU, arXiv 2204.02311); begins anew."""
+        the model's own products make up (MFU, arXiv 2204.02311); begins anew.
+
+        Nothing where nothing was added.
+        """
         now = time.perf_counter()
+        if not self._tokens:
+            self._since = now
+            return {}
         seconds = max(now - self._since, 1e-9)
         found = {
             "seconds": round(seconds, 4),
@@ -111,7 +117,8 @@ class ProgressLine:
         self._bar.update(self._task, completed=line["step"], told=self._told)
         now = time.monotonic()
         is_last = line["step"] == self._total
-        if self._is_plain and (is_last or now - self._last > _SECONDS_BETWEEN_LINES):
+        is_due = is_last or now - self._last > _SECONDS_BETWEEN_LINES
+        if self._is_plain and is_due and told(line):
             self._last = now
             print(f"step {line['step']}/{self._total}  {told(line)}", file=sys.stderr, flush=True)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtral_jax.finetune.checkpoint_record import problem
+from mixtral_jax.finetune.checkpoint_record import problem, read_record
 from mixtral_jax.finetune.checkpoints import Checkpoints
 from tests.finetune.fakes import log_of
+from tests.finetune.models import make_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,3 +99,47 @@ def test_killed_fifteen_times_at_random_it_resumes_bit_for_bit(tmp_path, limit):
     print(f"seed {seed}")
     rng = random.Random(seed)
     survive(tmp_path, [rng.uniform(0.0, 0.35) for _ in range(15)], limit=limit)
+
+
+# The command itself, killed when KILL batches were taken.
+COMMAND = """
+import os, signal, sys
+from mixtral_jax.finetune.data.batches import Batches
+from mixtral_jax.finetune.__main__ import run
+kill, take, taken = int(sys.argv[1]), Batches.__next__, []
+def killed(self):
+    taken.append(1)
+    if len(taken) == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take(self)
+Batches.__next__ = killed
+sys.exit(run(sys.argv[2:]))
+"""
+OPTIONS = """--max-length 16 --per-device-train-batch-size 1 --max-steps 40 --save-steps 6
+--use-peft --lora-r 4 --learning-rate 1e-2 --logging-steps 4 --report-to jsonl --debug
+--lora-target-modules q_proj v_proj"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("mesh", ["1x1", "1x8"])
+def test_the_command_killed_at_five_steps_resumes_bit_for_bit(tmp_path, small_config, mesh):
+    """With dropout, so that random numbers count too."""
+    model, data = make_folder(tmp_path, small_config, num_local_experts=8)
+
+    def finetune(out: str, kill: int) -> int:
+        words = f"{model} --dataset {data} --output-dir {tmp_path / out} --mesh {mesh} {OPTIONS}"
+        environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        command = [sys.executable, "-c", COMMAND, str(kill), *words.split()]
+        return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+
+    def last(out: str) -> dict[str, str]:
+        return dict(read_record(tmp_path / out / "checkpoint-40").files)
+
+    assert finetune("whole", -1) == 0
+    for kill in (3, 11, 8, 12, 10):  # of the steps of each start
+        assert finetune("out", kill) == -9
+    assert finetune("out", -1) == 0
+    arrays = {name for name in last("whole") if "/optimizer." in name or "/trained." in name}
+    assert len(arrays) > 10
+    assert all(last("out")[name] == last("whole")[name] for name in arrays)
+    assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")
