@@ -42,7 +42,9 @@ FULL = dataclasses.replace(LORA, use_peft=False, learning_rate=1e-3)
 
 @pytest.fixture(scope="module")
 def config(small_config):
-    return small_config(initializer_range=0.1, num_hidden_layers=2)
+    return small_config(
+        initializer_range=0.1, num_hidden_layers=1, hidden_size=64, head_dim=16, num_local_experts=8
+    )
 
 
 def on_mesh(config, mesh: str = "1x1", scheme: str | None = None) -> LanguageModel:
@@ -68,7 +70,7 @@ def on_mesh(config, mesh: str = "1x1", scheme: str | None = None) -> LanguageMod
 
 
 def texts(number: int, seed: int = 0) -> list[Any]:
-    return random_texts(np.random.default_rng(seed), number, longest=LENGTH // 2, vocab=100)
+    return random_texts(np.random.default_rng(seed), number, longest=LENGTH // 2, vocab=64)
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -98,7 +100,7 @@ def test_only_what_trains_has_a_gradient_and_moments(config):
     full = Trainer(on_mesh(config), dataclasses.replace(FULL, freeze_router=True), total_steps=5)
     routers = {path for path in full.frozen if "router" in path}
     assert full.frozen.keys() == routers
-    assert len(routers) == 2
+    assert len(routers) == 1
 
 
 def test_packed_and_padded_rows_give_the_same_update(config):
