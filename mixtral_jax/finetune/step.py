@@ -29,6 +29,8 @@ from mixtral_jax.sharding.place import gather_weights
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.weights import Weight
 
+REFERENCE = "reference."  # before the path of a frozen copy of a leaf that DPO trains whole
+
 
 class TrainState(NamedTuple):
     """All that an update changes.
@@ -142,6 +144,8 @@ def _sums(
 ) -> _Sums:
     """What the rows of one accumulation step give."""
     config, placement = objective.config, objective.placement
+    copies = {path: w for path, w in frozen.items() if path.startswith(REFERENCE)}
+    frozen = {path: w for path, w in frozen.items() if path not in copies}
 
     def assembled(trained: Any, key: Any) -> Mixtral:
         model = with_trained(
@@ -163,7 +167,7 @@ def _sums(
     loss, margin, reward_right = -logprobs.sum(), nothing, nothing
     if objective.is_dpo:
         # The model that training began with: without factors, or its own frozen copy.
-        base = jax.lax.stop_gradient(_reference(frozen, trained))
+        base = {path.removeprefix(REFERENCE): w for path, w in copies.items()}
         before, _ = _read(assembled(base, None), rows, objective)
         found = dpo(
             logprobs.sum(axis=1),
@@ -187,16 +191,6 @@ def _sums(
         margin=margin,
         reward_right=reward_right,
     )
-
-
-def _reference(frozen: Mapping[str, Weight], trained: Any) -> dict[str, Any]:
-    """What trains whole, as it was; what trains by factors needs nothing."""
-    return {
-        path: frozen[f"{REFERENCE}{path}"] for path in trained if f"{REFERENCE}{path}" in frozen
-    }
-
-
-REFERENCE = "reference."  # before the path of a frozen copy of a leaf that DPO trains whole
 
 
 def _whole(sums: _Sums, batch: Batch, is_dpo: bool) -> Measures:

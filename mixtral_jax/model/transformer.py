@@ -203,9 +203,7 @@ def _uncached(valid: Bool[Array, "B T"]) -> Window:
     return Window(positions, positions, positions)
 
 
-def _packed(
-    segments: Int[Array, "B T"], sliding_window: int
-) -> tuple[Int[Array, "B T"], Window]:
+def _packed(segments: Int[Array, "B T"], sliding_window: int) -> tuple[Int[Array, "B T"], Window]:
     """Positions within each text, and a Window in which texts are further apart than it reaches.
 
     So every kernel of attention keeps packed texts apart, without another mask.
