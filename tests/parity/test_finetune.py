@@ -43,11 +43,12 @@ LORA = TrainOptions(
     per_device_train_batch_size=4,
     max_length=LENGTH,
     router_aux_loss_coef=AUX,
+    gradient_checkpointing=False,
 )
 TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "experts": ("q_proj", "experts"),
-    "gate and up": ("w1", "w3"),
+    "gate alone": ("w1",),
     "down": ("w2",),
     "all-linear": ("all-linear",),
 }
@@ -67,14 +68,14 @@ def torch_loss(torch, model, rows, aux: float = AUX):
         tokens[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
         labels[i, : len(ids)] = torch.where(torch.tensor(is_target), tokens[i, : len(ids)], -100)
         mask[i, : len(ids)] = 1
-    model.config.router_aux_loss_coef = aux
-    model.router_aux_loss_coef = aux
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner.router_aux_loss_coef = aux
     out = model(tokens, attention_mask=mask, labels=labels, output_router_logits=True)
     return out
 
 
 def saved_base(torch, transformers, folder: Path, **fields: Any):
-    base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4} | fields)
+    base = build(torch, transformers, {"num_hidden_layers": 1, "num_local_experts": 4} | fields)
     base.save_pretrained(folder)
     return base
 
@@ -169,7 +170,7 @@ def test_gradients_of_full_training_are_those_of_transformers(torch, transformer
         scale = np.abs(wanted).max()
         assert np.abs(gradient - wanted).max() <= 1e-4 * scale, path
         checked += 1
-    assert checked == len(trainer.state.trained) == 3 + 2 * (2 + 4 + 1 + 3)
+    assert checked == len(trainer.state.trained) == 3 + 2 + 4 + 1 + 3
 
 
 def their_name(path: str, F: int) -> tuple[str, Any]:
@@ -248,7 +249,7 @@ def test_dpo_is_the_published_formula(torch, transformers, tmp_path):
 
 def test_an_adapter_on_another_base_is_refused(torch, transformers, tmp_path):
     saved_base(torch, transformers, tmp_path / "base")
-    other = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
+    other = build(torch, transformers, {"num_hidden_layers": 1, "num_local_experts": 4})
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
