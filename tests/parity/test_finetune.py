@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -146,7 +147,7 @@ def test_an_adapter_of_ours_gives_our_logits_in_peft(targets, torch, transformer
             adapted.unload()
         got = mj.load(tmp_path / "base", adapter=str(folder)).logits(tokens.tolist())
         np.testing.assert_allclose(got, want, atol=1e-4)
-        ours = np.asarray(trainer.model()(tokens.astype(np.int32)))
+        ours = np.asarray(trainer.model()(jnp.asarray(tokens, jnp.int32)))
         np.testing.assert_allclose(ours, want, atol=1e-4)
         plain = mj.load(tmp_path / "base").logits(tokens.tolist())
         assert np.abs(plain - want).max() > 1e-2
