@@ -13,15 +13,23 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from mixtral_jax.chat_template import chat_template_of, encode_rendered, render_template
 from mixtral_jax.errors import BAD_DATA, MixtralError
+from mixtral_jax.json_schema import schema_fault
 
 if TYPE_CHECKING:
     from mixtral_jax.tokenizer import Tokenizer
 
-__all__ = ["chat_template_of", "encode_chat", "encode_rendered", "render_template"]
+__all__ = [
+    "EncodedTurn",
+    "chat_template_of",
+    "encode_chat",
+    "encode_rendered",
+    "encode_turns",
+    "render_template",
+]
 
 _SEPARATOR = "\n\n"
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
@@ -35,11 +43,20 @@ _CALL_ID = re.compile(r"^[a-zA-Z0-9]{9}$")
 _NAME = re.compile(r"^[a-zA-Z0-9_-]{1,64}$")
 
 
+class EncodedTurn(NamedTuple):
+    """Token ids of a turn, and the index of the first message that it was made of."""
+
+    role: str
+    message_id: int
+    token_ids: list[int]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Turn:
     """A message, or neighbouring messages of one role joined: ``text`` never holds markup."""
 
     role: str
+    message_id: int = 0
     text: str = ""
     has_content: bool = False
     calls: tuple[dict[str, Any], ...] = ()
@@ -64,10 +81,46 @@ def encode_chat(
     Raises:
         MixtralError: exit code 65, naming the message or tool that cannot be encoded.
     """
+    turns = _turns(tokenizer, messages)
+    _check_last(turns, continue_final_message)
+    open_calls = _check_order(turns)
+    _check_answered(open_calls, "at the end")
+    parts = [turn.token_ids for turn in _encode(tokenizer, turns, tools)]
+    if continue_final_message:
+        parts[-1].pop()  # the </s> of the last message
+    return [tokenizer.bos_id, *itertools.chain.from_iterable(parts)]
+
+
+def encode_turns(
+    tokenizer: Tokenizer, messages: Sequence[Any], *, tools: Sequence[Any] | None = None
+) -> list[EncodedTurn]:
+    """A whole conversation to learn from, turn by turn: <s> and all ids are its token ids.
+
+    Every assistant turn ends with </s>, the last one too. Tool calls at the end need no results, as
+    in the fine-tuning mode of mistral-common. Unlike there, anyone may have the last word, and a
+    call always has an id.
+
+    Raises:
+        MixtralError: exit code 65, naming the message or tool that cannot be encoded.
+    """
+    turns = _turns(tokenizer, messages)
+    open_calls = _check_order(turns)
+    _check_answered(min(open_calls, 0), "at the end")
+    return _encode(tokenizer, turns, tools)
+
+
+def _turns(tokenizer: Tokenizer, messages: Sequence[Any]) -> list[_Turn]:
     if isinstance(messages, str) or not messages:
         _refuse("messages", "a list of at least one message", repr(messages), "add a user message")
     turns = [_turn(i, message, tokenizer.version) for i, message in enumerate(messages)]
-    _check_order(turns, continue_final_message)
+    if len(turns) == 1 and turns[0].role not in ("user", "system"):
+        _refuse("messages[0] role", "user or system", turns[0].role, "begin with a user message")
+    return turns
+
+
+def _encode(
+    tokenizer: Tokenizer, turns: list[_Turn], tools: Sequence[Any] | None
+) -> list[EncodedTurn]:
     definitions = [_tool(i, tool) for i, tool in enumerate(tools or ())]
     system = _SEPARATOR.join(
         turn.text for turn in turns if turn.role == "system" and turn.has_content
@@ -77,9 +130,10 @@ def encode_chat(
         parts = _encode_v1(tokenizer, turns, system)
     else:
         parts = _encode_v3(tokenizer, turns, system, definitions)
-    if continue_final_message:
-        parts[-1].pop()  # the </s> of the last message
-    return [tokenizer.bos_id, *itertools.chain.from_iterable(parts)]
+    return [
+        EncodedTurn(turn.role, turn.message_id, part)
+        for turn, part in zip(turns, parts, strict=True)
+    ]
 
 
 def _encode_v1(tokenizer: Tokenizer, turns: list[_Turn], system: str) -> list[list[int]]:
@@ -105,12 +159,12 @@ def _encode_v3(
     parts = []
     for i, turn in enumerate(turns):
         if turn.role == "user":
-            text = turn.text
+            text, definitions = turn.text, []
             if i == last_user and tools:
-                parts.append(block("[AVAILABLE_TOOLS]", _json(tools), "[/AVAILABLE_TOOLS]"))
+                definitions = block("[AVAILABLE_TOOLS]", _json(tools), "[/AVAILABLE_TOOLS]")
             if i == last_user and system:
                 text = f"{system}{_SEPARATOR}{text}"
-            parts.append(block("[INST]", text, "[/INST]"))
+            parts.append([*definitions, *block("[INST]", text, "[/INST]")])
         elif turn.role == "tool":
             result = {"content": _parsed(turn.text or "{}"), "call_id": turn.call_id}
             parts.append(block("[TOOL_RESULTS]", _json(result), "[/TOOL_RESULTS]"))
@@ -137,20 +191,23 @@ def _joined(turns: list[_Turn]) -> list[_Turn]:
                 what = "assistant messages in a row"
                 got = "both" if text else "neither"
                 _refuse(what, "text or tool calls", got, "put a user or tool message between them")
-            joined.append(_Turn(role=role, text=text, calls=calls))
+            first = members[0].message_id
+            joined.append(_Turn(role=role, message_id=first, text=text, calls=calls))
     if not joined or joined[0].role != "user":
         joined.insert(0, _Turn(role="user"))
     return joined
 
 
-def _check_order(turns: list[_Turn], continue_final_message: bool) -> None:
-    if len(turns) == 1 and turns[0].role not in ("user", "system"):
-        _refuse("messages[0] role", "user or system", turns[0].role, "begin with a user message")
+def _check_last(turns: list[_Turn], continue_final_message: bool) -> None:
     last = f"messages[{len(turns) - 1}] role"
     if continue_final_message and turns[-1].role != "assistant":
         _refuse(last, "assistant", turns[-1].role, "unset continue_final_message")
     if turns[-1].role == "assistant" and not continue_final_message:
         _refuse(last, "user or tool", "assistant", "drop it, or set continue_final_message")
+
+
+def _check_order(turns: list[_Turn]) -> int:
+    """Checks who follows whom; returns how many tool calls have no result at the end."""
     open_calls = 0
     for i, (before, turn) in enumerate(itertools.pairwise(turns), start=1):
         if turn.role not in _FOLLOWERS[before.role]:
@@ -161,7 +218,7 @@ def _check_order(turns: list[_Turn], continue_final_message: bool) -> None:
         elif turn.role == "assistant":
             _check_answered(open_calls, f"before messages[{i}]")
             open_calls = len(turn.calls)
-    _check_answered(open_calls, "at the end")
+    return open_calls
 
 
 def _check_answered(open_calls: int, where: str) -> None:
@@ -188,7 +245,7 @@ def _turn(i: int, message: Any, version: str) -> _Turn:
         _match(f"{where} tool_call_id", _CALL_ID, call_id, "9 letters or digits")
         if message.get("name") is not None:
             _match(f"{where} name", _NAME, message["name"], "1 to 64 of a-z A-Z 0-9 _ -")
-        return _Turn(role=role, text=text, call_id=str(call_id))
+        return _Turn(role=role, message_id=i, text=text, call_id=str(call_id))
     calls: tuple[dict[str, Any], ...] = ()
     if role == "assistant":
         for key in ("reasoning", "reasoning_content"):
@@ -204,7 +261,7 @@ def _turn(i: int, message: Any, version: str) -> _Turn:
             got = "both" if asked else "neither"
             _refuse(where, "content or tool_calls", got, "give exactly one of them")
         calls = tuple(_call(f"{where} tool_calls[{n}]", call) for n, call in enumerate(asked))
-    return _Turn(role=role, text=text, has_content=bool(content), calls=calls)
+    return _Turn(role=role, message_id=i, text=text, has_content=bool(content), calls=calls)
 
 
 def _text(where: str, content: object, *, optional: bool) -> str:
@@ -255,7 +312,7 @@ def _tool(i: int, tool: Any) -> dict[str, Any]:
     if not isinstance(parameters, dict) or any(not isinstance(key, str) for key in parameters):
         _refuse(f"{where} parameters", "a JSON schema", repr(parameters)[:60], "use OpenAI form")
     try:
-        fault = _schema_fault(parameters, "parameters")
+        fault = schema_fault(parameters, "parameters")
     except RecursionError:
         fault = "parameters (too deep)"
     if fault:
@@ -300,85 +357,3 @@ def _refuse_tools(where: str) -> NoReturn:
 
 def _refuse(what: str, expected: str, got: str, fix: str) -> NoReturn:
     raise MixtralError(what, expected=expected, got=got, fix=fix, code=BAD_DATA)
-
-
-# JSON schema, draft 7: what the value of a keyword has to be. Other keywords may be anything.
-_SCHEMA_KEYWORDS = {
-    keyword: kind
-    for kind, keywords in {
-        "schema": "additionalItems contains additionalProperties propertyNames if then else not",
-        "schemas": "allOf anyOf oneOf",
-        "map": "definitions properties patternProperties dependencies",
-        "text": "$id $schema $ref $comment title description format contentMediaType "
-        "contentEncoding pattern",
-        "number": "maximum exclusiveMaximum minimum exclusiveMinimum multipleOf",
-        "count": "maxLength minLength maxItems minItems maxProperties minProperties",
-        "flag": "readOnly uniqueItems",
-        "array": "examples enum",
-        "names": "required",
-        "type": "type",
-        "items": "items",
-    }.items()
-    for keyword in keywords.split()
-}
-_TYPES = {"array", "boolean", "integer", "null", "number", "object", "string"}
-
-
-def _schema_fault(schema: object, where: str) -> str | None:
-    """Where a JSON schema breaks draft 7, or None."""
-    if not isinstance(schema, Mapping):
-        return None if isinstance(schema, bool) else where
-    for keyword, value in schema.items():
-        at = f"{where}.{keyword}"
-        kind = _SCHEMA_KEYWORDS.get(keyword)
-        if kind == "items":
-            kind = "schemas" if isinstance(value, list) else "schema"
-        inner: list[tuple[object, str]] = []
-        if kind == "schema":
-            inner = [(value, at)]
-        elif kind == "schemas" and isinstance(value, list) and value:
-            inner = [(item, f"{at}[{i}]") for i, item in enumerate(value)]
-        elif kind == "map" and isinstance(value, Mapping):
-            inner = [
-                (item, f"{at}.{key}")
-                for key, item in value.items()
-                if not (keyword == "dependencies" and _are_names(item))
-            ]
-            if keyword == "patternProperties" and not all(map(_is_pattern, value)):
-                return at
-        elif kind is not None and not _fits(kind, keyword, value):
-            return at
-        for item, path in inner:
-            fault = _schema_fault(item, path)
-            if fault:
-                return fault
-    return None
-
-
-def _fits(kind: str, keyword: str, value: Any) -> bool:
-    number = type(value) in (int, float)
-    if kind == "text":
-        return isinstance(value, str) and (keyword != "pattern" or _is_pattern(value))
-    if kind == "number":
-        return number and (keyword != "multipleOf" or value > 0)
-    if kind == "count":
-        return number and value >= 0 and float(value).is_integer()
-    if kind == "flag":
-        return isinstance(value, bool)
-    if kind == "type" and isinstance(value, str):
-        return value in _TYPES
-    if kind == "type":
-        return _are_names(value) and 0 < len(value) == len(_TYPES.intersection(value))
-    return _are_names(value) if kind == "names" else kind == "array" and isinstance(value, list)
-
-
-def _are_names(value: Any) -> bool:
-    is_texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return is_texts and len(set(value)) == len(value)
-
-
-def _is_pattern(value: object) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except (re.error, RecursionError, OverflowError):
-        return False

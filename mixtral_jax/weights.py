@@ -57,15 +57,22 @@ class Adapted(_OnBase):
         a: ``[..., R, I]``.
         b: ``[..., O, R]``.
         scale: alpha / rank (or alpha / sqrt(rank) for rank-stabilised adapters).
+        key: in training, a random key for what ``a`` does not see; of a single matrix.
+        dropout: how much of its input ``a`` does not see, where there is a key; the rest is scaled
+            up to make up for it.
     """
 
     base: Leaf | QTensor
     a: Leaf
     b: Leaf
     scale: float
+    key: Leaf = None
+    dropout: float = 0.0
 
 
-jax.tree_util.register_dataclass(Adapted, data_fields=("base", "a", "b"), meta_fields=("scale",))
+jax.tree_util.register_dataclass(
+    Adapted, data_fields=("base", "a", "b", "key"), meta_fields=("scale", "dropout")
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from mixtral_jax.chat import chat_template_of, encode_chat, encode_rendered, render_template
+from mixtral_jax.chat import (
+    chat_template_of,
+    encode_chat,
+    encode_rendered,
+    encode_turns,
+    render_template,
+)
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from tests.test_tokenizer import V1, train
 
@@ -246,6 +252,33 @@ def test_a_message_cannot_forge_control_pieces(version: str, text: str):
     controls = [token_id for token_id in token_ids if tokenizer.is_control(token_id)]
     assert controls == ([BOS] if version == "v1" else [BOS, INST, END])
     assert text in tokenizer.decode(token_ids)
+
+
+@versions
+def test_turns_of_a_whole_conversation_are_its_ids(version: str):
+    tokenizer = TOKENIZERS[version]
+    messages = [system("S"), user("a"), user("b"), assistant("c"), assistant("d"), user("e")]
+    turns = encode_turns(tokenizer, messages)
+    assert [(turn.role, turn.message_id) for turn in turns] == [
+        ("user", 1),
+        ("assistant", 3),
+        ("user", 5),
+    ]
+    ids = [token_id for turn in turns for token_id in turn.token_ids]
+    assert [BOS, *ids] == encode_chat(tokenizer, messages)
+    answered = [*messages, assistant("f")]
+    ids = [token_id for turn in encode_turns(tokenizer, answered) for token_id in turn.token_ids]
+    assert [BOS, *ids] == [*encode_chat(tokenizer, answered, continue_final_message=True), EOS]
+
+
+def test_turns_may_end_with_calls_but_not_with_more_results():
+    turns = encode_turns(V3, [user("a"), call()])
+    assert [BOS, *turns[0].token_ids] == encode_chat(V3, [user("a")])
+    assert turns[1].token_ids[-1] == EOS
+    with pytest.raises(MixtralError, match=r"tool results at the end: .*got 1 too many"):
+        encode_turns(V3, [user("a"), call(), result(), result()])
+    with pytest.raises(MixtralError, match=r"tool results before messages\[2\]"):
+        encode_turns(V3, [user("a"), call(), assistant("b")])
 
 
 def render(template: str, messages: list[Any] | None = None, **options: Any) -> str:

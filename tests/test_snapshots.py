@@ -31,6 +31,7 @@ COMMANDS = [
     "evaluate exact",
     "evaluate routing",
     "serve",
+    "finetune",
 ]
 
 

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.convert import names
 from mixtral_jax.convert.adapter_config import LoraConfig
+from mixtral_jax.convert.base_identity import check_base
 from mixtral_jax.convert.finite import all_finite
 from mixtral_jax.convert.reader import PICKLES, Checkpoint, safe_path
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
@@ -99,6 +100,7 @@ class Adapter:
         lora = LoraConfig(safe_path(self.folder, CONFIG_NAME))
         with _open(self.folder) as checkpoint:
             self._sampled = checkpoint.fingerprint[TENSORS_NAME]
+            self.carried = checkpoint.metadata
             plan = _Plan(checkpoint.tensors, lora, leaf_specs(config))
             self.parts = plan.parts(self.folder)
             # All of it: adapters are small, and two of one training differ anywhere.
@@ -113,6 +115,10 @@ class Adapter:
         if lora.other_base:
             notes.append(f"trained on {lora.other_base!r}, as its {CONFIG_NAME} says")
         self.notes = tuple(f"{self.folder}: {line}" for line in notes)
+
+    def check_base(self, folder: Path) -> None:
+        """Refuses a base other than the one that the adapter says it was trained on (65)."""
+        check_base(str(self.folder), self.carried, folder)
 
     def attach(
         self, leaves: Mapping[str, Weight], sharding_of: Callable[[str], NamedSharding]

@@ -211,6 +211,7 @@ class _Conversion:
         if self.options.adapter is None:
             return None
         adapter = Adapter(self.options.adapter, self.config)
+        adapter.check_base(self.src)
         self.fingerprint["adapter"] = adapter.fingerprint
         return Merge(adapter, stack.enter_context(adapter.open()), self.note)
 

@@ -77,6 +77,11 @@ class Checkpoint:
             raise
 
     @property
+    def metadata(self) -> dict[str, Any]:
+        """What the files say of themselves, beside their tensors."""
+        return {k: v for file in self._files.values() for k, v in file.metadata.items()}
+
+    @property
     def fingerprint(self) -> dict[str, dict[str, Any]]:
         """Identifies the source by little of its data."""
         return {

@@ -13,6 +13,7 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -103,7 +104,10 @@ class SafetensorsFile:
             self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
             header = _read_header(self._fd, path, self.size)
             self.header_digest = hashlib.sha256(header).hexdigest()
-            self.tensors = _parse_header(header, path, self.size)
+            entries = parse_json(header, path)
+            about = entries.pop("__metadata__", None)
+            self.metadata = dict(about) if isinstance(about, dict) else {}
+            self.tensors = _parse_entries(entries, 8 + len(header), path, self.size)
         except BaseException:
             os.close(self._fd)
             raise
@@ -203,10 +207,9 @@ def _read_header(fd: int, path: Path, size: int) -> bytes:
     return bytes(header)
 
 
-def _parse_header(header: bytes, path: Path, size: int) -> dict[str, Tensor]:
-    entries = parse_json(header, path)
-    entries.pop("__metadata__", None)
-    base = 8 + len(header)
+def _parse_entries(
+    entries: Mapping[str, Any], base: int, path: Path, size: int
+) -> dict[str, Tensor]:
     tensors = {name: _parse_entry(name, entry, path, base, size) for name, entry in entries.items()}
     end = base
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.stop)):

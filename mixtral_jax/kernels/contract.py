@@ -64,6 +64,9 @@ def _contract_adapted(einsum: str, x: jax.Array, w: Adapted, product: Product) -
     letters, (out, summed) = operands.split(",")
     low_rank = letters.replace(summed, "R")
     base = contract(einsum, x, w.base, dtype=jnp.float32, product=product)
+    if w.key is not None and w.dropout:
+        is_seen = jax.random.bernoulli(w.key, 1 - w.dropout, x.shape)
+        x = jnp.where(is_seen, x / (1 - w.dropout), 0).astype(x.dtype)
     a = w.a.astype(x.dtype)
     reduced = contract(f"{letters},R{summed}->{low_rank}", x, a, dtype=x.dtype, product=product)
     b = w.b.astype(x.dtype)

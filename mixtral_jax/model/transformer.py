@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -99,6 +100,8 @@ class Mixtral(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         *,
         cache: KVCache | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        remat: bool = False,
         placement: Placement = LOCAL,
     ) -> Hidden:
         """Reads tokens into the residual stream.
@@ -107,20 +110,31 @@ class Mixtral(nnx.Module):
             tokens: ids; where ``valid`` is false any id will do.
             valid: false for padding at the end of a row; all true unless given.
             cache: continues each row where its cache ends; None starts at position 0.
+            segments: without a cache: which of the texts packed in its row each token belongs to.
+                It attends to its own text alone, whose first token is at position 0. Texts follow
+                one another; the config needs a sliding window (``with_window``).
+            remat: layers are computed again where gradients need them, so that a forward pass
+                keeps one residual stream per layer and nothing else.
             placement: where it runs.
 
         Returns:
             Hidden, with the advanced cache.
         """
         valid = jnp.ones(tokens.shape, bool) if valid is None else valid
-        start = self.begin(tokens, valid, cache=cache, placement=placement)
+        start = self.begin(tokens, valid, cache=cache, segments=segments, placement=placement)
         x, cache = start.x, start.cache
+
+        def run(block: Block, x: jax.Array, layer: LayerKV | None):
+            x, layer = block.attend(x, start, layer, placement)
+            moe = block.moe(block.moe_norm(x), start.valid, placement)
+            return placement.constrain(x + moe.y, RESIDUAL), layer, moe
+
+        if remat:
+            run = jax.checkpoint(run)
         keys, values, layers = [], [], []
         for i, block in enumerate(self.layers):
             layer = None if cache is None else LayerKV(cache.keys[i], cache.values[i])
-            x, layer = block.attend(x, start, layer, placement)
-            moe = block.moe(block.moe_norm(x), start.valid, placement)
-            x = placement.constrain(x + moe.y, RESIDUAL)
+            x, layer, moe = run(block, x, layer)
             layers.append(moe)
             if layer is not None:
                 keys.append(layer.keys)
@@ -142,17 +156,25 @@ class Mixtral(nnx.Module):
         valid: Bool[Array, "B T"],
         *,
         cache: KVCache | None,
+        segments: Int[Array, "B T"] | None = None,
         placement: Placement,
     ) -> Start:
         """What comes before the layers; arguments as for ``hidden``."""
         # Else positions and masks are split as the rows that travel to experts, and gathered again.
         valid = placement.constrain(valid, ("batch", "length"))
         config = self.config
-        if cache is None:
-            window = _uncached(valid)
-        else:
+        if cache is not None:
+            assert segments is None, "texts are packed where there is no cache"
             cache, window = advance(cache, valid)
-        by = rotation(window.positions, head_dim=config.head_dim, theta=config.rope_theta)
+            positions = window.positions
+        elif segments is None:
+            window = _uncached(valid)
+            positions = window.positions
+        else:
+            assert config.sliding_window is not None, "packed texts need with_window"
+            segments = placement.constrain(segments, ("batch", "length"))
+            positions, window = _packed(segments, config.sliding_window)
+        by = rotation(positions, head_dim=config.head_dim, theta=config.rope_theta)
         x = placement.constrain(placement.lookup(self.embed_tokens[...], tokens), RESIDUAL)
         return Start(x, valid, by, window, cache)
 
@@ -179,6 +201,29 @@ def _uncached(valid: Bool[Array, "B T"]) -> Window:
     B, T = valid.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     return Window(positions, positions, positions)
+
+
+def _packed(segments: Int[Array, "B T"], sliding_window: int) -> tuple[Int[Array, "B T"], Window]:
+    """Positions within each text, and a Window in which texts are further apart than it reaches.
+
+    So every kernel of attention keeps packed texts apart, without another mask.
+    """
+    B, T = segments.shape
+    places = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    is_first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jax.lax.cummax(jnp.where(is_first, places, 0), axis=1)
+    apart = places + jnp.cumsum(is_first, axis=1, dtype=jnp.int32) * sliding_window
+    return places - starts, Window(apart, places, apart)
+
+
+def with_window(config: ModelConfig, length: int) -> ModelConfig:
+    """The same model for rows of at most ``length`` tokens, with a sliding window that hides none.
+
+    ``segments`` of ``Mixtral.hidden`` need one.
+    """
+    if config.sliding_window is not None:
+        return config
+    return dataclasses.replace(config, sliding_window=length)
 
 
 class LeafSpec(NamedTuple):

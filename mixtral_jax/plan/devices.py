@@ -60,6 +60,25 @@ def find_device(name: str) -> Device:
     return DEVICES[name]
 
 
+# What jax calls some of them (``Device.device_kind``).
+_KINDS = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA GeForce RTX 4090": "rtx-4090",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+}
+
+
+def device_of_kind(kind: str) -> Device | None:
+    """The row of the table for what jax calls ``kind``; None for others."""
+    return DEVICES[_KINDS[kind]] if kind in _KINDS else None
+
+
 def send_bandwidth(device: Device, span: int) -> float:
     """Bytes per second that a device sends in a collective whose groups reach so many devices."""
     return device.link_bandwidth if span <= device.domain else device.network_bandwidth

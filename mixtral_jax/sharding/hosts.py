@@ -125,6 +125,16 @@ def of_first(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
+def is_any(flag: bool) -> bool:
+    """Whether it holds in some process; each must call it."""
+    if _peers is None:
+        return flag
+    from jax.experimental import multihost_utils
+
+    begin_step()
+    return bool(multihost_utils.process_allgather(np.bool_(flag)).any())
+
+
 def barrier(name: str, *, may_wait_for_first: bool = False) -> None:
     """Waits for all processes.
 

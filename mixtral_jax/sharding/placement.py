@@ -16,7 +16,7 @@ from mixtral_jax.kernels.table import DEFAULT_KERNELS, KERNELS
 from mixtral_jax.model.cache import KV_AXES
 from mixtral_jax.model.placement import Routed, Routing, refuse_adapter_ids
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
-from mixtral_jax.sharding.rules import batch_axes, partition_spec
+from mixtral_jax.sharding.rules import MIN_ROWS_PER_DEVICE, batch_axes, partition_spec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import Matrix
 
@@ -30,12 +30,15 @@ class MeshPlacement:
         dispatch: how rows travel to their experts.
         kernels: a row of the kernels table.
         strategy: how attention is placed.
+        min_rows: of a device, where rows spread over the expert axis too; one is enough for
+            training, whose rows are many tokens.
     """
 
     mesh: Mesh
     dispatch: DispatchOptions = dataclasses.field(default_factory=DispatchOptions)
     kernels: str = DEFAULT_KERNELS
     strategy: Strategy = dataclasses.field(default_factory=Strategy)
+    min_rows: int = MIN_ROWS_PER_DEVICE
 
     def contract(self, einsum: str, x: jax.Array, w: Matrix, *, dtype: Any = None) -> jax.Array:
         """See Placement."""
@@ -89,5 +92,8 @@ class MeshPlacement:
         if "batch" in axes:
             may_spread = self.strategy.attention == "data"
             rows = x.shape[axes.index("batch")]
-            rules = {**rules, "batch": batch_axes(rows, self.mesh, may_spread=may_spread)}
+            axes_of_rows = batch_axes(
+                rows, self.mesh, may_spread=may_spread, min_rows=self.min_rows
+            )
+            rules = {**rules, "batch": axes_of_rows}
         return partition_spec(axes, rules)

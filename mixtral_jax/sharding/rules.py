@@ -44,10 +44,12 @@ ACTIVATION_RULES: Rules = {
 MIN_ROWS_PER_DEVICE = 2
 
 
-def batch_axes(rows: int, mesh: Mesh, *, may_spread: bool = True) -> tuple[str, ...]:
+def batch_axes(
+    rows: int, mesh: Mesh, *, may_spread: bool = True, min_rows: int = MIN_ROWS_PER_DEVICE
+) -> tuple[str, ...]:
     """Mesh axes that the rows of a batch lie on.
 
-    Rows spread over data x expert where every device gets at least ``MIN_ROWS_PER_DEVICE``, else
+    Rows spread over data x expert where every device gets at least ``min_rows``, else
     over data alone (then the devices of the expert axis repeat the attention of their data shard,
     or, where ``may_spread`` is false, share its heads).
 
@@ -57,7 +59,7 @@ def batch_axes(rows: int, mesh: Mesh, *, may_spread: bool = True) -> tuple[str, 
     data, both = mesh.shape["data"], mesh.shape["data"] * mesh.shape["expert"]
     if rows % data:
         raise ValueError(f"batch: expected a multiple of the data axis ({data}), got {rows} rows")
-    spread = may_spread and rows % both == 0 and rows // both >= MIN_ROWS_PER_DEVICE
+    spread = may_spread and rows % both == 0 and rows // both >= min_rows
     return ("data", "expert") if spread else ("data",)
 
 

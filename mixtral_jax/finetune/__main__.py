@@ -1,0 +1,243 @@
+"""``python -m mixtral_jax.finetune MODEL --dataset FILE --output-dir DIR``: SFT and DPO."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mixtral_jax import cli
+from mixtral_jax.convert.hub import resolve
+from mixtral_jax.errors import BAD_CONFIG, INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.finetune.binding import binding_facts, check_bound
+from mixtral_jax.finetune.checkpoints import Checkpoints
+from mixtral_jax.finetune.config_file import arguments
+from mixtral_jax.finetune.curves import draw_curves
+from mixtral_jax.finetune.data.batches import Batches
+from mixtral_jax.finetune.data.examples import Examples, load_examples
+from mixtral_jax.finetune.loop import Loop
+from mixtral_jax.finetune.metrics import NAME, check_report_to, read_lines
+from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
+from mixtral_jax.finetune.output_folder import OutputFolder
+from mixtral_jax.finetune.progress import Machine
+from mixtral_jax.finetune.stop import Stop
+from mixtral_jax.finetune.trainer import Trainer
+from mixtral_jax.language_model import LanguageModel, load
+from mixtral_jax.plan.bill import active_parameters
+from mixtral_jax.plan.devices import device_of_kind
+from mixtral_jax.plots import check_plot
+from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.agreement import Facts
+from mixtral_jax.terminal import note
+from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
+
+PROG = "python -m mixtral_jax.finetune"
+MODEL = "model"  # in OUTPUT_DIR, where all weights were trained
+
+
+def main(options: FinetuneOptions) -> int:
+    """Reads all data, loads, trains, and writes the result."""
+    start = time.perf_counter()
+    hosts.join(options.processes, options)
+    check_report_to(options.run.report_to)
+    if options.run.plot is not None:
+        check_plot(options.run.plot)
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            stack.enter_context(OutputFolder(options.output_dir, options))
+        hosts.barrier("the output folder is ours", may_wait_for_first=True)
+        stop = stack.enter_context(Stop())
+        checkpoints = Checkpoints(options.output_dir, limit=options.run.save_total_limit, note=note)
+        folder = resolve(options.model, note).folder
+        _check_early(checkpoints, binding_facts(options, folder=folder))
+        examples, evaluated = _read_data(options, folder)
+        lm = load(options.model, note=note, **_fields(options))
+        batches = _batches(options, lm, examples)
+        total_steps = options.run.total_steps(batches.steps_per_epoch)
+        trainer = Trainer(lm, options.train, total_steps=total_steps)
+        note(f"{trainer.num_trained:,} trained parameters, {total_steps:,} steps")
+        loop = Loop(
+            trainer=trainer,
+            batches=batches,
+            run=options.run,
+            total_steps=total_steps,
+            checkpoints=checkpoints,
+            stop=stop,
+            bound=binding_facts(options, folder=folder, rows=_rows(options, lm)),
+            is_dpo=options.train.method == "dpo",
+            evaluation=None if evaluated is None else _evaluation(options, lm, evaluated),
+            sample=_sampler(lm, trainer, options.run) if options.run.sample_prompts else None,
+            machine=_machine(lm, options.train),
+            note=note,
+        )
+        told = loop.train()
+        result = _write(options, trainer)
+        hosts.barrier("the result is written", may_wait_for_first=True)
+        if hosts.is_first():
+            _tell(options, result, told, time.perf_counter() - start)
+    return OK
+
+
+def _fields(options: FinetuneOptions) -> dict[str, Any]:
+    """Keyword arguments of ``load``."""
+    asked = options.load_options()
+    return {name: getattr(asked, name) for name in asked.__dataclass_fields__}
+
+
+def _check_early(checkpoints: Checkpoints, bound: Facts) -> None:
+    """Other options are refused before anything large is read; the loop compares all of them."""
+    record = checkpoints.glance()
+    if record is not None:
+        saved = {name: fact for name, fact in record.saved.options.items() if name in bound}
+        check_bound(saved, bound, checkpoints.path(record.saved.step))
+
+
+def _read_data(options: FinetuneOptions, folder: Path) -> tuple[Examples, Examples | None]:
+    """All of it is checked before the model is loaded."""
+    if find_tokenizer(folder) is None:
+        fix = "copy it from the published checkpoint"
+        raise MixtralError(f"{folder} has no tokenizer.model", fix=fix, code=INPUT_NOT_FOUND)
+    tokenizer = Tokenizer.from_folder(folder)
+
+    def read(names: tuple[str, ...]) -> Examples:
+        method, max_length = options.train.method, options.train.max_length
+        found = load_examples(names, tokenizer, max_length=max_length, method=method)
+        note(f"{len(found):,} examples, {found.num_targets:,} tokens to predict")
+        for line in found.notes():
+            note(line)
+        return found
+
+    examples = read(options.dataset)
+    hosts.agree("data", lambda: {"the training data": examples.digest})
+    return examples, read(options.eval_dataset) if options.eval_dataset else None
+
+
+def _rows(options: FinetuneOptions, lm: LanguageModel, each: int | None = None) -> int:
+    """Rows of a forward pass over all devices."""
+    each = each or options.train.per_device_train_batch_size
+    return each * lm.spec.data * lm.spec.expert
+
+
+def _batches(
+    options: FinetuneOptions, lm: LanguageModel, examples: Examples, *, each: int | None = None
+) -> Batches:
+    """Batches to train with; to evaluate with, ``each`` rows per device at a time."""
+    rows, count = _rows(options, lm, each), hosts.num_processes()
+    if rows % count:
+        raise MixtralError(
+            "rows of a batch over all devices",
+            expected=f"a multiple of {count} processes",
+            got=rows,
+            fix="another --per-device-train-batch-size",
+            code=BAD_CONFIG,
+        )
+    return Batches(
+        examples,
+        rows=rows // count,
+        accumulation=options.train.gradient_accumulation_steps if each is None else 1,
+        length=options.train.max_length,
+        packing=options.train.packing,
+        seed=options.train.seed,
+        process_id=hosts.process_id(),
+        num_processes=count,
+    )
+
+
+def _evaluation(
+    options: FinetuneOptions, lm: LanguageModel, examples: Examples
+) -> Callable[[], Any]:
+    asked = options.run.per_device_eval_batch_size
+    each = asked or options.train.per_device_train_batch_size
+    return _batches(options, lm, examples, each=each).once
+
+
+def _sampler(
+    lm: LanguageModel, trainer: Trainer, run: RunOptions
+) -> Callable[[], list[dict[str, str]]]:
+    def sample() -> list[dict[str, str]]:
+        now = LanguageModel(
+            trainer.model(),
+            tokenizer=lm.tokenizer,
+            placement=lm.placement,
+            spec=lm.spec,
+            folder=lm.folder,
+            kv_dtype=lm.kv_dtype,
+        )
+        how: dict[str, Any] = {"max_new_tokens": run.sample_max_new_tokens, "temperature": 0.0}
+        if run.sample_chat:
+            asked = ([{"role": "user", "content": prompt}] for prompt in run.sample_prompts)
+            answers = [now.chat(messages, **how) for messages in asked]
+        else:
+            answers = now.generate(list(run.sample_prompts), **how)
+        texts = (answer.generated_text or "" for answer in answers)
+        pairs = zip(run.sample_prompts, texts, strict=True)
+        return [{"prompt": prompt, "text": text} for prompt, text in pairs]
+
+    return sample
+
+
+def _machine(lm: LanguageModel, options: TrainOptions) -> Machine:
+    """Products of a token by formula, as in PaLM (arXiv 2204.02311, appendix B).
+
+    A forward pass takes 2 FLOPs for each weight that a token meets, and 4 H C T per layer in
+    attention; a backward pass as many for the gradient of what was multiplied, and as many again
+    for that of the weights, which frozen ones do not need.
+    """
+    config = lm.config
+    heads = config.num_attention_heads * config.head_dim
+    attention = 12 * config.num_hidden_layers * heads * options.max_length
+    passes = 4 if options.use_peft else 6
+    devices = lm.spec.num_devices
+    device = device_of_kind(jax.devices()[0].device_kind)
+    return Machine(
+        flops_per_token=float(passes * active_parameters(config) + attention),
+        peak_flops=None if device is None else devices * device.flops,
+    )
+
+
+def _write(options: FinetuneOptions, trainer: Trainer) -> Path:
+    """The result; a second run of a finished command writes it again."""
+    if options.train.use_peft:
+        trainer.save_adapter(options.output_dir)
+        return options.output_dir
+    folder = options.output_dir / MODEL
+    if hosts.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+    hosts.barrier("the old result is gone", may_wait_for_first=True)
+    trainer.save_model(folder, note=note)
+    return folder
+
+
+def _tell(options: FinetuneOptions, result: Path, told: dict[str, Any], seconds: float) -> None:
+    if options.run.plot is not None:
+        draw_curves(options.output_dir / NAME, options.run.plot)
+    if not options.json:
+        print(f"{'adapter' if options.train.use_peft else 'model'}  {result}")
+        return
+    log = options.output_dir / NAME  # of a run that had nothing left to do, too
+    for line in reversed(list(read_lines(log)) if log.is_file() else []):
+        told = {**line, **told}
+    names = ("step", "loss", "eval_loss", "eval_perplexity", "num_tokens")
+    line = {name: told.get(name) for name in names}
+    print(json.dumps({"result": str(result), **line, "seconds": round(seconds, 3)}))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Adds what a file of ``--config`` says to the command line, and runs."""
+    try:
+        words = arguments(argv)
+    except MixtralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    return cli.run(main, FinetuneOptions, PROG, words, markers=())
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,302 @@
+"""One update: forward and backward over accumulated rows, then the optimizer, in one program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from mixtral_jax.config import ModelConfig
+from mixtral_jax.finetune.data.batches import Batch
+from mixtral_jax.finetune.lora import with_trained
+from mixtral_jax.finetune.losses import (
+    AuxLoss,
+    TokenScores,
+    dpo,
+    load_balancing,
+    router_z,
+    score_tokens,
+)
+from mixtral_jax.model.stats import router_stats
+from mixtral_jax.model.transformer import Hidden, Mixtral
+from mixtral_jax.sharding.place import gather_weights
+from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.weights import Weight
+
+REFERENCE = "reference."  # before the path of a frozen copy of a leaf that DPO trains whole
+
+
+class TrainState(NamedTuple):
+    """All that an update changes.
+
+    Attributes:
+        trained: arrays and Pairs by leaf path, f32.
+        optimizer: state of optax.
+        step: updates made, int32.
+    """
+
+    trained: Any
+    optimizer: Any
+    step: Int[Array, ""]
+
+
+class Measures(NamedTuple):
+    """What one batch gave, over all rows of all processes; f32 scalars unless stated.
+
+    Attributes:
+        loss: without the losses of the router. Cross-entropy in nats per scored token, or DPO's
+            per pair.
+        tokens: scored.
+        accuracy: share of scored tokens that were the likeliest.
+        aux_loss: load balancing, before its coefficient.
+        z_loss: of the router's logits, before its coefficient.
+        grad_norm: before clipping; 0 in evaluation.
+        learning_rate: of this update; 0 in evaluation.
+        dropped: assignments left out, per layer, int32 ``[L]``.
+        load: share of each layer's assignments that each expert got, ``[L, E]``.
+        entropy: mean of the router's distributions, in nats, ``[L]``.
+        margin: DPO: by how much the chosen answers' rewards are higher; else 0.
+        reward_accuracy: DPO: share of pairs in which they are; else 0.
+    """
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    dropped: Int[Array, " L"]
+    load: Float[Array, "L E"]
+    entropy: Float[Array, " L"]
+    margin: Float[Array, ""]
+    reward_accuracy: Float[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is static in a step; hashable.
+
+    Attributes:
+        config: with a sliding window (``with_window``).
+        placement: where it runs.
+        is_dpo: rows are pairs, the chosen ones first.
+        scale: of factors.
+        dropout: of factors.
+        dtype: that whole trained weights are used in.
+        remat: see ``Mixtral.hidden``.
+        aux_coef: of ``load_balancing``.
+        aux_loss: its form.
+        z_coef: of ``router_z``.
+        beta: of DPO.
+        label_smoothing: of DPO.
+    """
+
+    config: ModelConfig
+    placement: MeshPlacement
+    is_dpo: bool = False
+    scale: float = 1.0
+    dropout: float = 0.0
+    dtype: Any = None
+    remat: bool = True
+    aux_coef: float = 0.0
+    aux_loss: AuxLoss = "pooled"
+    z_coef: float = 0.0
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+
+
+class _Sums(NamedTuple):
+    """Of the rows of one accumulation step."""
+
+    loss: jax.Array  # summed over tokens or pairs
+    right: jax.Array
+    aux_loss: jax.Array
+    z_loss: jax.Array
+    dropped: jax.Array
+    load: jax.Array
+    entropy: jax.Array
+    margin: jax.Array
+    reward_right: jax.Array
+
+
+def _read(model: Mixtral, rows: Batch, objective: Objective) -> tuple[TokenScores, Hidden]:
+    placement = objective.placement
+    hidden = model.hidden(
+        rows.tokens,
+        rows.segments > 0,
+        segments=rows.segments,
+        remat=objective.remat,
+        placement=placement,
+    )
+    unembed = functools.partial(model.unembed, placement=placement)
+    return score_tokens(hidden.x, rows.targets, unembed), hidden
+
+
+def _sums(
+    trained: Any, frozen: Mapping[str, Weight], rows: Batch, key: Any, objective: Objective
+) -> _Sums:
+    """What the rows of one accumulation step give."""
+    config, placement = objective.config, objective.placement
+    copies = {path: w for path, w in frozen.items() if path.startswith(REFERENCE)}
+    frozen = {path: w for path, w in frozen.items() if path not in copies}
+
+    def assembled(trained: Any, key: Any) -> Mixtral:
+        model = with_trained(
+            config,
+            frozen,
+            trained,
+            scale=objective.scale,
+            dropout=objective.dropout,
+            key=key,
+            dtype=objective.dtype,
+        )
+        if placement.strategy.fsdp:
+            model = gather_weights(model, placement.mesh, placement.strategy)
+        return model
+
+    scores, hidden = _read(assembled(trained, key), rows, objective)
+    logprobs = scores.logprobs * rows.weights
+    nothing = jnp.float32(0)
+    loss, margin, reward_right = -logprobs.sum(), nothing, nothing
+    if objective.is_dpo:
+        # The model that training began with: without factors, or its own frozen copy.
+        base = {path.removeprefix(REFERENCE): w for path, w in copies.items()}
+        before, _ = _read(assembled(base, None), rows, objective)
+        found = dpo(
+            logprobs.sum(axis=1),
+            (before.logprobs * rows.weights).sum(axis=1),
+            beta=objective.beta,
+            label_smoothing=objective.label_smoothing,
+        )
+        loss, margin = found.losses.sum(), found.margins.sum()
+        reward_right = found.is_right.sum().astype(jnp.float32)
+    valid = (rows.segments > 0).reshape(-1)
+    ids = [routing.expert_ids for routing in hidden.routing]
+    stats = router_stats(hidden)
+    return _Sums(
+        loss=loss,
+        right=(scores.is_best * rows.weights).sum(),
+        aux_loss=load_balancing(hidden.router_logits, ids, valid, objective.aux_loss),
+        z_loss=router_z(hidden.router_logits, valid),
+        dropped=hidden.dropped,
+        load=stats.load / jnp.maximum(stats.load.sum(axis=1, keepdims=True), 1),
+        entropy=stats.entropy,
+        margin=margin,
+        reward_right=reward_right,
+    )
+
+
+def _whole(sums: _Sums, batch: Batch, is_dpo: bool) -> Measures:
+    """Means over the batch, from sums ``[A, ...]`` over accumulation steps."""
+    tokens = batch.weights.sum()
+    pairs = batch.tokens.shape[0] * batch.tokens.shape[1] / 2
+    zero = jnp.float32(0)
+    return Measures(
+        loss=sums.loss.sum() / (pairs if is_dpo else jnp.maximum(tokens, 1)),
+        tokens=tokens,
+        accuracy=sums.right.sum() / jnp.maximum(tokens, 1),
+        aux_loss=sums.aux_loss.mean(),
+        z_loss=sums.z_loss.mean(),
+        grad_norm=zero,
+        learning_rate=zero,
+        dropped=sums.dropped.sum(axis=0),
+        load=sums.load.mean(axis=0),
+        entropy=sums.entropy.mean(axis=0),
+        margin=sums.margin.sum() / pairs,
+        reward_accuracy=sums.reward_right.sum() / pairs,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("objective",))
+def evaluate(
+    trained: Any, frozen: Mapping[str, Weight], batch: Batch, *, objective: Objective
+) -> Measures:
+    """What a batch gives, without an update.
+
+    Args:
+        trained: of the TrainState.
+        frozen: weights by path.
+        batch: arrays ``[A, B, T]``.
+        objective: static.
+    """
+
+    def body(carry: None, rows: Batch) -> tuple[None, _Sums]:
+        return carry, _sums(trained, frozen, rows, None, objective)
+
+    _, sums = jax.lax.scan(body, None, batch)
+    return _whole(sums, batch, objective.is_dpo)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("objective", "optimizer", "schedule"),
+    donate_argnames=("state",),
+)
+def update(
+    state: TrainState,
+    frozen: Mapping[str, Weight],
+    batch: Batch,
+    key: jax.Array,
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, Measures]:
+    """One update of the trained weights.
+
+    The loss is the mean over all scored tokens (or pairs) of the batch, however they are spread
+    over accumulation steps, rows and devices; losses of the router are means over accumulation
+    steps.
+
+    Args:
+        state: donated.
+        frozen: weights by path; no gradient of theirs is made.
+        batch: arrays ``[A, B, T]``.
+        key: random, of the whole run; the step is folded into it.
+        objective: static.
+        optimizer: static.
+        schedule: the optimizer's learning rate, for the measures.
+
+    Returns:
+        The new state and the measures.
+    """
+    num_steps = batch.tokens.shape[0]
+    pairs = batch.tokens.shape[0] * batch.tokens.shape[1] / 2
+    count = pairs if objective.is_dpo else jnp.maximum(batch.weights.sum(), 1)
+    key = jax.random.fold_in(key, state.step)
+
+    def loss_of(trained: Any, rows: Batch, key: Any) -> tuple[jax.Array, _Sums]:
+        sums = _sums(trained, frozen, rows, key, objective)
+        router = objective.aux_coef * sums.aux_loss + objective.z_coef * sums.z_loss
+        return sums.loss / count + router / num_steps, sums
+
+    def body(total: Any, one: tuple[Batch, jax.Array]) -> tuple[Any, _Sums]:
+        rows, i = one
+        gradient, sums = jax.grad(loss_of, has_aux=True)(
+            state.trained, rows, jax.random.fold_in(key, i)
+        )
+        return jax.tree.map(jnp.add, total, gradient), sums
+
+    if num_steps == 1:
+        only = jax.tree.map(lambda x: x[0], batch)
+        gradients, sums = jax.grad(loss_of, has_aux=True)(
+            state.trained, only, jax.random.fold_in(key, 0)
+        )
+        sums = jax.tree.map(lambda x: x[None], sums)
+    else:
+        zeros = jax.tree.map(jnp.zeros_like, state.trained)
+        gradients, sums = jax.lax.scan(body, zeros, (batch, jnp.arange(num_steps)))
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    measures = _whole(sums, batch, objective.is_dpo)._replace(
+        grad_norm=optax.tree.norm(gradients),
+        learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+    )
+    return TrainState(trained, optimizer_state, state.step + 1), measures
