@@ -87,9 +87,7 @@ def load(
     strategy.check(config, spec)
     mesh = spec.build()
     kernels = asked.kernels or kernels_for(mesh.devices.flat[0].platform)
-    adapter = None if asked.adapter is None else Adapter(asked.adapter, config)
-    if adapter is not None:
-        adapter.check_base(folder)
+    adapter = None if asked.adapter is None else Adapter(asked.adapter, config, base=folder)
     way = resident(
         config,
         sharding_of=weight_shardings(leaf_specs(config), mesh, strategy).__getitem__,

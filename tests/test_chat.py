@@ -384,9 +384,8 @@ def test_a_faulty_tokenizer_config_is_refused(tmp_path: Path, content: str):
 @pytest.mark.parametrize("start", ["", "<s>", "<s><s>", " <s> <s>", "<s> "])
 def test_a_rendered_text_has_one_bos(version: str, start: str):
     tokenizer = TOKENIZERS[version]
-    token_ids = encode_rendered(tokenizer, f"{start}the cat</s> hi")
-    expected = [BOS, *tokenizer.encode("the cat", bos=False), EOS]
-    assert token_ids == [*expected, *tokenizer.encode("hi", bos=False)]
+    cat, hi = tokenizer.encode("the cat", bos=False), tokenizer.encode("hi", bos=False)
+    assert encode_rendered(tokenizer, f"{start}the cat</s> hi") == [BOS, *cat, EOS, *hi]
 
 
 @versions
@@ -398,5 +397,6 @@ def test_rendering_the_published_format_gives_the_native_ids(version: str):
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     messages = [user("the cat"), assistant("hi"), user(" 12\n")]
-    expected = encode_chat(TOKENIZERS[version], messages)
-    assert encode_rendered(TOKENIZERS[version], render(template, messages)) == expected
+    tokenizer = TOKENIZERS[version]
+    rendered = encode_rendered(tokenizer, render(template, messages))
+    assert rendered == encode_chat(tokenizer, messages)

@@ -81,13 +81,14 @@ class Adapter:
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         config: of the base model.
+        base: its folder, which an adapter of ours knows again.
 
     Raises:
         MixtralError: exit code 66 without the folder or its files; 65 for an adapter that is not
             plain LoRA, or tensors that do not fit the base (all are listed).
     """
 
-    def __init__(self, folder: str | Path, config: ModelConfig):
+    def __init__(self, folder: str | Path, config: ModelConfig, base: Path | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise MixtralError(
@@ -100,7 +101,8 @@ class Adapter:
         lora = LoraConfig(safe_path(self.folder, CONFIG_NAME))
         with _open(self.folder) as checkpoint:
             self._sampled = checkpoint.fingerprint[TENSORS_NAME]
-            self.carried = checkpoint.metadata
+            if base is not None:
+                check_base(str(self.folder), checkpoint.metadata, base)
             plan = _Plan(checkpoint.tensors, lora, leaf_specs(config))
             self.parts = plan.parts(self.folder)
             # All of it: adapters are small, and two of one training differ anywhere.
@@ -115,10 +117,6 @@ class Adapter:
         if lora.other_base:
             notes.append(f"trained on {lora.other_base!r}, as its {CONFIG_NAME} says")
         self.notes = tuple(f"{self.folder}: {line}" for line in notes)
-
-    def check_base(self, folder: Path) -> None:
-        """Refuses a base other than the one that the adapter says it was trained on (65)."""
-        check_base(str(self.folder), self.carried, folder)
 
     def attach(
         self, leaves: Mapping[str, Weight], sharding_of: Callable[[str], NamedSharding]

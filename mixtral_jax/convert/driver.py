@@ -203,15 +203,14 @@ class _Conversion:
         if self.specs.keys() != self.model.keys() and not is_copy:
             raise MixtralError(
                 f"{self.src} is quantized: it can be neither exported nor merged with an adapter",
-                fix="convert the checkpoint that it was made from, or add --dequantize",
+                fix="convert what it was made from, or add --dequantize",
                 code=BAD_DATA,
             )
 
     def _open_adapter(self, stack: contextlib.ExitStack) -> Merge | None:
         if self.options.adapter is None:
             return None
-        adapter = Adapter(self.options.adapter, self.config)
-        adapter.check_base(self.src)
+        adapter = Adapter(self.options.adapter, self.config, base=self.src)
         self.fingerprint["adapter"] = adapter.fingerprint
         return Merge(adapter, stack.enter_context(adapter.open()), self.note)
 

@@ -35,10 +35,8 @@ def with_adapters(
     if not adapters:
         return lm
     config, placement = lm.config, lm.placement
-    opened = [Adapter(folder, config) for folder in adapters.values()]
+    opened = [Adapter(folder, config, base=lm.folder) for folder in adapters.values()]
     for adapter in opened:
-        if lm.folder is not None:
-            adapter.check_base(lm.folder)
         for line in adapter.notes:
             note(line)
     is_mesh = isinstance(placement, MeshPlacement)
