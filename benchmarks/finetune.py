@@ -163,7 +163,8 @@ def run_alone(side: Side, config: ModelConfig, options: Options) -> int:
     make = our_step if side == "ours" else their_step
     call = make(config, options, leaves)
     del leaves
-    call(), call()
+    for _ in range(2):
+        call()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"peak_rss_bytes": peak}))
     return 0
@@ -176,7 +177,7 @@ def main(options: Options) -> int:
     config = _ours.config_of(options.model, options.layers)
     if options.alone is not None:
         return run_alone(options.alone, config, options)
-    calls: dict[str, Callable[[], float]] = {}
+    calls: dict[Side, Callable[[], float]] = {}
     has_peer = options.peer and options.scheme is None
     leaves = None
     if has_peer:
@@ -186,7 +187,7 @@ def main(options: Options) -> int:
         calls["theirs"] = their_step(config, options, leaves)
     calls["ours"] = our_step(config, options, leaves)
     losses = {name: call() for name, call in calls.items()}  # compiles, warms up
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[Side, list[float]] = {name: [] for name in calls}
     for k in range(options.rounds):
         for name in list(calls)[:: 1 if k % 2 else -1]:
             start = time.perf_counter()

@@ -62,14 +62,13 @@ def v3(text: str) -> list[int]:
 
 def test_v1_spells_the_format_and_puts_the_system_prompt_first():
     messages = [system("S"), user("a"), assistant("b"), user("c")]
-    expected = [BOS, *v1("[INST] S\n\na [/INST]"), *v1("b"), EOS, *v1("[INST] c [/INST]")]
-    assert encode_chat(V1, messages) == expected
+    first, second = v1("[INST] S\n\na [/INST]"), v1("[INST] c [/INST]")
+    assert encode_chat(V1, messages) == [BOS, *first, *v1("b"), EOS, *second]
 
 
 def test_v3_uses_control_pieces_and_puts_the_system_prompt_last():
-    messages = [system("S"), user("a"), assistant("b  "), user("c")]
     expected = [BOS, INST, *v3("a"), END, *v3("b"), EOS, INST, *v3("S\n\nc"), END]
-    assert encode_chat(V3, messages) == expected
+    assert encode_chat(V3, [system("S"), user("a"), assistant("b  "), user("c")]) == expected
 
 
 @versions
@@ -397,6 +396,5 @@ def test_rendering_the_published_format_gives_the_native_ids(version: str):
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     messages = [user("the cat"), assistant("hi"), user(" 12\n")]
-    tokenizer = TOKENIZERS[version]
-    rendered = encode_rendered(tokenizer, render(template, messages))
-    assert rendered == encode_chat(tokenizer, messages)
+    rendered = encode_rendered(TOKENIZERS[version], render(template, messages))
+    assert rendered == encode_chat(TOKENIZERS[version], messages)

@@ -189,5 +189,5 @@ def sample_controlled(
         return jax.lax.cond(is_asked, lambda: keep_typical(likely, rows.typical_p), lambda: likely)
 
     sampled = choose(logits, scores, rows.sampling, step, keep=keep, seed_high=rows.seed_high)
-    best = likeliest(jax.nn.log_softmax(logits, axis=-1), rows.wants_best.any())
+    best = likeliest(jax.nn.log_softmax(logits, axis=-1), jnp.asarray(rows.wants_best).any())
     return sampled, best

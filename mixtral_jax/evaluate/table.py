@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -119,7 +120,8 @@ def parse_schemes(text: str | None, calibration: Path | None = None) -> tuple[st
             raise MixtralError("--schemes", expected=expected, got=repr(word), fix=fix, code=USAGE)
         is_fitted = calibration is not None and spelling.is_calibrated(word, has_text=True)
         try:
-            spelling.options_of(word, **({"calibration": calibration} if is_fitted else {}))
+            run: dict[str, Any] = {"calibration": calibration} if is_fitted else {}
+            spelling.options_of(word, **run)
         except MixtralError as error:
             raise MixtralError(f"--schemes {error}", code=error.code) from None
     return tuple(None if word == NO_SCHEME else word for word in words)

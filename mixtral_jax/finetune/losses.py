@@ -121,14 +121,13 @@ def dpo(
     """Direct preference optimization (Rafailov et al. 2023, equation 7; smoothing as in cDPO).
 
     Args:
-        policy: log-probabilities of answers, the chosen ones first, then those rejected.
+        policy: log-probabilities of answers, each chosen one before its rejected one.
         reference: the same under the model that training began with.
         beta: how strongly the reference holds.
         label_smoothing: how often the preference is taken to be wrong.
     """
     rewards = beta * (policy - jax.lax.stop_gradient(reference))
-    chosen, rejected = jnp.split(rewards, 2)
-    margins = chosen - rejected
+    margins = rewards[::2] - rewards[1::2]
     right, wrong = jax.nn.log_sigmoid(margins), jax.nn.log_sigmoid(-margins)
     losses = -(1 - label_smoothing) * right - label_smoothing * wrong
     return Preference(losses, margins, margins > 0)

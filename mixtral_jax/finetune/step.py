@@ -13,7 +13,6 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from mixtral_jax.config import ModelConfig
-from mixtral_jax.finetune.data.batches import Batch
 from mixtral_jax.finetune.lora import with_trained
 from mixtral_jax.finetune.losses import (
     AuxLoss,
@@ -43,7 +42,24 @@ class TrainState(NamedTuple):
 
     trained: Any
     optimizer: Any
-    step: Int[Array, ""]
+    step: Any
+
+
+class Rows(NamedTuple):
+    """A ``Batch`` on the mesh, with its accumulation steps in front, or one of them.
+
+    Rows of pairs alternate: a chosen answer, then the rejected one.
+    """
+
+    tokens: Int[Array, "*A B T"]
+    targets: Int[Array, "*A B T"]
+    weights: Float[Array, "*A B T"]
+    segments: Int[Array, "*A B T"]
+
+    @property
+    def num_pairs(self) -> Float[Array, ""]:
+        """Pairs with something to score; others fill a last batch."""
+        return (self.weights.sum(axis=-1) > 0)[..., ::2].sum().astype(jnp.float32)
 
 
 class Measures(NamedTuple):
@@ -86,7 +102,7 @@ class Objective:
     Attributes:
         config: with a sliding window (``with_window``).
         placement: where it runs.
-        is_dpo: rows are pairs, the chosen ones first.
+        is_dpo: rows are pairs, each chosen answer before its rejected one.
         scale: of factors.
         dropout: of factors.
         dtype: that whole trained weights are used in.
@@ -126,7 +142,7 @@ class _Sums(NamedTuple):
     reward_right: jax.Array
 
 
-def _read(model: Mixtral, rows: Batch, objective: Objective) -> tuple[TokenScores, Hidden]:
+def _read(model: Mixtral, rows: Rows, objective: Objective) -> tuple[TokenScores, Hidden]:
     placement = objective.placement
     hidden = model.hidden(
         rows.tokens,
@@ -140,7 +156,7 @@ def _read(model: Mixtral, rows: Batch, objective: Objective) -> tuple[TokenScore
 
 
 def _sums(
-    trained: Any, frozen: Mapping[str, Weight], rows: Batch, key: Any, objective: Objective
+    trained: Any, frozen: Mapping[str, Weight], rows: Rows, key: Any, objective: Objective
 ) -> _Sums:
     """What the rows of one accumulation step give."""
     config, placement = objective.config, objective.placement
@@ -175,8 +191,9 @@ def _sums(
             beta=objective.beta,
             label_smoothing=objective.label_smoothing,
         )
-        loss, margin = found.losses.sum(), found.margins.sum()
-        reward_right = found.is_right.sum().astype(jnp.float32)
+        is_real = (rows.weights.sum(axis=1) > 0)[::2]
+        loss, margin = (found.losses * is_real).sum(), (found.margins * is_real).sum()
+        reward_right = (found.is_right & is_real).sum().astype(jnp.float32)
     valid = (rows.segments > 0).reshape(-1)
     ids = [routing.expert_ids for routing in hidden.routing]
     stats = router_stats(hidden)
@@ -193,10 +210,10 @@ def _sums(
     )
 
 
-def _whole(sums: _Sums, batch: Batch, is_dpo: bool) -> Measures:
+def _whole(sums: _Sums, batch: Rows, is_dpo: bool) -> Measures:
     """Means over the batch, from sums ``[A, ...]`` over accumulation steps."""
     tokens = batch.weights.sum()
-    pairs = batch.tokens.shape[0] * batch.tokens.shape[1] / 2
+    pairs = jnp.maximum(batch.num_pairs, 1)
     zero = jnp.float32(0)
     return Measures(
         loss=sums.loss.sum() / (pairs if is_dpo else jnp.maximum(tokens, 1)),
@@ -216,7 +233,7 @@ def _whole(sums: _Sums, batch: Batch, is_dpo: bool) -> Measures:
 
 @functools.partial(jax.jit, static_argnames=("objective",))
 def evaluate(
-    trained: Any, frozen: Mapping[str, Weight], batch: Batch, *, objective: Objective
+    trained: Any, frozen: Mapping[str, Weight], batch: Rows, *, objective: Objective
 ) -> Measures:
     """What a batch gives, without an update.
 
@@ -227,7 +244,7 @@ def evaluate(
         objective: static.
     """
 
-    def body(carry: None, rows: Batch) -> tuple[None, _Sums]:
+    def body(carry: None, rows: Rows) -> tuple[None, _Sums]:
         return carry, _sums(trained, frozen, rows, None, objective)
 
     _, sums = jax.lax.scan(body, None, batch)
@@ -242,7 +259,7 @@ def evaluate(
 def update(
     state: TrainState,
     frozen: Mapping[str, Weight],
-    batch: Batch,
+    batch: Rows,
     key: jax.Array,
     *,
     objective: Objective,
@@ -268,16 +285,16 @@ def update(
         The new state and the measures.
     """
     num_steps = batch.tokens.shape[0]
-    pairs = batch.tokens.shape[0] * batch.tokens.shape[1] / 2
-    count = pairs if objective.is_dpo else jnp.maximum(batch.weights.sum(), 1)
+    count = batch.num_pairs if objective.is_dpo else batch.weights.sum()
+    count = jnp.maximum(count, 1)
     key = jax.random.fold_in(key, state.step)
 
-    def loss_of(trained: Any, rows: Batch, key: Any) -> tuple[jax.Array, _Sums]:
+    def loss_of(trained: Any, rows: Rows, key: Any) -> tuple[jax.Array, _Sums]:
         sums = _sums(trained, frozen, rows, key, objective)
         router = objective.aux_coef * sums.aux_loss + objective.z_coef * sums.z_loss
         return sums.loss / count + router / num_steps, sums
 
-    def body(total: Any, one: tuple[Batch, jax.Array]) -> tuple[Any, _Sums]:
+    def body(total: Any, one: tuple[Rows, jax.Array]) -> tuple[Any, _Sums]:
         rows, i = one
         gradient, sums = jax.grad(loss_of, has_aux=True)(
             state.trained, rows, jax.random.fold_in(key, i)

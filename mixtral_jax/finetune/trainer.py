@@ -30,7 +30,7 @@ from mixtral_jax.finetune.lora import (
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.peft_folder import write_adapter
-from mixtral_jax.finetune.step import REFERENCE, Measures, Objective, TrainState
+from mixtral_jax.finetune.step import REFERENCE, Measures, Objective, Rows, TrainState
 from mixtral_jax.json_file import read_json
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.model.transformer import Mixtral, leaf_specs, with_window
@@ -220,14 +220,20 @@ class Trainer:
         )
         return jax.jit(make, out_shardings=shardings)(whole)
 
-    def _placed(self, batch: Batch) -> Batch:
+    def _placed(self, batch: Batch) -> Rows:
         """Rows lie as the residual stream will, over data x expert."""
+        order = np.arange(batch.tokens.shape[1])
+        if self.objective.is_dpo:  # chosen and rejected by turns, whatever process has them
+            order = order.reshape(2, -1).T.ravel()
         rows = PartitionSpec(None, ("data", "expert"))
         if self._placement.strategy.attention == "tensor":
             rows = PartitionSpec(None, "data")
         sharding = NamedSharding(self._placement.mesh, rows)
-        return Batch(
-            *(jax.make_array_from_process_local_data(sharding, np.asarray(x)) for x in batch)
+        return Rows(
+            *(
+                jax.make_array_from_process_local_data(sharding, np.asarray(x)[:, order])
+                for x in batch
+            )
         )
 
 

@@ -18,6 +18,7 @@ from mixtral_jax.quantize.makers import Recipe, quantize
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
+from mixtral_jax.weights import QTensor
 from tests.finetune.batches import batch_of, random_texts
 from tests.models import random_model
 from tests.slow import mostly_slow
@@ -178,7 +179,7 @@ def test_gradients_on_a_quantized_base_are_those_on_what_it_stands_for(config, s
     measures = trainer.step(batch)
     plain = Trainer(quantized, LORA, total_steps=5)
     plain.frozen = {
-        path: w.dequantize() if hasattr(w, "dequantize") else w for path, w in leaves.items()
+        path: w.dequantize() if isinstance(w, QTensor) else w for path, w in leaves.items()
     }
     wanted = plain.step(batch)
     np.testing.assert_allclose(measures.loss, wanted.loss, rtol=1e-5)

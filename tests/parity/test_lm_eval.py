@@ -79,7 +79,8 @@ def test_a_local_task(url, lm, tasks, tokenized):
         "tokenized_requests": tokenized,
         "tokenizer_backend": "remote",
     }
-    found: Any = lm_eval.simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate
+    found = evaluate(
         model="local-completions",
         model_args=arguments,
         tasks=["sums"],
