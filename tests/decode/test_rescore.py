@@ -65,6 +65,7 @@ def test_each_step_equals_one_prefill(small_config, window, prefill_chunk, tempe
         np.testing.assert_allclose(logprobs, rescored(model, prompt, tokens), atol=F32)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_too(small_config):
     config = small_config(sliding_window=16, max_position_embeddings=256, initializer_range=0.2)
     model = random_model(config)

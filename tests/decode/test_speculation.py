@@ -102,6 +102,7 @@ def test_200_prompts_get_the_same_greedy_text(small_config, window):
     check_same(run(model, requests, None), run(model, requests, K))
 
 
+@pytest.mark.slow
 def test_sampled_text_is_the_same_too(small_config):
     model = random_model(small_config(**SMALL))
     mixed = [
@@ -246,6 +247,7 @@ def test_a_row_of_nan_is_alone(small_config):
     assert sum(plain.progress.is_bad) < len(ids)
 
 
+@pytest.mark.slow
 def test_the_embedded_model():
     lm = mj.load("tiny")
     asked = ["monday tuesday monday tuesday monday", "12 + 30 =", "1, 2, 3, 4, 5, 6,"]

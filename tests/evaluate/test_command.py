@@ -132,6 +132,7 @@ def test_comparison(text, noisy, tmp_path, capsys):
     assert out.count("100.00%") == 3
 
 
+@pytest.mark.slow
 def test_schemes(text, capsys):
     shared = ["--text", text, "--context", 32, "--mesh", "1x1", "--json"]
     code, out, err = here(capsys, "perplexity", *shared, "--schemes", "none,bfloat16,int8")

@@ -42,6 +42,7 @@ def test_judge(answer, text, is_right, is_exact):
     assert (found.is_right, found.is_exact) == (is_right, is_exact)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_answers(lm, questions):
     answers = ask(lm, questions, chat=True)
     assert [answer.question for answer in answers] == questions

@@ -78,10 +78,8 @@ def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])
 
 
-BOTH = [LORA, pytest.param(FULL, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("options", BOTH, ids=["lora", "full"])
+@pytest.mark.parametrize("options", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.slow
 def test_the_loss_falls_and_frozen_weights_stay(config, options):
     trainer = Trainer(on_mesh(config), options, total_steps=20)
     batch = batch_of([[[text] for text in texts(8)]], LENGTH)

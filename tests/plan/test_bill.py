@@ -195,6 +195,7 @@ def test_a_training_step_is_compiled(small_config):
     assert "reduce-scatter" not in kinds  # of the branch for an overflow
 
 
+@pytest.mark.slow
 def test_a_training_step_that_must_overflow_is_billed_as_it_runs(small_config):
     work = Workload(
         config=small_config(),

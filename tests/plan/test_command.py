@@ -191,6 +191,7 @@ def test_the_search_for_the_cheapest_compiles_no_more_than_it_must(monkeypatch, 
     assert str(found.bill.work.mesh) == "1x1"
 
 
+@pytest.mark.slow
 def test_sweep_is_drawn(small_config, tmp_path):
     work = Workload(config=small_config(), mesh=MeshSpec(), batch=4, context=64, dtype="float32")
     bills = list(sweep(work, "v5e", counts=(1, 2), note=lambda line: None))

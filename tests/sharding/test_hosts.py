@@ -287,9 +287,9 @@ def test_an_interrupt_while_waiting_for_the_others_is_one_line():
         lines_until(processes[1], "leaving")
         time.sleep(0.5)
         processes[1].send_signal(signal.SIGINT)
-        assert processes[1].wait(10) == INTERRUPTED
+        assert processes[1].wait(30) == INTERRUPTED
     finally:
-        first, second = finish(processes, seconds=30)
+        first, second = finish(processes, seconds=60)
     assert "Traceback" not in second.stderr
     assert "error: process 1: interrupted" in second.stderr
     assert "ended with exit code 75" in first.stderr
