@@ -240,7 +240,9 @@ class Loop:
         if not works:
             return 0
         is_crowded = self._reading or self._scheduler.num_waiting
-        num_steps = 1 if masks else self._facts.steps_per_call * (1 if is_crowded else 2)
+        num_steps = self._facts.steps_per_call * (1 if is_crowded else 2)
+        if masks or self._scheduler.could_admit():
+            num_steps = 1  # a step costs as much with few rows: first those who wait, as in TGI
         started = time.monotonic()
         stepped: Stepped = self._execute(
             commands.Step(class_id=class_id, num_steps=num_steps, running=tuple(works), masks=masks)

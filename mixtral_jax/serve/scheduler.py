@@ -160,6 +160,14 @@ class Scheduler:
             self._steps = 0
         return admitted
 
+    def could_admit(self) -> bool:
+        """Whether the request that has waited longest would find its places now."""
+        with self._lock:
+            if not (self._waiting and self._scratch) or self._must_wait():
+                return False
+            first = self._waiting[0]
+            return self._fits_batch(first) and self._choose_class(first, set()) is not None
+
     def _must_wait(self) -> bool:
         """TGI's rule: a few waiting requests do not interrupt many running ones, for a while."""
         if self._steps >= self.max_waiting_tokens:

@@ -119,9 +119,12 @@ def test_few_waiting_requests_wait_for_many_running_ones_but_not_forever():
     for key in range(5, 8):
         sched.submit(Job(key, 1, 20))
     sched.limits = dataclasses.replace(LIMITS, waiting_served_ratio=9.0, max_batch_size=9)
+    assert not sched.could_admit()
     assert sched.admit() == []
     sched.note_steps(5)
+    assert sched.could_admit()
     assert len(sched.admit()) == 2
+    assert not sched.could_admit(), "no slot is free"
 
 
 def test_prompts_being_read_stay_within_the_limit():
