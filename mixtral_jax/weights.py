@@ -188,6 +188,11 @@ def slots_of(stack: Weight, shards: int) -> ExpertSlots:
     )
 
 
+def stack_of(w: ExpertSlots) -> jax.Array:
+    """The canonical ``[E, O, I]`` of plain experts in slots: what ``slots_of`` took apart."""
+    return jnp.stack(w.slots, axis=1).reshape(w.shape)
+
+
 AXES_KEY = "axes"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from mixtral_jax.convert.companions import copy_companions, find_companions, write_config
 from mixtral_jax.convert.manifest import LeafRecord, Manifest
@@ -19,7 +18,7 @@ from mixtral_jax.convert.output import OrbaxOutput, new_folder
 from mixtral_jax.convert.preflight import check_absent
 from mixtral_jax.convert.transfer import digest_leaf
 from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.model.transformer import Mixtral, leaf_specs
+from mixtral_jax.model.transformer import Mixtral, leaf_specs, leaves_of
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -49,10 +48,7 @@ def save_model(
     """
     dst = Path(os.path.abspath(dst))
     check_absent(dst)
-    leaves = {
-        ".".join(map(str, path)): param.get_value()
-        for path, param in nnx.to_flat_state(nnx.state(model))
-    }
+    leaves = leaves_of(model)
     for leaf, weight in leaves.items():
         _check(leaf, weight)
     num_bytes = sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values())

@@ -24,7 +24,7 @@ from mixtral_jax.evaluate.perplexity import (
 from mixtral_jax.evaluate.quantized import Made
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.language_model import LanguageModel
-from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.model.transformer import leaf_specs, leaves_of
 from mixtral_jax.quantize import spelling
 from mixtral_jax.quantize.coverage import coverage
 from mixtral_jax.weights import QTensor
@@ -169,8 +169,7 @@ def weight_bytes(lm: LanguageModel) -> int:
 def experts_of(lm: LanguageModel) -> Experts:
     """Counts what lies on the devices."""
     specs = leaf_specs(lm.config)
-    flat = nnx.to_flat_state(nnx.state(lm.model))
-    weights = {".".join(map(str, path)): param.get_value() for path, param in flat}
+    weights = leaves_of(lm.model)
     rows = [row for row in coverage(weights, specs) if row.group == "experts"]
     experts = [weight for path, weight in weights.items() if "expert" in specs[path].axes]
     found = jax.tree.leaves(experts, is_leaf=lambda part: isinstance(part, QTensor))

@@ -28,7 +28,7 @@ from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptio
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
 from mixtral_jax.finetune.stop import Stop
-from mixtral_jax.finetune.trainer import Trainer
+from mixtral_jax.finetune.trainer import Trainer, num_rows
 from mixtral_jax.language_model import LanguageModel, load
 from mixtral_jax.plan.bill import active_parameters
 from mixtral_jax.plan.devices import device_of_kind
@@ -59,6 +59,7 @@ def main(options: FinetuneOptions) -> int:
         _check_early(checkpoints, binding_facts(options, folder=folder))
         examples, evaluated = _read_data(options, folder)
         lm = load(options.model, note=note, **_fields(options))
+        per_device = options.train.per_device_train_batch_size
         batches = _batches(options, lm, examples)
         total_steps = options.run.total_steps(batches.steps_per_epoch)
         trainer = Trainer(lm, options.train, total_steps=total_steps)
@@ -70,7 +71,7 @@ def main(options: FinetuneOptions) -> int:
             total_steps=total_steps,
             checkpoints=checkpoints,
             stop=stop,
-            bound=binding_facts(options, folder=folder, rows=_rows(options, lm)),
+            bound=binding_facts(options, folder=folder, rows=num_rows(lm, per_device)),
             is_dpo=options.train.method == "dpo",
             evaluation=None if evaluated is None else _evaluation(options, lm, evaluated),
             sample=_sampler(lm, trainer, options.run) if options.run.sample_prompts else None,
@@ -119,17 +120,12 @@ def _read_data(options: FinetuneOptions, folder: Path) -> tuple[Examples, Exampl
     return examples, read(options.eval_dataset) if options.eval_dataset else None
 
 
-def _rows(options: FinetuneOptions, lm: LanguageModel, each: int | None = None) -> int:
-    """Rows of a forward pass over all devices."""
-    each = each or options.train.per_device_train_batch_size
-    return each * lm.spec.data * lm.spec.expert
-
-
 def _batches(
     options: FinetuneOptions, lm: LanguageModel, examples: Examples, *, each: int | None = None
 ) -> Batches:
     """Batches to train with; to evaluate with, ``each`` rows per device at a time."""
-    rows, count = _rows(options, lm, each), hosts.num_processes()
+    per_device = each or options.train.per_device_train_batch_size
+    rows, count = num_rows(lm, per_device), hosts.num_processes()
     if rows % count:
         raise MixtralError(
             "rows of a batch over all devices",

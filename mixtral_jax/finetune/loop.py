@@ -69,6 +69,10 @@ class Batches(Protocol):
         """Goes on from a state; exit code 65 if it is of other data or sizes."""
         ...
 
+    def describe(self, state: Mapping[str, Any]) -> str:
+        """The examples of the batch behind a state, for people."""
+        ...
+
 
 class _Pending(NamedTuple):
     """A step under way."""
@@ -215,13 +219,12 @@ class Loop:
         """Ends a run whose weights are lost; no checkpoint has them."""
         self.checkpoints.wait()
         loss, norm = found["loss"], found["grad_norm"]
-        describe = getattr(self.batches, "describe", None)
-        examples = "" if describe is None else f", of {describe(pending.before)}"
+        examples = self.batches.describe(pending.before)
         last = self.checkpoints.last_step
         kept = "there is no checkpoint" if last is None else f"checkpoint-{last} is sound"
         raise MixtralError(
-            f"step {pending.step}{examples}: the loss is {loss}, the norm of its gradient {norm}; "
-            f"{kept}",
+            f"step {pending.step}, of {examples}: the loss is {loss}, "
+            f"the norm of its gradient {norm}; {kept}",
             fix="look at these examples, or begin another --output-dir with a lower "
             "--learning-rate",
             code=BAD_DATA,

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mixtral_jax.convert.save import save_model
@@ -33,12 +32,17 @@ from mixtral_jax.finetune.peft_folder import write_adapter
 from mixtral_jax.finetune.step import REFERENCE, Measures, Objective, Rows, TrainState
 from mixtral_jax.json_file import read_json
 from mixtral_jax.language_model import LanguageModel
-from mixtral_jax.model.transformer import Mixtral, leaf_specs, with_window
+from mixtral_jax.model.transformer import Mixtral, leaf_specs, leaves_of, with_window
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.rules import partition_spec
-from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, Weight
+from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, Weight, stack_of
 
 _AUX_COEF = 0.001  # of MixtralConfig in transformers
+
+
+def num_rows(lm: LanguageModel, per_device: int) -> int:
+    """Rows of one forward pass over all devices."""
+    return per_device * lm.spec.data * lm.spec.expert
 
 
 class Trainer:
@@ -65,7 +69,7 @@ class Trainer:
         self._placement = dataclasses.replace(lm.placement, strategy=strategy, min_rows=1)
         self._specs = leaf_specs(lm.config)
         self._check_rows()
-        leaves = _leaves(lm.model)
+        leaves = leaves_of(lm.model)
         self._scale = scale_of(options.lora_r, options.lora_alpha, is_stabilized=options.use_rslora)
         whole, paired = self._targets()
         refuse_dropout(paired, options.lora_dropout)
@@ -101,14 +105,6 @@ class Trainer:
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
-
-    @property
-    def rows(self) -> int:
-        """Rows of one accumulation step, over all processes."""
-        spec = self.lm.spec
-        is_shared = self._placement.strategy.attention == "tensor"
-        ways = spec.data if is_shared else spec.data * spec.expert
-        return self.options.per_device_train_batch_size * ways
 
     @property
     def num_trained(self) -> int:
@@ -167,11 +163,12 @@ class Trainer:
         save_model(self.model(), folder, companions=self.lm.folder, note=note)
 
     def _check_rows(self) -> None:
-        if self.options.method == "dpo" and self.rows % 2:
+        rows = num_rows(self.lm, self.options.per_device_train_batch_size)
+        if self.options.method == "dpo" and rows % 2:
             raise MixtralError(
                 "--per-device-train-batch-size",
                 expected="an even number of rows over all devices, for pairs",
-                got=self.rows,
+                got=rows,
                 code=BAD_CONFIG,
             )
 
@@ -181,7 +178,7 @@ class Trainer:
         if asked is not None:
             return asked
         file = None if self.lm.folder is None else self.lm.folder / "config.json"
-        fields = {} if file is None or not file.exists() else read_json(file, fix="")
+        fields = {} if file is None or not file.exists() else read_json(file)
         return float(fields.get("router_aux_loss_coef", _AUX_COEF))
 
     def _targets(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -221,13 +218,11 @@ class Trainer:
         return jax.jit(make, out_shardings=shardings)(whole)
 
     def _placed(self, batch: Batch) -> Rows:
-        """Rows lie as the residual stream will, over data x expert."""
+        """Every device brings its own rows, whatever shares them later."""
         order = np.arange(batch.tokens.shape[1])
         if self.objective.is_dpo:  # chosen and rejected by turns, whatever process has them
             order = order.reshape(2, -1).T.ravel()
         rows = PartitionSpec(None, ("data", "expert"))
-        if self._placement.strategy.attention == "tensor":
-            rows = PartitionSpec(None, "data")
         sharding = NamedSharding(self._placement.mesh, rows)
         return Rows(
             *(
@@ -250,16 +245,8 @@ def _like_trained(
     )
 
 
-def _leaves(model: Mixtral) -> dict[str, Weight]:
-    state = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): param.get_value() for path, param in state}
-
-
 def _stacked(w: Any) -> jax.Array:
-    """The canonical leaf: experts laid out as slots become one stack again."""
-    if not isinstance(w, ExpertSlots):
-        return w
-    return jnp.stack(w.slots, axis=1).reshape(w.shape)
+    return stack_of(w) if isinstance(w, ExpertSlots) else w
 
 
 def _refuse_unless_plain(path: str, leaf: Any) -> None:

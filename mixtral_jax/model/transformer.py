@@ -250,6 +250,12 @@ def leaf_specs(config: ModelConfig, dtype: Any = None) -> dict[str, LeafSpec]:
     return specs
 
 
+def leaves_of(model: Mixtral) -> dict[str, Weight]:
+    """Every weight by its path in the module tree: what ``assemble`` puts together."""
+    state = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): param.get_value() for path, param in state}
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Parameters of the whole model, without allocating it."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config)))

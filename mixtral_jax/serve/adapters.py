@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from flax import nnx
-
 from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.row_adapters import attach_each
 from mixtral_jax.language_model import LanguageModel
-from mixtral_jax.model.transformer import assemble, leaf_specs
+from mixtral_jax.model.transformer import assemble, leaf_specs, leaves_of
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
 
@@ -43,9 +41,7 @@ def with_adapters(
     mesh = placement.mesh if is_mesh else lm.spec.build()
     strategy = placement.strategy if is_mesh else None
     shardings = weight_shardings(leaf_specs(config), mesh, *([strategy] if strategy else []))
-    state = nnx.to_flat_state(nnx.state(lm.model))
-    leaves = {".".join(map(str, path)): param.get_value() for path, param in state}
-    attached = attach_each(leaves, opened, lambda path: shardings[path])
+    attached = attach_each(leaves_of(lm.model), opened, lambda path: shardings[path])
     return LanguageModel(
         assemble(config, attached),
         tokenizer=lm.tokenizer,

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mixtral_jax.errors import BAD_CONFIG, USAGE, MixtralError
 from mixtral_jax.finetune.lora import (
@@ -17,16 +16,11 @@ from mixtral_jax.finetune.lora import (
     target_paths,
     with_trained,
 )
-from mixtral_jax.model.transformer import leaf_specs
+from mixtral_jax.model.transformer import leaf_specs, leaves_of
 from mixtral_jax.weights import slots_of, takes_slots
 from tests.models import random_model
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 64, (2, 12)), jnp.int32)
-
-
-def leaves_of(model):
-    state = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): param.get_value() for path, param in state}
 
 
 @jax.jit

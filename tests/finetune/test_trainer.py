@@ -151,8 +151,6 @@ def test_every_mesh_makes_the_same_updates(config, case):
     ways = spec.data * spec.expert
     here = dataclasses.replace(options, per_device_train_batch_size=8)
     there = dataclasses.replace(options, per_device_train_batch_size=8 // ways, fsdp="fsdp" in how)
-    if "tensor" in how:
-        there = dataclasses.replace(there, per_device_train_batch_size=8)
     one = Trainer(on_mesh(config), here, total_steps=5)
     many = Trainer(on_mesh(config, mesh), there, total_steps=5)
     batch = batch_of([[[text] for text in texts(8)]], LENGTH)

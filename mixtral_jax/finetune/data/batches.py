@@ -30,6 +30,9 @@ _TOLD = {
 }
 
 
+_MOST_TOLD = 10  # examples
+
+
 class Batch(NamedTuple):
     """What one step learns from: A accumulation steps of B rows (of this process) of T tokens.
 
@@ -143,6 +146,16 @@ class Batches:
             what, fix = "rows_taken of the checkpoint", "resume from another checkpoint"
             raise MixtralError(what, expected="a count", got=rows_taken, fix=fix, code=BAD_DATA)
         self._rows_taken = rows_taken
+
+    def describe(self, state: Mapping[str, Any]) -> str:
+        """The examples of this process in the step that comes behind a state, for people.
+
+        They are counted from 1, in the order in which the data was read, without those skipped.
+        """
+        row_ids = [self._order[place] for place in self._places(state["rows_taken"])]
+        numbers = sorted({int(i) + 1 for row_id in row_ids for i in self._packing.row(row_id)})
+        more = f" and {len(numbers) - _MOST_TOLD} more" if len(numbers) > _MOST_TOLD else ""
+        return f"examples {', '.join(map(str, numbers[:_MOST_TOLD]))}{more} of the data"
 
     def _made_of(self) -> dict[str, Any]:
         accumulation, _, length = self._shape

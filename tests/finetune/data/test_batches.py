@@ -289,3 +289,16 @@ def test_rows_and_lengths_that_do_not_fit():
     with pytest.raises(MixtralError, match=f"expected at least {longest}") as caught:
         batches(some(30), length=longest - 1)
     assert caught.value.code == USAGE
+
+
+def test_the_examples_of_a_step_are_told_by_number():
+    """Those that the step behind a state has, and no others."""
+    encoded = some(40)
+    numbers = {tuple(one.ids.tolist()): n for n, one in enumerate(encoded, start=1)}
+    drawn = batches(encoded, rows=3)
+    for _ in range(4):
+        state = drawn.state()
+        had = {numbers[ids] for ids, _ in sequences(next(drawn))}
+        told = drawn.describe(state)
+        shown = told.removeprefix("examples ").partition(" and ")[0].removesuffix(" of the data")
+        assert [int(n) for n in shown.split(", ")] == sorted(had)[:10]
