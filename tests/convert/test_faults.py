@@ -26,18 +26,16 @@ from mixtral_jax.errors import BAD_DATA, IO_ERROR, MixtralError
 from mixtral_jax.model.transformer import leaf_specs
 from tests.convert import checkpoints, native
 from tests.convert.test_reader import CRAFTED, MAX_SECONDS
+from tests.kills import run_killed
 
 ROOT = Path(__file__).parents[2]
 Format: TypeAlias = Literal["orbax", "safetensors"]
 FORMATS: tuple[Format, ...] = ("orbax", "safetensors")
 SHARD_SIZE = {"orbax": None, "safetensors": "20KB"}
 
-# Kills itself without warning at the n-th system event (opening, renaming, making, removing), and
-# notes each leaf whose writing begins.
+# Notes each leaf whose writing begins.
 KILLED = """
-import os, signal, sys
-src, dst, n, format, log = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5]
-import jax; jax.config.update("jax_platforms", "cpu")
+src, dst, format, log = sys.argv[1:]
 from mixtral_jax.convert import ConvertOptions, convert
 from mixtral_jax.convert.export import SafetensorsOutput
 from mixtral_jax.convert.output import OrbaxOutput
@@ -47,14 +45,7 @@ for kind in (OrbaxOutput, SafetensorsOutput):
         os.write(log, leaf.encode() + b"\\n")
         write(self, leaf, value)
     kind.write = write
-events = 0
-def count(event, arguments):
-    global events
-    if event.startswith(("open", "os.", "shutil.")):
-        events += 1
-        if events == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
+begin()
 size = "20KB" if format == "safetensors" else None
 digest = convert(src, dst, ConvertOptions(format=format, max_shard_size=size)).digest
 print(digest, events)
@@ -62,14 +53,7 @@ print(digest, events)
 
 
 def run_and_kill(src: Path, dst: Path, n: int, format: str) -> subprocess.CompletedProcess[str]:
-    log = dst.with_name(f"{dst.name}.log")
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(src), str(dst), str(n), format, str(log)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_killed(KILLED, n, src, dst, format, dst.with_name(f"{dst.name}.log"))
 
 
 def survive(folder: Path, src: Path, config, format: Format, num_kills: int) -> None:

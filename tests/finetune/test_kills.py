@@ -18,15 +18,14 @@ from mixtral_jax.finetune.checkpoint_record import problem, read_record
 from mixtral_jax.finetune.checkpoints import Checkpoints
 from tests.finetune.fakes import log_of
 from tests.finetune.models import make_folder
+from tests.kills import run_killed
 
 ROOT = Path(__file__).parents[2]
 
 # Trains in OUT and kills itself without warning at the n-th system event (opening, renaming,
 # making, removing), in whatever thread it happens. Writes the last state to OUT.npz.
 KILLED = """
-import os, signal, sys
-out, n, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-import jax; jax.config.update("jax_platforms", "cpu")
+out, limit = sys.argv[1], int(sys.argv[2])
 from pathlib import Path
 import numpy as np
 from mixtral_jax.finetune.options import RunOptions
@@ -36,14 +35,7 @@ run = RunOptions(
 )
 one = fakes.loop(Path(out), run=run)
 one.trainer.step(fakes.make_batch(0)); one.trainer = fakes.FakeTrainer()  # compiles
-events = 0
-def count(event, arguments):
-    global events
-    if event.startswith(("open", "os.", "shutil.")):
-        events += 1
-        if events == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
+begin()
 one.train()
 print(events)
 np.savez(out + ".npz", *fakes.arrays(one.trainer.state))
@@ -51,15 +43,7 @@ np.savez(out + ".npz", *fakes.arrays(one.trainer.state))
 
 
 def train(out: Path, n: int = -1, limit: int = 3) -> subprocess.CompletedProcess[str]:
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(out), str(n), str(limit)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_killed(KILLED, n, out, limit)
 
 
 def survive(folder: Path, cuts: list[float], limit: int) -> None:
@@ -67,15 +51,17 @@ def survive(folder: Path, cuts: list[float], limit: int) -> None:
     whole = train(folder / "whole")
     assert whole.returncode == 0, whole.stderr
     events = int(whole.stdout.split()[-1])
-    out, reached = folder / "out", 0
+    out, reached, killed = folder / "out", 0, 0
     for cut in cuts:
         done = train(out, max(1, round(cut * events)), limit)
         assert done.returncode in (0, -9), done.stderr
+        killed += done.returncode == -9
         # Every listed checkpoint is whole, and at most one interval is lost.
         steps = Checkpoints(out, note=lambda line: None).steps()
         assert all(problem(out / f"checkpoint-{step}") is None for step in steps)
         assert not steps or max(steps) >= reached
         reached = max([reached, *steps])
+    assert killed > 0
     done = train(out, -1, limit)
     assert done.returncode == 0, done.stderr
     first, second = (np.load(f"{path}.npz") for path in (folder / "whole", out))

@@ -24,6 +24,7 @@ from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.errors import BAD_CONFIG, OK, OUTPUT_EXISTS, USAGE
 from mixtral_jax.quantize.__main__ import Options, main
 from tests.convert import checkpoints
+from tests.kills import run_killed
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,47 +104,29 @@ def test_it_writes_the_published_layout(tmp_path, small, capfd):
 
 
 KILLED = """
-import os, signal, sys
-import jax; jax.config.update("jax_platforms", "cpu")
 from mixtral_jax.quantize.driver import quantize_checkpoint
 from mixtral_jax.quantize.makers import Recipe
-events, n = 0, int(sys.argv[3])
-def count(event, arguments):
-    global events
-    if event.startswith(("open", "os.", "shutil.")):
-        events += 1
-        if events == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
+begin()
 recipe = Recipe(scheme="nf4", double_quant=True)
 print(quantize_checkpoint(sys.argv[1], sys.argv[2], recipe).converted.digest, events)
 """
 
 
-def run_and_kill(src: Path, dst: Path, n: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(src), str(dst), str(n)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def survive(folder: Path, src: Path, num_kills: int) -> None:
     seed = random.randrange(10**6)
     draw = random.Random(seed)
-    whole = run_and_kill(src, folder / "whole", -1)
+    whole = run_killed(KILLED, -1, src, folder / "whole")
     assert whole.returncode == 0, whole.stderr
     digest, events = whole.stdout.split()
     for _ in range(num_kills):
-        killed = run_and_kill(src, folder / "q", draw.randrange(int(events) // 4, int(events)))
+        killed = run_killed(
+            KILLED, draw.randrange(int(events) // 4, int(events)), src, folder / "q"
+        )
         if killed.returncode == 0:
             assert killed.stdout.split()[0] == digest, seed
             break
         assert killed.returncode == -signal.SIGKILL, (seed, killed.stderr)
-    done = run_and_kill(src, folder / "q", -1)
+    done = run_killed(KILLED, -1, src, folder / "q")
     assert done.returncode == 0, (seed, done.stderr)
     assert done.stdout.split()[0] == digest, seed
     assert not (folder / "q.partial").exists()

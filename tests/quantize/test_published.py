@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from mixtral_jax.quantize import published as made
 from mixtral_jax.quantize.driver import QuantizeReport, quantize_checkpoint
 from mixtral_jax.quantize.makers import Recipe
 from tests.convert import checkpoints
+from tests.kills import run_killed
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(scheme="int4", group_size=32)
@@ -151,50 +149,30 @@ def test_a_kill_while_the_work_is_removed_leaves_a_finished_folder(tmp_path, sma
 
 
 KILLED = """
-import os, signal, sys
-import jax; jax.config.update("jax_platforms", "cpu")
 from pathlib import Path
 from mixtral_jax.quantize.options import Options, quantize
-events, n = 0, int(sys.argv[3])
-def count(event, arguments):
-    global events
-    if event.startswith(("open", "os.", "shutil.")):
-        events += 1
-        if events == n:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(count)
+begin()
 options = {"scheme": "int4", "group_size": 32, "format": "gptq"}
 quantize(Options(src=sys.argv[1], dst=Path(sys.argv[2]), **options))
 print(events)
 """
 
 
-def run_and_kill(src: Path, dst: Path, n: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(src), str(dst), str(n)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.fault
 def test_many_kills_and_reruns_give_the_same_files(tmp_path, small):
     seed = random.randrange(10**6)
     draw = random.Random(seed)
-    whole = run_and_kill(small, tmp_path / "whole", -1)
+    whole = run_killed(KILLED, -1, small, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     events = int(whole.stdout)
     for k in range(6):
         dst = tmp_path / f"q{k}"
         for _ in range(4):
-            done = run_and_kill(small, dst, draw.randrange(events // 4, events))
+            done = run_killed(KILLED, draw.randrange(events // 4, events), small, dst)
             if done.returncode != -signal.SIGKILL:
                 break
         else:
-            done = run_and_kill(small, dst, -1)
+            done = run_killed(KILLED, -1, small, dst)
         # A kill while the work was removed: the folder was finished.
         is_told = f"{dst.name} exists and is not empty" in done.stderr
         assert done.returncode == 0 or is_told, (seed, k, done.stderr)
