@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import random
 from collections.abc import Sequence
@@ -64,12 +65,16 @@ async def answer_many(engine: Engine, rng: random.Random) -> int:
 
 @pytest.mark.slow
 def test_ten_thousand_mixed_requests_compile_nothing_and_keep_nothing(make_engine, text_lm):
-    engine: Engine = make_engine(text_lm, TEXT)
+    # A prefix cache that is soon full: until then it grows, as it should.
+    options = dataclasses.replace(TEXT, prefix_cache_bytes=1 << 20)
+    engine: Engine = make_engine(text_lm, options)
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     grown = asyncio.run(answer_many(engine, random.Random(seed)))
-    print(f"{grown / 2**20:.1f} MiB more")
     stats = engine.stats()
+    kept = stats.gauges["prefix_cache_bytes"]
+    print(f"{grown / 2**20:.1f} MiB more; {kept:,} bytes of prefixes")
+    assert kept > options.prefix_cache_bytes // 2
     assert stats.counters["compilations_since_ready"] == 0
     assert stats.counters["requests"] > NUMBER // 2
     assert stats.gauges["slots_in_use"] == stats.gauges["queue_size"] == 0
