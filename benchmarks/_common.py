@@ -27,11 +27,19 @@ def run_script(main: Callable[[Any], int], options_type: type) -> int:
     return cli.run(main, options_type, f"python benchmarks/{Path(sys.argv[0]).name}", markers=())
 
 
-def interleaved(calls: Sequence[Callable[[], Any]], rounds: int, what: str) -> list[list[float]]:
-    """Seconds of each call in each round; every other round in reverse order."""
+def interleaved(
+    calls: Sequence[Callable[[], Any]], rounds: int, what: str, *, is_warmed: bool = False
+) -> list[list[float]]:
+    """Seconds of each call in each round; every other round in reverse order.
+
+    With ``is_warmed`` each follows an untimed call of itself, so that what one leaves behind in
+    caches and in the allocator is not charged to the next.
+    """
     times: list[list[float]] = [[] for _ in calls]
     for k in track(range(rounds), what, console=Console(stderr=True), transient=True):
         for i in range(len(calls))[:: 1 if k % 2 else -1]:
+            if is_warmed:
+                jax.block_until_ready(calls[i]())
             start = time.perf_counter()
             jax.block_until_ready(calls[i]())
             times[i].append(time.perf_counter() - start)

@@ -20,8 +20,8 @@ from mixtral_jax.weights import Matrix, Weight, expert_matrices, expert_matrix
 # taken or not, so large blocks have many; small ones are bound by reading weights.
 ONE_RUNG = 1.5  # in rows of a balanced expert, where that is less than LEAST_STEPPED
 LEAST_STEPPED = 16
+RUNGS = (0.5, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5, 2.0)  # likewise, from there on
 RUNG_ROWS = 8  # a multiple that matrix libraries like
-RUNGS_PER_EXPECTED = 4
 
 # Up to so many rows the experts' outputs are summed at the end, so that experts may run side by
 # side; beyond, one after another, so that no more than one output is held.
@@ -90,12 +90,8 @@ def ladder(num_rows: int, expected: float) -> tuple[int, ...]:
     """Rows that the branches of ``visit_experts`` hold, ascending; the last holds all."""
     if expected >= num_rows:  # every row chooses every expert
         return (num_rows,)
-    if expected < LEAST_STEPPED:
-        sizes = {min(num_rows, RUNG_ROWS * math.ceil(ONE_RUNG * expected / RUNG_ROWS))}
-    else:
-        step = RUNG_ROWS * max(1, round(expected / RUNGS_PER_EXPECTED / RUNG_ROWS))
-        first, last = math.floor(expected / 2 / step), math.ceil(2 * expected / step)
-        sizes = {min(num_rows, k * step) for k in range(max(1, first), last + 1)}
+    rungs = RUNGS if expected >= LEAST_STEPPED else (ONE_RUNG,)
+    sizes = {min(num_rows, RUNG_ROWS * math.ceil(rung * expected / RUNG_ROWS)) for rung in rungs}
     return tuple(sorted(sizes | {num_rows}))
 
 
