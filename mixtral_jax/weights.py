@@ -162,8 +162,11 @@ def _select(w: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], w)
 
 
-def expert_matrix(w: Weight, e: int) -> Matrix:
-    """Expert e of a leaf, or of one device's part of it, ``[O, I]``."""
+def expert_matrix(w: Weight | None, e: int) -> Any:
+    """Expert e of a leaf, or of one device's part of it: a Matrix ``[O, I]``.
+
+    None may stand for what is left out of a leaf, and is left out of the matrix.
+    """
     if isinstance(w, ExpertSlots):
         row, slot = divmod(e, len(w.slots))
         return _select(w.slots[slot], row)
@@ -173,6 +176,18 @@ def expert_matrix(w: Weight, e: int) -> Matrix:
 def expert_matrices(w: Weight) -> list[Matrix]:
     """The experts of a leaf, or of one device's part of it, as a list of ``[O, I]`` matrices."""
     return [expert_matrix(w, e) for e in range(w.shape[0])]
+
+
+def from_expert_matrices(like: Any, matrices: Sequence[Any]) -> Any:
+    """The leaf that ``expert_matrices`` takes apart, laid out as ``like``."""
+
+    def stack(parts: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+    if isinstance(like, ExpertSlots):
+        count = len(like.slots)
+        return ExpertSlots(tuple(stack(matrices[slot::count]) for slot in range(count)))
+    return stack(matrices)
 
 
 def takes_slots(w: Weight) -> bool:

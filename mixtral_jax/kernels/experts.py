@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from mixtral_jax.kernels.contract import Product, contract, rows_first
-from mixtral_jax.weights import Matrix, Weight, expert_matrices, expert_matrix
+from mixtral_jax.weights import (
+    Matrix,
+    Weight,
+    expert_matrices,
+    expert_matrix,
+    from_expert_matrices,
+)
 
 # Branches of `visit_experts` between no rows and all rows. A branch computes all of its rows,
 # taken or not, so large blocks have many; small ones are bound by reading weights.
@@ -124,16 +132,30 @@ def visit_experts(
     Returns:
         The accumulator, f32.
     """
-    num_rows = x.shape[0]
-    run = functools.partial(feed_forward, product=product)
-    sizes = ladder(num_rows, expected)
+    sizes = ladder(x.shape[0], expected)
     chosen = (expert_ids[..., None] == jnp.arange(experts.gate.shape[0])) & valid[:, None, None]
     shares = jnp.where(chosen, expert_weights[..., None], 0.0).sum(axis=1)  # [N, E]
     is_chosen = chosen.any(axis=1)
-    counts = is_chosen.sum(axis=0)
-    branch = (counts[:, None] > jnp.asarray((0, *sizes[:-1]))).sum(axis=1)
+    branch = (is_chosen.sum(axis=0)[:, None] > jnp.asarray((0, *sizes[:-1]))).sum(axis=1)
     # Rows that chose an expert first. Sorted once, not in every branch: sorts compile slowly.
     orders = jnp.argsort(~is_chosen, axis=0, stable=True) if len(sizes) > 1 else is_chosen
+    return _visited(sizes, product, out, x, shares, orders, branch, experts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _visited(
+    sizes: tuple[int, ...],
+    product: Product,
+    out: jax.Array,
+    x: jax.Array,
+    shares: jax.Array,
+    orders: jax.Array,
+    branch: jax.Array,
+    experts: ExpertWeights,
+) -> jax.Array:
+    """Expert e runs ``branch[e]``: none, or the first of ``orders[:, e]`` up to a rung."""
+    num_rows = x.shape[0]
+    run = functools.partial(feed_forward, product=product)
 
     def none(start: jax.Array, share: jax.Array, order: jax.Array) -> jax.Array:
         del share, order
@@ -149,7 +171,7 @@ def visit_experts(
         return start.at[rows].add(part, unique_indices=True)
 
     parts = []
-    for e in range(experts.gate.shape[0]):
+    for e in range(shares.shape[1]):
         visits = [functools.partial(visit, size, e) for size in sizes]
         operands = shares[:, e], orders[:, e]
         if num_rows > SIDE_BY_SIDE_ROWS:
@@ -159,3 +181,62 @@ def visit_experts(
     for part in parts:
         out = out + part
     return out
+
+
+def _visited_forward(sizes: tuple[int, ...], product: Product, *primals: Any) -> tuple[Any, Any]:
+    """Keeps what came in, and nothing that a branch made: experts' leaves as two trees, those that
+    are trained and the others, each with None for the other's."""
+
+    def leaves(keep: Callable[[Any], Any], tree: Any) -> Any:
+        return jax.tree.map(keep, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
+
+    operands = leaves(lambda leaf: leaf.value, primals)
+    trained = leaves(lambda leaf: leaf.value if leaf.perturbed else None, primals[-1])
+    frozen = leaves(lambda leaf: None if leaf.perturbed else leaf.value, primals[-1])
+    return _visited(sizes, product, *operands), (*operands[1:-1], trained, frozen)
+
+
+def _visited_backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> tuple:
+    """The branches that ran, run again for their gradients: left to JAX, each branch would keep
+    what its gradient needs, and fill with zeros what the gradients of all others need."""
+    x, shares, orders, branch, trained, frozen = kept
+    num_rows = x.shape[0]
+    ct = jnp.zeros(x.shape, jnp.float32) if isinstance(ct, SymbolicZero) else ct
+
+    def none(dx: jax.Array, share: jax.Array, order: jax.Array, moving: Any) -> tuple:
+        del order
+        return dx, jnp.zeros_like(share), jax.tree.map(jnp.zeros_like, moving)
+
+    def back(
+        size: int, e: int, dx: jax.Array, share: jax.Array, order: jax.Array, moving: Any
+    ) -> tuple:
+        still = [expert_matrix(w, e) for w in frozen]
+        rows = order[:size] if size < num_rows else jnp.arange(num_rows)
+
+        def part(x: jax.Array, share: jax.Array, moving: Any) -> jax.Array:
+            expert = jax.tree.map(
+                lambda a, b: b if a is None else a, moving, still, is_leaf=lambda leaf: leaf is None
+            )
+            return share[:, None] * feed_forward(x, *expert, product=product)
+
+        dx_rows, dshare, dmoving = jax.vjp(part, x[rows], share[rows], moving)[1](ct[rows])
+        dx = dx.at[rows].add(dx_rows.astype(dx.dtype), unique_indices=True)
+        return dx, jnp.zeros_like(share).at[rows].add(dshare, unique_indices=True), dmoving
+
+    dx, dshares, dexperts = jnp.zeros_like(ct), [], []
+    for e in range(shares.shape[1]):
+        moving = [expert_matrix(w, e) for w in trained]
+        backs = [functools.partial(back, size, e) for size in sizes]
+        dx, dshare, dmoving = jax.lax.switch(
+            branch[e], [none, *backs], dx, shares[:, e], orders[:, e], moving
+        )
+        dshares.append(dshare)
+        dexperts.append(dmoving)
+    gradients = (
+        from_expert_matrices(w, parts) for w, *parts in zip(trained, *dexperts, strict=True)
+    )
+    dx = dx.astype(x.dtype)
+    return ct, dx, jnp.stack(dshares, axis=1), None, None, ExpertWeights(*gradients)
+
+
+_visited.defvjp(_visited_forward, _visited_backward, symbolic_zeros=True)
