@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from mixtral_jax.errors import INTERRUPTED, PEER_LOST, USAGE
 from tests.convert import checkpoints
+from tests.environ import without_devices
 from tests.sharding.processes import ROOT, finish, run, start
 
 SAMPLE = ["-m", "mixtral_jax.sample", "--mesh", "1x8", "--json", "--max-new-tokens", "24"]
@@ -99,10 +99,9 @@ sys.exit(cli.run(sample.main, sample.Options, "sample"))
 
 
 def alone(arguments: list[str]) -> str:
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+        command, cwd=ROOT, env=without_devices(), capture_output=True, text=True, check=True
     )
     return done.stdout
 
@@ -110,7 +109,7 @@ def alone(arguments: list[str]) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, small_config):
     folder = tmp_path_factory.mktemp("hosts")
-    config = small_config()
+    config = small_config(num_hidden_layers=1)
     return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
 
 
@@ -281,8 +280,8 @@ def test_sigterm_ends_a_process_at_once(long_checkpoint):
     assert (first.code, is_named("killed", 1, first.stderr)) == (PEER_LOST, True), first.stderr
 
 
-def test_an_interrupt_while_waiting_for_the_others_is_one_line():
-    processes = start(["-c", SLOW_TO_PRINT, "--mesh=1x2", "--prompt=1+1="])
+def test_an_interrupt_while_waiting_for_the_others_is_one_line(converted):
+    processes = start(["-c", SLOW_TO_PRINT, str(converted), "--mesh=1x2", "--prompt-ids=1"])
     try:
         lines_until(processes[1], "leaving")
         time.sleep(0.5)
@@ -298,7 +297,7 @@ def test_an_interrupt_while_waiting_for_the_others_is_one_line():
 
 @pytest.fixture(scope="module")
 def long_checkpoint(tmp_path_factory, small_config):
-    config = small_config(max_position_embeddings=8192)
+    config = small_config(max_position_embeddings=8192, num_hidden_layers=1)
     folder = tmp_path_factory.mktemp("long")
     return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
 
