@@ -35,7 +35,11 @@ def make_schedule(options: TrainOptions, total_steps: int) -> optax.Schedule:
 def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
     """Clips, then updates; weight decay spares norms, as in transformers."""
     schedule = make_schedule(options, total_steps)
-    make = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[options.optim]
+    make = {
+        "adamw": _adamw,
+        "adafactor": _adafactor,
+        "muon": _muon,
+    }[options.optim]
     parts = [make(options, schedule)]
     if options.max_grad_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(options.max_grad_norm))
@@ -90,4 +94,28 @@ def _muon(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTran
         adam_b2=options.adam_beta2,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=dims,
+    )
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, state: Any, shardings: Any, otherwise: Any
+) -> Any:
+    """Shardings of an optimizer's state: moments lie with their weights.
+
+    Args:
+        optimizer: whose state it is.
+        state: arrays or their shapes.
+        shardings: NamedShardings of what trains.
+        otherwise: of counts, and of what has other dims than its weight.
+    """
+
+    def of(leaf: Any, own: Any) -> Any:
+        return own if leaf.ndim == len(own.spec) else otherwise
+
+    return optax.tree.map_params(
+        optimizer,
+        of,
+        state,
+        shardings,
+        transform_non_params=lambda leaf: otherwise,
     )
