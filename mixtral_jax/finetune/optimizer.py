@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from mixtral_jax.finetune.adam8bit import is_moment, scale_by_adam_8bit, scale_sharding
 from mixtral_jax.finetune.lora import Pair, is_pair
 from mixtral_jax.finetune.options import TrainOptions
 
@@ -37,6 +38,7 @@ def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTra
     schedule = make_schedule(options, total_steps)
     make = {
         "adamw": _adamw,
+        "adamw_8bit": _adamw_8bit,
         "adafactor": _adafactor,
         "muon": _muon,
     }[options.optim]
@@ -58,6 +60,14 @@ def _adamw(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTra
         eps=options.adam_epsilon,
         weight_decay=options.weight_decay,
         mask=_decays,
+    )
+
+
+def _adamw_8bit(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        scale_by_adam_8bit(options.adam_beta1, options.adam_beta2, options.adam_epsilon),
+        optax.add_decayed_weights(options.weight_decay, mask=_decays),
+        optax.scale_by_learning_rate(schedule),
     )
 
 
@@ -110,6 +120,8 @@ def state_shardings(
     """
 
     def of(leaf: Any, own: Any) -> Any:
+        if is_moment(leaf):
+            return type(leaf)(own, scale_sharding(own, leaf.codes.shape))
         return own if leaf.ndim == len(own.spec) else otherwise
 
     return optax.tree.map_params(
@@ -118,4 +130,5 @@ def state_shardings(
         state,
         shardings,
         transform_non_params=lambda leaf: otherwise,
+        is_leaf=is_moment,
     )
