@@ -156,7 +156,9 @@ class Loop:
         saved = record.saved
         check_bound(saved.options, self.bound, self.checkpoints.path(saved.step))
         self.batches.restore(saved.data)
-        self.trainer.state = self.checkpoints.restore(record, self.trainer.abstract)
+        abstract = self.trainer.abstract
+        self.trainer.state = None  # so that one state at a time is in memory
+        self.trainer.state = self.checkpoints.restore(record, abstract)
         self.step = saved.step
         self._window.restore(saved.log["window"])
         self.note(f"resuming from checkpoint-{saved.step}, of {self.total_steps} steps")

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from mixtral_jax.finetune.adam8bit import is_moment, scale_by_adam_8bit, scale_sharding
 from mixtral_jax.finetune.lora import Pair, is_pair
 from mixtral_jax.finetune.options import TrainOptions
 
@@ -35,7 +36,12 @@ def make_schedule(options: TrainOptions, total_steps: int) -> optax.Schedule:
 def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
     """Clips, then updates; weight decay spares norms, as in transformers."""
     schedule = make_schedule(options, total_steps)
-    make = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[options.optim]
+    make = {
+        "adamw": _adamw,
+        "adamw_8bit": _adamw_8bit,
+        "adafactor": _adafactor,
+        "muon": _muon,
+    }[options.optim]
     parts = [make(options, schedule)]
     if options.max_grad_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(options.max_grad_norm))
@@ -54,6 +60,14 @@ def _adamw(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTra
         eps=options.adam_epsilon,
         weight_decay=options.weight_decay,
         mask=_decays,
+    )
+
+
+def _adamw_8bit(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        scale_by_adam_8bit(options.adam_beta1, options.adam_beta2, options.adam_epsilon),
+        optax.add_decayed_weights(options.weight_decay, mask=_decays),
+        optax.scale_by_learning_rate(schedule),
     )
 
 
@@ -90,4 +104,31 @@ def _muon(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTran
         adam_b2=options.adam_beta2,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=dims,
+    )
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, state: Any, shardings: Any, otherwise: Any
+) -> Any:
+    """Shardings of an optimizer's state: moments lie with their weights.
+
+    Args:
+        optimizer: whose state it is.
+        state: arrays or their shapes.
+        shardings: NamedShardings of what trains.
+        otherwise: of counts, and of what has other dims than its weight.
+    """
+
+    def of(leaf: Any, own: Any) -> Any:
+        if is_moment(leaf):
+            return type(leaf)(own, scale_sharding(own, leaf.codes.shape))
+        return own if leaf.ndim == len(own.spec) else otherwise
+
+    return optax.tree.map_params(
+        optimizer,
+        of,
+        state,
+        shardings,
+        transform_non_params=lambda leaf: otherwise,
+        is_leaf=is_moment,
     )
