@@ -15,7 +15,7 @@ import jax
 
 from mixtral_jax import cli
 from mixtral_jax.convert.hub import resolve
-from mixtral_jax.errors import BAD_CONFIG, INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
 from mixtral_jax.finetune.binding import binding_facts, check_bound
 from mixtral_jax.finetune.checkpoints import Checkpoints
 from mixtral_jax.finetune.config_file import arguments
@@ -27,14 +27,16 @@ from mixtral_jax.finetune.metrics import NAME, check_report_to, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
+from mixtral_jax.finetune.rows import num_rows, share_of
 from mixtral_jax.finetune.stop import Stop
-from mixtral_jax.finetune.trainer import Trainer, num_rows
+from mixtral_jax.finetune.trainer import Trainer
 from mixtral_jax.language_model import LanguageModel, load
 from mixtral_jax.plan.bill import active_parameters
 from mixtral_jax.plan.devices import device_of_kind
 from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import Facts
+from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 
@@ -71,7 +73,7 @@ def main(options: FinetuneOptions) -> int:
             total_steps=total_steps,
             checkpoints=checkpoints,
             stop=stop,
-            bound=binding_facts(options, folder=folder, rows=num_rows(lm, per_device)),
+            bound=binding_facts(options, folder=folder, rows=num_rows(lm.spec, per_device)),
             is_dpo=options.train.method == "dpo",
             evaluation=None if evaluated is None else _evaluation(options, lm, evaluated),
             sample=_sampler(lm, trainer, options.run) if options.run.sample_prompts else None,
@@ -125,24 +127,17 @@ def _batches(
 ) -> Batches:
     """Batches to train with; to evaluate with, ``each`` rows per device at a time."""
     per_device = each or options.train.per_device_train_batch_size
-    rows, count = num_rows(lm, per_device), hosts.num_processes()
-    if rows % count:
-        raise MixtralError(
-            "rows of a batch over all devices",
-            expected=f"a multiple of {count} processes",
-            got=rows,
-            fix="another --per-device-train-batch-size",
-            code=BAD_CONFIG,
-        )
+    assert isinstance(lm.placement, MeshPlacement)
+    share = share_of(lm.placement.mesh)
     return Batches(
         examples,
-        rows=rows // count,
+        rows=num_rows(lm.spec, per_device) // share.num_parts,
         accumulation=options.train.gradient_accumulation_steps if each is None else 1,
         length=options.train.max_length,
         packing=options.train.packing,
         seed=options.train.seed,
-        process_id=hosts.process_id(),
-        num_processes=count,
+        part_id=share.part_id,
+        num_parts=share.num_parts,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from mixtral_jax.convert.save import save_model
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
@@ -21,6 +21,7 @@ from mixtral_jax.finetune.lora import first_pair, refuse_dropout, with_trained
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.peft_folder import write_adapter
+from mixtral_jax.finetune.rows import num_rows, row_sharding
 from mixtral_jax.finetune.step import REFERENCE, Measures, Rows, TrainState
 from mixtral_jax.finetune.trained import (
     abstract_state,
@@ -35,11 +36,6 @@ from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, Weight, stack_of
 
 _AUX_COEF = 0.001  # of MixtralConfig in transformers
-
-
-def num_rows(lm: LanguageModel, per_device: int) -> int:
-    """Rows of one forward pass over all devices."""
-    return per_device * lm.spec.data * lm.spec.expert
 
 
 class Trainer:
@@ -150,7 +146,7 @@ class Trainer:
         save_model(self.model(), folder, companions=self.lm.folder, note=note)
 
     def _check_rows(self) -> None:
-        rows = num_rows(self.lm, self.options.per_device_train_batch_size)
+        rows = num_rows(self.lm.spec, self.options.per_device_train_batch_size)
         if self.options.method == "dpo" and rows % 2:
             raise MixtralError(
                 "--per-device-train-batch-size",
@@ -197,12 +193,11 @@ class Trainer:
         return trained
 
     def _placed(self, batch: Batch) -> Rows:
-        """Every device brings its own rows, whatever shares them later."""
+        """Every process brings the rows of its devices (rows.py), whatever shares them later."""
         order = np.arange(batch.tokens.shape[1])
         if self.objective.is_dpo:  # chosen and rejected by turns, whatever process has them
             order = order.reshape(2, -1).T.ravel()
-        rows = PartitionSpec(None, ("data", "expert"))
-        sharding = NamedSharding(self._placement.mesh, rows)
+        sharding = row_sharding(self._placement.mesh)
         return Rows(
             *(
                 jax.make_array_from_process_local_data(sharding, np.asarray(x)[:, order])
