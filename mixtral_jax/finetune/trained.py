@@ -75,7 +75,7 @@ def abstract_state(
     trained = {path: placed(shape, shardings[path]) for path, shape in shapes.items()}
     everywhere = NamedSharding(placement.mesh, PartitionSpec())
     moments = jax.eval_shape(optimizer.init, trained)
-    lie = state_shardings(optimizer, moments, shardings, everywhere)
+    lie = state_shardings(moments, trained, everywhere)
     return TrainState(
         trained,
         jax.tree.map(
