@@ -135,7 +135,7 @@ def state_shardings(state: Any, trained: Mapping[str, Any], otherwise: Any) -> A
 
 def _weight_of(keys: tuple[Any, ...], trained: Mapping[str, Any]) -> Any:
     """What a part of a state belongs to, by the way to it; None if it is no weight's."""
-    names = [getattr(key, "key", getattr(key, "name", None)) for key in keys]
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in keys]
     for i, name in enumerate(names):
         if name in trained:
             found = trained[name]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from mixtral_jax.convert.save import save_model
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.finetune import step as steps
 from mixtral_jax.finetune.data.batches import Batch
-from mixtral_jax.finetune.lora import first_pair, refuse_dropout, with_trained
+from mixtral_jax.finetune.lora import Pair, first_pair, refuse_dropout, with_trained
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.peft_folder import write_adapter
@@ -47,6 +47,7 @@ class Trainer:
             any more.
         options: method, what trains, losses, optimizer.
         total_steps: of the schedule.
+        start: factors to begin with, by path, of another run (continued.py); new ones otherwise.
 
     Attributes:
         state: trained weights, optimizer, step; may be set to one of the same shapes (a restored
@@ -56,7 +57,14 @@ class Trainer:
         MixtralError: exit codes 64 and 78 for options that do not fit the model or the mesh.
     """
 
-    def __init__(self, lm: LanguageModel, options: TrainOptions, *, total_steps: int):
+    def __init__(
+        self,
+        lm: LanguageModel,
+        options: TrainOptions,
+        *,
+        total_steps: int,
+        start: Mapping[str, Pair] | None = None,
+    ):
         assert isinstance(lm.placement, MeshPlacement)
         strategy = dataclasses.replace(lm.placement.strategy, fsdp=options.fsdp)
         strategy.check(lm.config, lm.spec)
@@ -67,6 +75,8 @@ class Trainer:
         leaves = leaves_of(lm.model)
         whole, paired = targets_of(lm.config, options)
         refuse_dropout(paired, options.lora_dropout)
+        for path, leaf in leaves.items():
+            _refuse_adapted(path, leaf)
         for path in whole:
             _refuse_unless_plain(path, leaves[path])
         self.frozen: dict[str, Weight] = {p: w for p, w in leaves.items() if p not in whole}
@@ -80,7 +90,7 @@ class Trainer:
             aux_coef=self._aux_coef(),
         )
         self._key = jax.random.key(options.seed)
-        self.state = self._first_state({p: leaves.pop(p) for p in whole}, paired)
+        self.state = self._first_state({p: leaves.pop(p) for p in whole}, paired, start)
 
     @property
     def abstract(self) -> TrainState:
@@ -133,13 +143,13 @@ class Trainer:
                     digest.update(np.ascontiguousarray(shard.data).tobytes())
         return digest.hexdigest()
 
-    def save_adapter(self, folder: Path) -> None:
-        """Writes the factors as a PEFT folder.
+    def save_adapter(self, folder: Path, base: str | None = None) -> None:
+        """Writes the factors as a PEFT folder; ``base`` is what its readers may load the base by.
 
         Raises:
             MixtralError: exit code 78 where nothing trains by factors.
         """
-        write_adapter(folder, self.lm, self.options, self.state.trained)
+        write_adapter(folder, self.lm, self.options, self.state.trained, base=base)
 
     def save_model(self, folder: Path, note: Callable[[str], None] = lambda line: None) -> None:
         """Writes all weights as a folder of ours (full training), as ``LanguageModel.save``."""
@@ -164,7 +174,9 @@ class Trainer:
         fields = {} if file is None or not file.exists() else read_json(file)
         return float(fields.get("router_aux_loss_coef", _AUX_COEF))
 
-    def _first_state(self, whole: dict[str, Weight], paired: tuple[str, ...]) -> TrainState:
+    def _first_state(
+        self, whole: dict[str, Weight], paired: tuple[str, ...], start: Mapping[str, Pair] | None
+    ) -> TrainState:
         config, rank, seed = self.lm.config, self.options.lora_r, self.options.seed
         lie = shardings_of(abstract_state(config, self.options, self.optimizer, self._placement))
         make_pairs = jax.jit(
@@ -172,7 +184,10 @@ class Trainer:
             out_shardings={path: lie.trained[path] for path in paired},
         )
         trained: dict[str, Any] = {p: self._taken(p, w, lie.trained[p]) for p, w in whole.items()}
-        trained |= make_pairs()
+        trained |= make_pairs() if start is None else _placed_pairs(start, lie.trained)
+        if start is not None and self.options.method == "dpo":
+            copies = _placed_pairs(start, lie.trained)
+            self.frozen |= {REFERENCE + path: cast(Any, pair) for path, pair in copies.items()}
         begin = jax.jit(
             lambda trained: (self.optimizer.init(trained), jnp.int32(0)),
             out_shardings=(lie.optimizer, lie.step),
@@ -206,6 +221,13 @@ class Trainer:
         )
 
 
+def _placed_pairs(pairs: Mapping[str, Pair], lie: Mapping[str, Any]) -> dict[str, Pair]:
+    def place(value: Any, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return {path: Pair(*map(place, pair, lie[path])) for path, pair in pairs.items()}
+
+
 def _stacked(w: Any) -> jax.Array:
     return stack_of(w) if isinstance(w, ExpertSlots) else w
 
@@ -216,10 +238,20 @@ def _in_f32(w: Any) -> jax.Array:
 
 def _refuse_unless_plain(path: str, leaf: Any) -> None:
     parts = leaf.slots if isinstance(leaf, ExpertSlots) else (leaf,)
-    if any(isinstance(part, QTensor | Adapted) for part in parts):
+    if any(isinstance(part, QTensor) for part in parts):
         raise MixtralError(
-            f"{path} is quantized or adapted",
+            f"{path} is quantized",
             expected="a plain weight, as it trains whole",
             fix="--use-peft, or load the checkpoint without --quantize",
+            code=BAD_CONFIG,
+        )
+
+
+def _refuse_adapted(path: str, leaf: Any) -> None:
+    parts = leaf.slots if isinstance(leaf, ExpertSlots) else (leaf,)
+    if any(isinstance(part, Adapted) for part in parts):
+        raise MixtralError(
+            f"{path} has an adapter, which no result would hold",
+            fix="load the model without it, and begin with its factors (Trainer(start=...))",
             code=BAD_CONFIG,
         )
