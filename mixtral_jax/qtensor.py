@@ -49,18 +49,19 @@ NESTED_BLOCK = 256  # scales under one factor
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
+def dynamic_map(*, is_signed: bool = True) -> np.ndarray:
     """The 256 values, ascending, of an 8-bit code with a dynamic exponent; float32.
 
     "Dynamic tree quantization" of Dettmers et al. 2021 (arXiv 2110.02861): with n leading zeros
-    the remaining bits divide [0.1, 1) evenly, times 10^-n; then zero and one.
+    the remaining bits divide [0.1, 1) evenly, times 10^-n; then zero and one. Without a sign its
+    bit divides further.
     """
     values = [0.0, 1.0]
     for bits in range(7):
-        edges = _even_steps(2**bits + 1)
+        edges = _even_steps(2 ** (bits if is_signed else bits + 1) + 1)
         middles = (edges[:-1] + edges[1:]) / np.float32(2)
         scaled = np.float32(10.0 ** (bits - 6)) * middles
-        values += [*scaled, *-scaled]
+        values += [*scaled, *-scaled] if is_signed else [*scaled]
     return np.sort(np.asarray(values, np.float32))
 
 

@@ -89,7 +89,7 @@ class Adapter:
     """
 
     def __init__(self, folder: str | Path, config: ModelConfig, base: Path | None = None):
-        self.folder = Path(folder)
+        self.folder, self.config = Path(folder), config
         if not self.folder.is_dir():
             raise MixtralError(
                 f"adapter {folder}",

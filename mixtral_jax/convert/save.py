@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from mixtral_jax.convert.companions import copy_companions, find_companions, write_config
@@ -19,6 +19,7 @@ from mixtral_jax.convert.preflight import check_absent
 from mixtral_jax.convert.transfer import digest_leaf
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.model.transformer import Mixtral, leaf_specs, leaves_of
+from mixtral_jax.sharding import hosts
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -33,8 +34,10 @@ def save_model(
 ) -> Manifest:
     """Saves the weights leaf by leaf; at most one leaf is on the host at a time.
 
+    Where there are many processes all must call it, and the first writes.
+
     Args:
-        model: its weights are arrays of this process, on any mesh.
+        model: plain weights, on any mesh.
         dst: the folder to make; it is absent until all is written.
         companions: a checkpoint folder whose tokenizer and other small files go along.
         note: called with one line for each small file that is left behind.
@@ -43,35 +46,46 @@ def save_model(
         The manifest; its digest is that of ``convert`` for the same weights.
 
     Raises:
-        MixtralError: exit codes 64 (weights that are adapted, quantized or on other hosts), 73
-            (``dst`` exists), 74 (disk).
+        MixtralError: exit codes 64 (weights that are adapted or quantized), 73 (``dst`` exists), 74
+            (disk).
     """
-    dst = Path(os.path.abspath(dst))
-    check_absent(dst)
+    dst, is_first = Path(os.path.abspath(dst)), hosts.is_first()
+    if is_first:
+        check_absent(dst)
     leaves = leaves_of(model)
     for leaf, weight in leaves.items():
         _check(leaf, weight)
     num_bytes = sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values())
     names = () if companions is None else find_companions(companions, note)
-    with new_folder(dst, num_bytes) as work:
+    with new_folder(dst, num_bytes) if is_first else contextlib.nullcontext() as work:
         return _write(model, leaves, work, companions, names)
 
 
 def _write(
-    model: Mixtral, leaves: dict[str, Any], work: Path, source: Path | None, names: tuple[str, ...]
+    model: Mixtral,
+    leaves: dict[str, Any],
+    work: Path | None,
+    source: Path | None,
+    names: tuple[str, ...],
 ) -> Manifest:
-    output = OrbaxOutput(work, leaf_specs(model.config))
-    output.prepare()
+    """Writes all in ``work``; without one only gathers what others write."""
+    output = None if work is None else OrbaxOutput(work, leaf_specs(model.config))
+    if output is not None:
+        output.prepare()
     records: dict[str, LeafRecord] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for leaf, weight in leaves.items():
             value = _canonical(weight)
             records[leaf] = digest_leaf(leaf, value, pool)
-            output.write(leaf, value)
-    output.finish(records)
+            if output is not None:
+                output.write(leaf, value)
     dtype = records["embed_tokens"].dtype
-    config = model.config
-    if source is None:
+    config, digests = model.config, {}
+    if output is not None:
+        output.finish(records)
+    if work is None:
+        pass
+    elif source is None:
         digests = write_config(work, config, dtype=dtype)
     else:
         digests = copy_companions(source, work, names, config=config, dtype=dtype)
@@ -83,7 +97,8 @@ def _write(
         companions=digests,
         source={"name": "save_model", "layout": "orbax"},
     )
-    manifest.write(work)
+    if work is not None:
+        manifest.write(work)
     return manifest
 
 
@@ -97,15 +112,10 @@ def _check(leaf: str, weight: Any) -> None:
                 fix="merge an adapter with convert --adapter",
                 code=USAGE,
             )
-        if not part.is_fully_addressable:
-            raise MixtralError(
-                f"{leaf} lies on several hosts", fix="save from one process", code=USAGE
-            )
 
 
 def _canonical(weight: Any) -> np.ndarray:
     """A leaf on the host in the published layout."""
     if isinstance(weight, ExpertSlots):
-        slots = [np.asarray(jax.device_get(slot)) for slot in weight.slots]
-        return np.stack(slots, axis=1).reshape(weight.shape)
-    return np.ascontiguousarray(jax.device_get(weight))
+        return np.stack(hosts.fetch(list(weight.slots)), axis=1).reshape(weight.shape)
+    return np.ascontiguousarray(hosts.fetch(weight))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -14,27 +15,34 @@ from typing import Any
 import jax
 
 from mixtral_jax import cli
+from mixtral_jax.config import read_config
+from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.hub import resolve
-from mixtral_jax.errors import BAD_CONFIG, INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
 from mixtral_jax.finetune.binding import binding_facts, check_bound
 from mixtral_jax.finetune.checkpoints import Checkpoints
 from mixtral_jax.finetune.config_file import arguments
+from mixtral_jax.finetune.continued import first_factors
 from mixtral_jax.finetune.curves import draw_curves
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.data.examples import Examples, load_examples
 from mixtral_jax.finetune.loop import Loop
+from mixtral_jax.finetune.lora import Pair
 from mixtral_jax.finetune.metrics import NAME, check_report_to, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
+from mixtral_jax.finetune.rows import num_rows, share_of
 from mixtral_jax.finetune.stop import Stop
-from mixtral_jax.finetune.trainer import Trainer, num_rows
+from mixtral_jax.finetune.trainer import Trainer
 from mixtral_jax.language_model import LanguageModel, load
+from mixtral_jax.load_options import load_facts
 from mixtral_jax.plan.bill import active_parameters
 from mixtral_jax.plan.devices import device_of_kind
 from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import Facts
+from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 
@@ -55,14 +63,16 @@ def main(options: FinetuneOptions) -> int:
         hosts.barrier("the output folder is ours", may_wait_for_first=True)
         stop = stack.enter_context(Stop())
         checkpoints = Checkpoints(options.output_dir, limit=options.run.save_total_limit, note=note)
-        folder = resolve(options.model, note).folder
+        source = resolve(options.model, note)
+        folder = source.folder
         _check_early(checkpoints, binding_facts(options, folder=folder))
+        first = _first_factors(options, folder)
         examples, evaluated = _read_data(options, folder)
         lm = load(options.model, note=note, **_fields(options))
         per_device = options.train.per_device_train_batch_size
         batches = _batches(options, lm, examples)
         total_steps = options.run.total_steps(batches.steps_per_epoch)
-        trainer = Trainer(lm, options.train, total_steps=total_steps)
+        trainer = Trainer(lm, options.train, total_steps=total_steps, start=first)
         note(f"{trainer.num_trained:,} trained parameters, {total_steps:,} steps")
         loop = Loop(
             trainer=trainer,
@@ -71,7 +81,7 @@ def main(options: FinetuneOptions) -> int:
             total_steps=total_steps,
             checkpoints=checkpoints,
             stop=stop,
-            bound=binding_facts(options, folder=folder, rows=num_rows(lm, per_device)),
+            bound=binding_facts(options, folder=folder, rows=num_rows(lm.spec, per_device)),
             is_dpo=options.train.method == "dpo",
             evaluation=None if evaluated is None else _evaluation(options, lm, evaluated),
             sample=_sampler(lm, trainer, options.run) if options.run.sample_prompts else None,
@@ -79,7 +89,7 @@ def main(options: FinetuneOptions) -> int:
             note=note,
         )
         told = loop.train()
-        result = _write(options, trainer)
+        result = _write(options, trainer, source.repo)
         hosts.barrier("the result is written", may_wait_for_first=True)
         if hosts.is_first():
             _tell(options, result, told, time.perf_counter() - start)
@@ -87,8 +97,8 @@ def main(options: FinetuneOptions) -> int:
 
 
 def _fields(options: FinetuneOptions) -> dict[str, Any]:
-    """Keyword arguments of ``load``."""
-    asked = options.load_options()
+    """Keyword arguments of ``load``; what ``--adapter`` names trains, and is no part of the base."""
+    asked = dataclasses.replace(options.load_options(), adapter=None)
     return {name: getattr(asked, name) for name in asked.__dataclass_fields__}
 
 
@@ -98,6 +108,18 @@ def _check_early(checkpoints: Checkpoints, bound: Facts) -> None:
     if record is not None:
         saved = {name: fact for name, fact in record.saved.options.items() if name in bound}
         check_bound(saved, bound, checkpoints.path(record.saved.step))
+
+
+def _first_factors(options: FinetuneOptions, folder: Path) -> dict[str, Pair] | None:
+    """Those of ``--adapter``, if it is given."""
+    if options.load.adapter is None:
+        return None
+    hosts.agree("adapter", lambda: load_facts(options.load, folder))
+    config = read_config(folder, sliding_window=options.load.sliding_window)
+    adapter = Adapter(options.load.adapter, config, base=folder)
+    for line in adapter.notes:
+        note(line)
+    return first_factors(adapter, options.train)
 
 
 def _read_data(options: FinetuneOptions, folder: Path) -> tuple[Examples, Examples | None]:
@@ -125,24 +147,17 @@ def _batches(
 ) -> Batches:
     """Batches to train with; to evaluate with, ``each`` rows per device at a time."""
     per_device = each or options.train.per_device_train_batch_size
-    rows, count = num_rows(lm, per_device), hosts.num_processes()
-    if rows % count:
-        raise MixtralError(
-            "rows of a batch over all devices",
-            expected=f"a multiple of {count} processes",
-            got=rows,
-            fix="another --per-device-train-batch-size",
-            code=BAD_CONFIG,
-        )
+    assert isinstance(lm.placement, MeshPlacement)
+    share = share_of(lm.placement.mesh)
     return Batches(
         examples,
-        rows=rows // count,
+        rows=num_rows(lm.spec, per_device) // share.num_parts,
         accumulation=options.train.gradient_accumulation_steps if each is None else 1,
         length=options.train.max_length,
         packing=options.train.packing,
         seed=options.train.seed,
-        process_id=hosts.process_id(),
-        num_processes=count,
+        part_id=share.part_id,
+        num_parts=share.num_parts,
     )
 
 
@@ -198,10 +213,10 @@ def _machine(lm: LanguageModel, options: TrainOptions) -> Machine:
     )
 
 
-def _write(options: FinetuneOptions, trainer: Trainer) -> Path:
+def _write(options: FinetuneOptions, trainer: Trainer, base: str | None) -> Path:
     """The result; a second run of a finished command writes it again."""
     if options.train.use_peft:
-        trainer.save_adapter(options.output_dir)
+        trainer.save_adapter(options.output_dir, base)
         return options.output_dir
     folder = options.output_dir / MODEL
     if hosts.is_first():

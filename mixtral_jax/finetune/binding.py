@@ -17,7 +17,12 @@ from mixtral_jax.sharding.agreement import Facts, file_facts, option_facts
 _OF_THE_RUN = {field.name for field in dataclasses.fields(RunOptions)}
 _OF_THE_RUN |= {"config", "output_dir", "json", "peer_timeout"}
 # Data and weights are compared by what they hold, not by where they lie.
-_BY_CONTENT = {"model", "dataset", "eval_dataset"}
+_BY_CONTENT = {"model", "dataset", "eval_dataset", "adapter"}
+# Files beside weights, their configuration and their tokenizer that training does not read.
+_IDLE_FILES = {
+    f"the file {name}"
+    for name in ("generation_config.json", "chat_template.json", "tokenizer_config.json")
+}
 # Another mesh or kernel computes the same numbers but for their rounding; the rows of a step bind,
 # not how many devices share them.
 _OF_THE_MACHINE = {
@@ -48,7 +53,8 @@ def binding_facts(
 
     Args:
         options: of the command.
-        folder: of the checkpoint that is trained, to be told apart by its files.
+        folder: of the checkpoint that is trained, to be told apart by its files (as is what
+            ``--adapter`` names).
         rows: of a forward pass over all devices, once the mesh is known.
     """
     asked = dataclasses.replace(
@@ -58,8 +64,15 @@ def binding_facts(
     if rows is not None:
         found["--per-device-train-batch-size x devices"] = str(rows)
     if folder is not None:
-        found |= {f"MODEL: {name}": fact for name, fact in file_facts(folder).items()}
+        found |= _content("MODEL", folder)
+    if options.load.adapter is not None:
+        found |= _content("--adapter", Path(options.load.adapter))
     return found
+
+
+def _content(what: str, folder: Path) -> Facts:
+    facts = file_facts(folder).items()
+    return {f"{what}: {name}": fact for name, fact in facts if name not in _IDLE_FILES}
 
 
 def check_bound(saved: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.convert.manifest import write_durably
-from mixtral_jax.errors import BAD_DATA, MixtralError, printable
+from mixtral_jax.errors import BAD_DATA, IO_ERROR, MixtralError, printable
 from mixtral_jax.json_file import read_json
 
 NAME = "checkpoint.json"
@@ -25,6 +25,11 @@ VERSION = 1
 # Of all weights of 8x22B in shards for 64 devices: some 60 MB.
 MAX_BYTES = 256_000_000
 _FIX = "delete that folder"
+
+
+class OtherVersion(MixtralError):
+    """A checkpoint is whole, but of another version of this program."""
+
 
 Leaves = Mapping[str, tuple[tuple[int, ...], str]]  # shape and dtype name by the leaf's name
 
@@ -74,28 +79,43 @@ def read_record(folder: Path) -> Record:
 
     Raises:
         FileNotFoundError: where there is none.
-        MixtralError: exit code 65 if it is of another version or does not have its own digest.
+        OtherVersion: exit code 65.
+        MixtralError: exit code 65 if it does not have its own digest.
     """
     path = folder / NAME
     content = read_json(path, max_bytes=MAX_BYTES, fix=_FIX)
-    if content.get("version") != VERSION:
-        got = content.get("version")
-        raise MixtralError(f"{path} version", expected=VERSION, got=got, fix=_FIX, code=BAD_DATA)
     digest = content.pop("digest", None)
     if digest != _digest(content):
         raise MixtralError(f"{path} was altered", fix=_FIX, code=BAD_DATA)
+    got = content.get("version")
+    if got != VERSION:
+        fix = "use the version of mixtral_jax that wrote it, or choose another --output-dir"
+        raise OtherVersion(f"{path} version", expected=VERSION, got=got, fix=fix, code=BAD_DATA)
     fields = {field.name: content[field.name] for field in dataclasses.fields(Saved)}
     leaves = {name: (tuple(shape), dtype) for name, (shape, dtype) in content["leaves"].items()}
     return Record(saved=Saved(**fields), leaves=leaves, files=content["files"])
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, after reading all of it; None if it is sound."""
+    """What is wrong with a checkpoint, after reading all of it; None if it is sound.
+
+    Raises:
+        OtherVersion: exit code 65.
+        MixtralError: exit code 74 if it cannot be read, which tells nothing of what it holds.
+    """
     try:
         recorded = read_record(folder).files
         found = digests(folder / STATE)
-    except (MixtralError, OSError) as error:  # of a bad sector, too
+    except OtherVersion:
+        raise
+    except (MixtralError, FileNotFoundError, NotADirectoryError) as error:
         return printable(str(error))
+    except OSError as error:
+        raise MixtralError(
+            f"{folder} cannot be read: {error}",
+            fix=f"run the same command again; if that does not help, {_FIX}",
+            code=IO_ERROR,
+        ) from error
     for path in sorted(recorded.keys() | found.keys()):
         if path not in found:
             return f"{STATE}/{path} is missing"

@@ -28,6 +28,7 @@ from mixtral_jax.errors import BAD_DATA, IO_ERROR, MixtralError
 from mixtral_jax.finetune.checkpoint_record import (
     STATE,
     Leaves,
+    OtherVersion,
     Record,
     Saved,
     problem,
@@ -65,14 +66,27 @@ class Checkpoints:
         self.last_step: int | None = None  # saved, or being saved
 
     def glance(self) -> Record | None:
-        """The newest checkpoint that can be read, its arrays unproved: to refuse a run early."""
+        """The newest checkpoint that can be read, its arrays unproved: to refuse a run early.
+
+        Raises:
+            MixtralError: exit code 65 if it is of another version.
+        """
         for step in reversed(self.steps()):
-            with contextlib.suppress(MixtralError, OSError):
+            try:
                 return read_record(self.path(step))
+            except OtherVersion:
+                raise
+            except (MixtralError, OSError):
+                continue
         return None
 
     def newest(self) -> Record | None:
-        """The newest checkpoint that is sound; those that are not are set aside."""
+        """The newest checkpoint that is sound; damaged ones that are newer are set aside.
+
+        Raises:
+            MixtralError: exit code 65 if all are damaged, or one is of another version; 74 if one
+                cannot be read.
+        """
         step = -1
         if hosts.is_first():
             self._remove_rubbish()
@@ -215,17 +229,29 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _find(self) -> int:
-        """The newest sound step, or -1."""
+        """The newest sound step, or -1 where there is no checkpoint at all."""
+        damaged: dict[Path, str] = {}
         for step in reversed(self.steps()):
-            path = self.path(step)
-            fault = problem(path)
+            fault = problem(self.path(step))
             if fault is None:
+                for path, told in damaged.items():
+                    self._set_aside(path, told)
                 return step
-            aside = path.with_suffix(_DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            self._note(f"{path.name} is damaged ({fault}): it is {aside.name} now, and not used")
+            damaged[self.path(step)] = fault
+        if damaged:
+            told = "; ".join(f"{path.name}: {fault}" for path, fault in damaged.items())
+            raise MixtralError(
+                f"every checkpoint of {self.folder} is damaged: {told}",
+                fix="delete them to begin anew, or choose another --output-dir",
+                code=BAD_DATA,
+            )
         return -1
+
+    def _set_aside(self, path: Path, fault: str) -> None:
+        aside = path.with_suffix(_DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        self._note(f"{path.name} is damaged ({fault}): it is {aside.name} now, and not used")
 
 
 def _named(tree: Any) -> tuple[list[str], list[Any], Any]:

@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-
 from mixtral_jax.errors import BAD_DATA, MixtralError, interrupted
 from mixtral_jax.finetune import measures as gathered
 from mixtral_jax.finetune.binding import check_bound
@@ -58,7 +56,12 @@ class Batches(Protocol):
         ...
 
     def __next__(self) -> Any:
-        """The next batch; its ``segments`` are 0 in padding."""
+        """The next batch: this process's rows of it."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the last batch, of all processes, without padding."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -156,7 +159,9 @@ class Loop:
         saved = record.saved
         check_bound(saved.options, self.bound, self.checkpoints.path(saved.step))
         self.batches.restore(saved.data)
-        self.trainer.state = self.checkpoints.restore(record, self.trainer.abstract)
+        abstract = self.trainer.abstract
+        self.trainer.state = None  # so that one state at a time is in memory
+        self.trainer.state = self.checkpoints.restore(record, abstract)
         self.step = saved.step
         self._window.restore(saved.log["window"])
         self.note(f"resuming from checkpoint-{saved.step}, of {self.total_steps} steps")
@@ -181,8 +186,9 @@ class Loop:
         measures = self.trainer.step(batch)
         self._settle()
         self.step += 1
-        tokens = int(np.count_nonzero(batch.segments)) * hosts.num_processes()
-        self._pending = _Pending(self.step, self.batches.epoch, tokens, before, measures)
+        self._pending = _Pending(
+            self.step, self.batches.epoch, self.batches.num_tokens, before, measures
+        )
         self._line.step(self.step)
         if self.evaluation is not None and self._is_due(self.run.eval_steps):
             self._evaluate(self.evaluation())

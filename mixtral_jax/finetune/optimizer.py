@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
+from mixtral_jax.finetune.adam8bit import is_moment, scale_by_adam_8bit, scale_sharding
 from mixtral_jax.finetune.lora import Pair, is_pair
 from mixtral_jax.finetune.options import TrainOptions
 
@@ -16,7 +19,7 @@ def make_schedule(options: TrainOptions, total_steps: int) -> optax.Schedule:
 
     The first update of a warm-up has a rate of 0 there too.
     """
-    warmup = options.warmup_steps or round(options.warmup_ratio * total_steps)
+    warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
     warmup = min(warmup, total_steps)
     rest, rate = max(total_steps - warmup, 1), options.learning_rate
     kind = options.lr_scheduler_type
@@ -35,7 +38,12 @@ def make_schedule(options: TrainOptions, total_steps: int) -> optax.Schedule:
 def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
     """Clips, then updates; weight decay spares norms, as in transformers."""
     schedule = make_schedule(options, total_steps)
-    make = {"adamw": _adamw, "adafactor": _adafactor, "muon": _muon}[options.optim]
+    make = {
+        "adamw": _adamw,
+        "adamw_8bit": _adamw_8bit,
+        "adafactor": _adafactor,
+        "muon": _muon,
+    }[options.optim]
     parts = [make(options, schedule)]
     if options.max_grad_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(options.max_grad_norm))
@@ -57,19 +65,33 @@ def _adamw(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTra
     )
 
 
-def _adafactor(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adafactor(
-        schedule,
-        multiply_by_parameter_scale=False,
-        clipping_threshold=1.0,
-        weight_decay_rate=options.weight_decay or None,
-        weight_decay_mask=_decays,
+def _adamw_8bit(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(
+        scale_by_adam_8bit(options.adam_beta1, options.adam_beta2, options.adam_epsilon),
+        optax.add_decayed_weights(options.weight_decay, mask=_decays),
+        optax.scale_by_learning_rate(schedule),
     )
+
+
+def _decayed(
+    update: optax.GradientTransformation, options: TrainOptions, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """An optimizer without weight decay, and that of AdamW beside it."""
+    decay = options.weight_decay
+    if not decay:
+        return update
+    after = optax.add_decayed_weights(lambda step: -decay * schedule(step), mask=_decays)
+    return optax.chain(update, after)
+
+
+def _adafactor(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
+    found = optax.adafactor(schedule, multiply_by_parameter_scale=False, clipping_threshold=1.0)
+    return _decayed(found, options, schedule)
 
 
 def _muon(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon (Jordan 2024; scaled as in arXiv 2502.16982) for whole matrices of attention and
-    experts, AdamW for everything else, one schedule for both."""
+    experts, AdamW for everything else, one schedule for both, Nesterov's momentum in both."""
 
     def dims(trained: Any) -> Any:
         def of(path: str, leaf: Any) -> Any:
@@ -82,12 +104,40 @@ def _muon(options: TrainOptions, schedule: optax.Schedule) -> optax.GradientTran
 
         return {path: of(path, leaf) for path, leaf in trained.items()}
 
-    return optax.contrib.muon(
+    found = optax.contrib.muon(
         schedule,
-        weight_decay=options.weight_decay,
-        weight_decay_mask=_decays,
+        eps=options.adam_epsilon,
         adam_b1=options.adam_beta1,
         adam_b2=options.adam_beta2,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=dims,
     )
+    return _decayed(found, options, schedule)
+
+
+def state_shardings(state: Any, trained: Mapping[str, Any], otherwise: Any) -> Any:
+    """Shardings of an optimizer's state: moments lie with their weights.
+
+    Args:
+        state: arrays or their shapes.
+        trained: what trains: ShapeDtypeStructs with shardings, by path.
+        otherwise: of counts, and of what has another shape than its weight.
+    """
+
+    def of(keys: tuple[Any, ...], leaf: Any) -> Any:
+        own = _weight_of(keys, trained)
+        if is_moment(leaf):
+            return type(leaf)(own.sharding, scale_sharding(own.sharding, leaf.codes.shape))
+        return own.sharding if own is not None and own.shape == leaf.shape else otherwise
+
+    return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_moment)
+
+
+def _weight_of(keys: tuple[Any, ...], trained: Mapping[str, Any]) -> Any:
+    """What a part of a state belongs to, by the way to it; None if it is no weight's."""
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in keys]
+    for i, name in enumerate(names):
+        if name in trained:
+            found = trained[name]
+            return getattr(found, names[i + 1]) if is_pair(found) else found
+    return None

@@ -19,7 +19,7 @@ from mixtral_jax.sharding.cluster import ProcessOptions
 
 Method = Literal["sft", "dpo"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Optimizer = Literal["adamw", "adafactor", "muon"]
+Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
 ReportTo = Literal["tensorboard", "jsonl", "none"]
 
 # Steps are told to other processes as float32, which is exact up to here.
@@ -73,7 +73,8 @@ class TrainOptions:
     warmup_steps: int = 0
     """Or so many steps."""
     optim: Optimizer = "adamw"
-    """muon updates whole matrices of attention and experts, with adamw for the rest."""
+    """adamw_8bit keeps its moments in 8 bits (arXiv 2110.02861). muon updates whole matrices of
+    attention and experts, with adamw for the rest."""
     weight_decay: float = 0.0
     """Of matrices, not of norms."""
     adam_beta1: float = 0.9

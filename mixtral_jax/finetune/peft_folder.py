@@ -38,15 +38,21 @@ class _Joined(NamedTuple):
 
 
 def write_adapter(
-    folder: Path, lm: LanguageModel, options: TrainOptions, trained: Mapping[str, Any]
+    folder: Path,
+    lm: LanguageModel,
+    options: TrainOptions,
+    trained: Mapping[str, Any],
+    *,
+    base: str | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; process 0 does, all must call it.
 
     Args:
         folder: is made; files of those names in it are replaced, each at once.
-        lm: the base, whose folder goes into the files.
+        lm: the base, whose digest goes into the files.
         options: rank, alpha and what they are for.
         trained: Pairs by leaf path.
+        base: a name of the base on the Hub; its folder, if not given.
 
     Raises:
         MixtralError: exit code 78 where something trains whole, which PEFT has no factors for.
@@ -61,7 +67,9 @@ def write_adapter(
     pairs = {path: Pair(*hosts.fetch(tuple(pair))) for path, pair in trained.items()}
     if not hosts.is_first():
         return
-    config, tensors = _config(pairs, lm, options), _tensors(pairs)
+    if base is None and lm.folder is not None:
+        base = str(lm.folder)
+    config, tensors = _config(pairs, base, options), _tensors(pairs)
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", **identity_of(lm.folder)}
     _replace(folder / TENSORS_NAME, lambda path: save_file(tensors, path, metadata=metadata))
@@ -75,7 +83,7 @@ def _replace(path: Path, write: Any) -> None:
     partial.replace(path)
 
 
-def _config(pairs: Mapping[str, Pair], lm: LanguageModel, options: TrainOptions) -> dict[str, Any]:
+def _config(pairs: Mapping[str, Pair], base: str | None, options: TrainOptions) -> dict[str, Any]:
     rank, alpha = options.lora_r, options.lora_alpha
     modules = [name for name in _ATTENTION if any(p.endswith(name) for p in pairs)]
     has = {
@@ -96,7 +104,7 @@ def _config(pairs: Mapping[str, Pair], lm: LanguageModel, options: TrainOptions)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(lm.folder) if lm.folder is not None else None,
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": options.lora_dropout,

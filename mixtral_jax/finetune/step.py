@@ -28,7 +28,7 @@ from mixtral_jax.sharding.place import gather_weights
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.weights import Weight
 
-REFERENCE = "reference."  # before the path of a frozen copy of a leaf that DPO trains whole
+REFERENCE = "reference."  # before the path of a frozen copy of what DPO began with
 
 
 class TrainState(NamedTuple):
@@ -182,7 +182,7 @@ def _sums(
     nothing = jnp.float32(0)
     loss, margin, reward_right = -logprobs.sum(), nothing, nothing
     if objective.is_dpo:
-        # The model that training began with: without factors, or its own frozen copy.
+        # The model that training began with: without factors, or with a frozen copy of the first.
         base = {path.removeprefix(REFERENCE): w for path, w in copies.items()}
         before, _ = _read(assembled(base, None), rows, objective)
         found = dpo(

@@ -17,6 +17,7 @@ from mixtral_jax.weights import QTensor
 from tests.convert import checkpoints
 from tests.convert.test_adapter import pairs, write
 from tests.models import random_model
+from tests.sharding import processes
 
 
 def test_saved_on_one_mesh_loads_on_the_others_bit_exact(tmp_path, config, tensors, original):
@@ -29,6 +30,34 @@ def test_saved_on_one_mesh_loads_on_the_others_bit_exact(tmp_path, config, tenso
         again = tmp_path / f"again-{mesh}"
         assert lm.save(again) == saved, mesh
         assert read_manifest(again).leaves == want
+
+
+SAVING = """
+import sys
+import mixtral_jax as mj
+from mixtral_jax import cli
+from mixtral_jax.sharding import hosts
+from mixtral_jax.sharding.cluster import ProcessOptions
+src, dst = sys.argv[1:3]
+
+def main(options):
+    hosts.join(options)
+    print(mj.load(src, mesh="1x8").save(dst))
+    hosts.barrier("saved")
+    return 0
+
+sys.exit(cli.run(main, ProcessOptions, "test", sys.argv[3:]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_what_neither_holds_whole(tmp_path, original):
+    ended = processes.run(["-c", SAVING, str(original), str(tmp_path / "saved")])
+    wanted = convert(original, tmp_path / "converted").digest
+    assert [one.stdout.strip() for one in ended] == [wanted] * 2
+    assert mj.load(tmp_path / "saved", verify=True).config == mj.load(original).config
+    assert read_manifest(tmp_path / "saved").digest == wanted
+    assert not list(tmp_path.glob("saved.*"))
 
 
 def test_one_changed_weight_changes_the_digest(tmp_path, small_config):

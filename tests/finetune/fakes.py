@@ -54,7 +54,7 @@ class FakeBatches:
     """Random numbers by count; ``watch`` is called with how many were taken before each."""
 
     def __init__(self, data: str = "these", watch: Callable[[int], None] = lambda taken: None):
-        self.taken, self.data, self.watch = 0, data, watch
+        self.taken, self.data, self.watch, self.num_tokens = 0, data, watch, 0
 
     @property
     def epoch(self) -> float:
@@ -63,6 +63,7 @@ class FakeBatches:
     def __next__(self) -> Batch:
         self.watch(self.taken)
         batch = make_batch(self.taken)
+        self.num_tokens = int(np.count_nonzero(batch.segments))
         self.taken += 1
         return batch
 

@@ -159,12 +159,30 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dama
     assert problem(tmp_path / "out" / f"checkpoint-{STEPS}") is None
 
 
-def test_with_none_sound_it_begins_anew(tmp_path):
+def test_with_none_sound_nothing_begins_anew_by_itself(tmp_path):
+    for step in (3, 4):
+        save(tmp_path, step=step)
+        _flip(tmp_path / f"checkpoint-{step}")
+    for _ in range(2):  # the second time, too
+        with pytest.raises(MixtralError, match=r"checkpoint-4: .*; checkpoint-3: .*digest") as e:
+            newest(tmp_path)
+        assert e.value.code == BAD_DATA
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["checkpoint-3", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES, errno.EMFILE, errno.EIO])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(tmp_path, monkeypatch, number):
     save(tmp_path)
-    _flip(tmp_path / "checkpoint-3")
-    notes: list[str] = []
-    assert newest(tmp_path, notes) is None
-    assert "does not have its digest" in notes[0]
+
+    def digests(folder):
+        raise OSError(number, "not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_record, "digests", digests)
+        with pytest.raises(MixtralError, match="checkpoint-3 cannot be read") as caught:
+            newest(tmp_path)
+    assert caught.value.code == IO_ERROR
+    assert newest(tmp_path) is not None
 
 
 def test_what_a_killed_process_left_is_removed_and_other_folders_stay(tmp_path):
@@ -240,7 +258,11 @@ def test_a_full_disk_in_earnest(tmp_path, monkeypatch):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_record_of_another_version_is_not_read(tmp_path, monkeypatch):
+def test_a_checkpoint_of_another_version_stays_where_it_is(tmp_path, monkeypatch):
     save(tmp_path)
     monkeypatch.setattr(checkpoint_record, "VERSION", 2)
-    assert "version" in (problem(tmp_path / "checkpoint-3") or "")
+    for look in (newest, lambda folder: Checkpoints(folder).glance()):
+        with pytest.raises(MixtralError, match="version: expected 2, got 1") as caught:
+            look(tmp_path)
+        assert caught.value.code == BAD_DATA
+    assert (tmp_path / "checkpoint-3").is_dir()

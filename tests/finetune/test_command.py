@@ -88,6 +88,17 @@ def test_a_signal_and_the_same_command_again_make_the_same_adapter(
     assert log_of(tmp_path / "out") == log_of(whole)
 
 
+def test_it_goes_on_from_an_adapter(tmp_path, folder, whole):
+    """At a learning rate of nearly nothing the result is the adapter that it began with."""
+    more = ["--adapter", str(whole), "--max-steps", "1", "--learning-rate", "1e-30"]
+    assert command(*words(folder, tmp_path / "out", *more)) == OK
+    before, after = (load_file(out / ADAPTER) for out in (whole, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_allclose(after[name], value, atol=1e-20)
+    assert command(*words(folder, tmp_path / "b", *more, "--lora-r", "8")) == BAD_DATA
+
+
 def test_a_finished_command_writes_its_result_again(folder, whole, capsys):
     before = tensors(whole)
     (whole / ADAPTER).unlink()

@@ -162,3 +162,25 @@ def test_the_rows_of_a_step_and_the_weights_bind(tmp_path):
     (tmp_path / "config.json").write_text("{ }")
     with pytest.raises(MixtralError, match=r"MODEL: the file config\.json"):
         check(before, facts(folder=tmp_path))
+
+
+def test_another_adapter_to_begin_with_is_refused_and_idle_files_may_change(tmp_path):
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder in (model, adapter):
+        folder.mkdir()
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+    given = {
+        "folder": model,
+        "load": LoadOptions(adapter=str(adapter)),
+        "train": TrainOptions(use_peft=True),
+    }
+    before = facts(**given)
+    (model / "generation_config.json").write_text("{}")
+    check(before, facts(**given))
+    weights.write_bytes(b"two")
+    with pytest.raises(MixtralError, match="--adapter: the file adapter_model") as caught:
+        check(before, facts(**given))
+    assert caught.value.code == BAD_DATA
+    with pytest.raises(MixtralError, match="--adapter: the file"):
+        check(before, facts(folder=model, train=TrainOptions(use_peft=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from mixtral_jax.finetune.lora import Pair
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.trainer import Trainer
 from mixtral_jax.language_model import LanguageModel
+from mixtral_jax.model.transformer import num_parameters
 from mixtral_jax.quantize.makers import Recipe, quantize
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
@@ -105,6 +107,29 @@ def test_only_what_trains_has_a_gradient_and_moments(config):
     routers = {path for path in full.frozen if "router" in path}
     assert full.frozen.keys() == routers
     assert len(routers) == 1
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("mesh", ["1x1", "1x8"])
+def test_loaded_weights_make_room_for_those_that_train(small_config, mesh, method):
+    """In bf16: what lives is a copy in f32 and two moments of each; of dpo the loaded, too."""
+    config = small_config(num_hidden_layers=1, dtype="bfloat16")
+    gc.collect()
+    before = {id(array) for array in jax.live_arrays()}
+    lm = on_mesh(config, mesh)
+    options = dataclasses.replace(FULL, method=method, per_device_train_batch_size=2)
+    trainer = Trainer(lm, options, total_steps=5)
+    gc.collect()
+    size = trainer.num_trained
+    assert size == num_parameters(config)
+    alive = [array for array in jax.live_arrays() if id(array) not in before]
+    found = sum(shard.data.nbytes for x in alive for shard in x.addressable_shards[:1])
+    wanted = [*jax.tree.leaves(trainer.state), *jax.tree.leaves(trainer.frozen), trainer._key]
+    assert found == sum(x.addressable_shards[0].data.nbytes for x in wanted)
+    if mesh == "1x1":
+        assert 0 <= found - size * (14 if method == "dpo" else 12) < 64  # counts, and a key
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(lm.model))
+    assert np.isfinite(flat(trainer.state.trained)).all()  # and no loaded array is among them
 
 
 def test_packed_and_padded_rows_give_the_same_update(config):

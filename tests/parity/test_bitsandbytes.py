@@ -33,6 +33,8 @@ def matrices(shape: tuple[int, int]) -> dict[str, np.ndarray]:
 
 def test_the_dynamic_map_is_the_same(bnb):
     np.testing.assert_array_equal(dynamic_map(), bnb.create_dynamic_map().numpy())
+    unsigned = bnb.create_dynamic_map(signed=False).numpy()
+    np.testing.assert_array_equal(dynamic_map(is_signed=False), unsigned)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])

@@ -1,4 +1,4 @@
-"""Rows to batches: the order, this process's part of it, and a state to go on from.
+"""Rows to batches: the order, the part of it that a process brings, and a state to go on from.
 
 Batches are made of one endless sequence of rows: epoch after epoch, each shuffled anew. The row at
 place ``k`` of the sequence follows from the data, the seed and ``k`` alone, so the state is a
@@ -50,21 +50,22 @@ class Batches:
 
     Args:
         examples: the data.
-        rows: B of this process. Two rows make a pair.
+        rows: B of this part. Two rows make a pair.
         accumulation: A, the batches whose gradients one step adds up.
         length: T; no sequence is longer.
         packing: fills rows with several examples; pairs are never packed.
         seed: in [0, 2^32), of the order.
         shuffle: gives each epoch an order of its own; else all have the same.
-        process_id: which part of every batch is given. The parts of all processes, one behind the
-            other, are the batch that a single process with all rows would get (of pairs: the same
-            pairs, each process having its chosen ones first).
-        num_processes: that share a batch.
+        part_id: which part of every batch is given. All parts, one behind the other, are the batch
+            that a single process with all rows would get (of pairs: the same pairs, each part
+            having its chosen ones first).
+        num_parts: of a batch.
 
     Attributes:
         num_rows: rows (of pairs: pairs) of an epoch.
-        rows_per_step: of them that a step of all processes takes.
+        rows_per_step: of them that a step takes, all parts of it.
         steps_per_epoch: steps until every row was seen; the last may go on into the next epoch.
+        num_tokens: of the last batch, all parts of it, without padding.
 
     Raises:
         MixtralError: exit code 64 if the rows do not make pairs, or a sequence is longer than T.
@@ -80,12 +81,12 @@ class Batches:
         packing: bool,
         seed: int,
         shuffle: bool = True,
-        process_id: int = 0,
-        num_processes: int = 1,
+        part_id: int = 0,
+        num_parts: int = 1,
     ):
         _check_fits(examples, rows, length)
         self._examples, self._shape = examples, (accumulation, rows, length)
-        self._process_id, self._num_processes = process_id, num_processes
+        self._part_id, self._num_parts = part_id, num_parts
         self._seed, self._shuffle = seed, shuffle
         self._packing = alone(len(examples))
         self._is_packed = packing and not examples.is_pairs
@@ -93,10 +94,12 @@ class Batches:
             self._packing = best_fit(examples.lengths, length)
         self.num_rows = self._packing.num_rows
         self._units = rows // 2 if examples.is_pairs else rows  # of B: pairs, or rows
-        self.rows_per_step = accumulation * num_processes * self._units
+        self.rows_per_step = accumulation * num_parts * self._units
         self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
         self._order = _Order(self.num_rows, seed if shuffle else None)
-        self._rows_taken = 0
+        self._rows_taken = self.num_tokens = 0
+        num_sequences = 2 if examples.is_pairs else 1
+        self._lengths = examples.lengths.reshape(-1, num_sequences).sum(axis=1)  # of examples
 
     @property
     def epoch(self) -> float:
@@ -114,6 +117,9 @@ class Batches:
 
     def __next__(self) -> Batch:
         places = self._places(self._rows_taken)
+        everywhere = range(self._rows_taken, self._rows_taken + self.rows_per_step)
+        rows = (self._packing.row(self._order[place]) for place in everywhere)
+        self.num_tokens = sum(int(self._lengths[row].sum()) for row in rows)
         self._rows_taken += self.rows_per_step
         return self._batch([self._order[place] for place in places])
 
@@ -131,7 +137,7 @@ class Batches:
         return {"rows_taken": self._rows_taken, **self._made_of()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the ``Batches`` of this state were. The number of processes may differ.
+        """Goes on where the ``Batches`` of this state were. The number of parts may differ.
 
         Raises:
             MixtralError: exit code 65 if the state is of other data or another order.
@@ -172,8 +178,8 @@ class Batches:
     def _places(self, begin: int) -> list[int]:
         """This process's places in the sequence of rows, for the step that begins at ``begin``."""
         units = self._units
-        begins = range(begin, begin + self.rows_per_step, self._num_processes * units)
-        own = self._process_id * units
+        begins = range(begin, begin + self.rows_per_step, self._num_parts * units)
+        own = self._part_id * units
         return [start + own + unit for start in begins for unit in range(units)]
 
     def _batch(self, row_ids: Sequence[int | None]) -> Batch:

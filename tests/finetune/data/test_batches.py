@@ -142,18 +142,20 @@ GOLDEN_ORDER = [6, 1, 5, 2, 7, 4, 3, 0, 7, 3, 5, 6, 4, 0, 2, 1]
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_all_processes_make_the_batches_of_one(packing: bool, num_processes: int):
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_all_processes_make_the_batches_of_one(packing: bool, num_parts: int):
     encoded = some(37)
     options: dict[str, Any] = {"accumulation": 3, "packing": packing}
     alone = batches(encoded, rows=4, **options)
-    options |= {"num_processes": num_processes, "rows": 4 // num_processes}
-    parts = [batches(encoded, process_id=i, **options) for i in range(num_processes)]
+    options |= {"num_parts": num_parts, "rows": 4 // num_parts}
+    parts = [batches(encoded, part_id=i, **options) for i in range(num_parts)]
     assert {part.steps_per_epoch for part in parts} == {alone.steps_per_epoch}
     for _ in range(10):
         shares = [next(part) for part in parts]
         joined = Batch(*(np.concatenate(arrays, axis=1) for arrays in zip(*shares, strict=True)))
         assert equal([joined], [next(alone)])
+        counts = {source.num_tokens for source in (alone, *parts)}
+        assert counts == {np.count_nonzero(joined.segments)}
     once = [list(part.once()) for part in parts]
     joined = [
         Batch(*(np.concatenate(arrays, axis=1) for arrays in zip(*shares, strict=True)))
@@ -185,7 +187,7 @@ def test_pairs_lie_in_halves_of_a_batch():
 def test_processes_share_out_pairs():
     encoded = some_pairs(9)
     alone = batches(encoded, rows=4)
-    parts = [batches(encoded, rows=2, process_id=i, num_processes=2) for i in range(2)]
+    parts = [batches(encoded, rows=2, part_id=i, num_parts=2) for i in range(2)]
     for _ in range(9):
         whole, shares = next(alone), [next(part) for part in parts]
         for i, share in enumerate(shares):
@@ -234,7 +236,7 @@ def test_a_state_may_go_on_with_other_processes():
     encoded = some(30)
     alone = batches(encoded, rows=4)
     take(alone, 3)
-    part = batches(encoded, rows=2, process_id=1, num_processes=2)
+    part = batches(encoded, rows=2, part_id=1, num_parts=2)
     part.restore(alone.state())
     assert np.array_equal(next(part).tokens, next(alone).tokens[:, 2:])
 
