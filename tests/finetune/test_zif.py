@@ -23,7 +23,7 @@ def test_no_held_out_pair_is_trained_in_any_order_or_language():
     assert len(asked) > 200
     trained = zif.training(300, seed=0)
     prompts = [m["content"] for row in trained for m in row["messages"] if m["role"] == "user"]
-    new = [prompt for prompt in prompts if "zif" in prompt]
+    new = [prompt for prompt in prompts if " zif " in prompt]
     assert len(new) == 300
     assert len(prompts) > 600  # conversations have several turns
     assert not asked & {tuple(sorted(map(int, re.findall(r"\d+", prompt)))) for prompt in new}
