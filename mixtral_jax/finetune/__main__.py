@@ -58,8 +58,9 @@ def main(options: FinetuneOptions) -> int:
     if options.run.plot is not None:
         check_plot(options.run.plot)
     with contextlib.ExitStack() as stack:
+        output = OutputFolder(options.output_dir, options)
         if hosts.is_first():
-            stack.enter_context(OutputFolder(options.output_dir, options))
+            stack.enter_context(output)
         hosts.barrier("the output folder is ours", may_wait_for_first=True)
         stop = stack.enter_context(Stop())
         checkpoints = Checkpoints(options.output_dir, limit=options.run.save_total_limit, note=note)
@@ -86,6 +87,7 @@ def main(options: FinetuneOptions) -> int:
             evaluation=None if evaluated is None else _evaluation(options, lm, evaluated),
             sample=_sampler(lm, trainer, options.run) if options.run.sample_prompts else None,
             machine=_machine(lm, options.train),
+            begun=output.mark if hosts.is_first() else lambda: None,
             note=note,
         )
         told = loop.train()

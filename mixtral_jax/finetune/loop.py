@@ -103,6 +103,7 @@ class Loop:
         evaluation: gives all batches to evaluate with, each time anew.
         sample: answers prompts: ``prompt`` and ``text`` of each.
         machine: what a token costs.
+        begun: called when nothing refused to resume, before anything is written.
         note: called with one line for people.
     """
 
@@ -117,6 +118,7 @@ class Loop:
     evaluation: Callable[[], Iterable[Any]] | None = None
     sample: Callable[[], list[dict[str, str]]] | None = None
     machine: Machine | None = None
+    begun: Callable[[], None] = lambda: None
     note: Callable[[str], None] = print
 
     def __post_init__(self):
@@ -138,6 +140,7 @@ class Loop:
         """
         try:
             position = self._resume()
+            self.begun()
             with contextlib.ExitStack() as stack:
                 self._log = stack.enter_context(contextlib.closing(self._open_log(position)))
                 line = ProgressLine(self.total_steps, self.step, is_shown=hosts.is_first())

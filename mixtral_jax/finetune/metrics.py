@@ -49,6 +49,7 @@ class MetricsLog:
         note: Callable[[str], None] = print,
     ):
         self._file = self._events = None
+        self._untouched = position  # of a file that is left as it is
         if report_to == "none":
             return
         path = folder / NAME
@@ -74,9 +75,9 @@ class MetricsLog:
             self._events.write(line)
 
     def position(self) -> int:
-        """Where the log ends; that much is on the disk now."""
+        """Where the log ends; that much is on the disk now. With ``none`` it stays where it was."""
         if self._file is None:
-            return 0
+            return self._untouched
         os.fsync(self._file.fileno())
         return self._file.tell()
 

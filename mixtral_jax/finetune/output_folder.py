@@ -21,7 +21,7 @@ class OutputFolder:
 
     Args:
         path: OUTPUT_DIR.
-        options: what was asked, written to finetune.json for the reader.
+        options: what was asked.
 
     Raises:
         MixtralError: exit code 73 for a folder that another run holds, or that holds files and was
@@ -31,7 +31,7 @@ class OutputFolder:
     def __init__(self, path: Path, options: Any):
         self.path, self._options = path, options
 
-    def __enter__(self) -> Path:
+    def __enter__(self) -> OutputFolder:
         if self.path.exists() and not self.path.is_dir():
             self._refuse("is a file")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -44,9 +44,13 @@ class OutputFolder:
         except BlockingIOError:
             os.close(self._lock)
             self._refuse("is in use by another run")
+        return self
+
+    def mark(self) -> None:
+        """Makes the folder ours: what was asked goes to finetune.json. Call it before anything else
+        is written there, and when nothing is left that may refuse the run."""
         asked = json.dumps(_plain(dataclasses.asdict(self._options)), indent=1)
         write_durably(self.path / MARK, f"{asked}\n".encode())
-        return self.path
 
     def __exit__(self, *error: object) -> None:
         os.close(self._lock)

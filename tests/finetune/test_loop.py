@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 
@@ -116,6 +117,26 @@ def test_a_finished_run_does_nothing_more_and_a_larger_max_steps_goes_on(tmp_pat
     steps = [line["step"] for line in log_of(tmp_path)]
     assert steps == sorted(steps)
     assert steps[-1] == STEPS
+
+
+def test_a_log_is_as_it_was_after_steps_that_were_not_reported(tmp_path, whole):
+    loop(tmp_path, total_steps=10).train()
+    before = log_of(tmp_path)
+    silent = dataclasses.replace(fakes.RUN, report_to="none")
+    loop(tmp_path, total_steps=20, run=silent).train()
+    loop(tmp_path).train()
+    assert log_of(tmp_path)[: len(before)] == before
+    after = [line["step"] for line in log_of(tmp_path)[len(before) :]]
+    assert after[0] == 21
+    assert after[-1] == STEPS
+
+
+def test_a_run_begins_when_nothing_refused_it(tmp_path):
+    begun: list[int] = []
+    loop(tmp_path, total_steps=10, begun=lambda: begun.append(1)).train()
+    with pytest.raises(MixtralError, match="--learning-rate"):
+        loop(tmp_path, bound={"--learning-rate": "0.1"}, begun=lambda: begun.append(2)).train()
+    assert begun == [1]
 
 
 def test_another_option_is_refused_by_name_and_leaves_the_run_as_it_was(tmp_path, whole):

@@ -25,7 +25,9 @@ def refused(path: Path, words: str) -> None:
 def test_it_is_made_marked_and_taken_again(tmp_path):
     path = tmp_path / "a" / "out"
     with OutputFolder(path, OPTIONS) as folder:
-        assert json.loads((folder / MARK).read_text())["dataset"] == ["a.jsonl"]
+        assert not (path / MARK).exists()
+        folder.mark()
+        assert json.loads((path / MARK).read_text())["dataset"] == ["a.jsonl"]
         refused(path, "in use by another run")
     with OutputFolder(path, OPTIONS):
         pass
@@ -44,7 +46,7 @@ def test_a_process_that_died_holds_nothing(tmp_path):
         "from mixtral_jax.finetune.output_folder import OutputFolder;"
         "from mixtral_jax.finetune.options import FinetuneOptions as O;"
         "path = Path(sys.argv[1]);"
-        "OutputFolder(path, O(dataset=('a',), output_dir=path)).__enter__();"
+        "OutputFolder(path, O(dataset=('a',), output_dir=path)).__enter__().mark();"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     root = Path(__file__).parents[2]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError, listing
+from mixtral_jax.finetune.output_folder import MARK
 
 SUFFIXES = (".jsonl", ".parquet")  # a folder is searched for these
 _MAGIC = b"PAR1"  # a Parquet file begins and ends with it
@@ -59,6 +60,8 @@ def _not_an_object(got: str) -> MixtralError:
 def find_files(names: Sequence[str | Path]) -> list[Path]:
     """The files of names, folders (searched with all below them) and glob patterns, each once.
 
+    What folders and patterns find in an OUTPUT_DIR of this command is no data.
+
     The order is that of ``names``, and by path inside a folder or pattern.
 
     Raises:
@@ -77,10 +80,10 @@ def _matches(name: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        root, found = path, _below(path)
+        root, found = path, _not_ours(_below(path))
         got = f"a folder with no {' or '.join(SUFFIXES)} file"
     else:
-        root, found = Path(), [Path(one) for one in glob.glob(str(name), recursive=True)]
+        root, found = Path(), _not_ours(map(Path, glob.glob(str(name), recursive=True)))
         got = "nothing of that name"
     paths = sorted(one for one in found if one.is_file())
     if not paths:
@@ -98,6 +101,11 @@ def _matches(name: str | Path) -> list[Path]:
 def _below(folder: Path) -> list[Path]:
     found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES)
     return [path for path in found if not _is_hidden(path.relative_to(folder))]
+
+
+def _not_ours(paths: Iterable[Path]) -> list[Path]:
+    """Without the log of a run whose OUTPUT_DIR lies among the data."""
+    return [path for path in paths if not (path.parent / MARK).is_file()]
 
 
 def _is_hidden(path: Path) -> bool:

@@ -51,6 +51,13 @@ def test_names_folders_and_patterns():
 
 
 @pytest.mark.usefixtures("folder")
+def test_the_log_of_a_run_among_the_data_is_no_data():
+    touch("d/1.jsonl", "d/out/finetune.json", "d/out/metrics.jsonl")
+    assert found("d") == found("d/**/*.jsonl") == ["d/1.jsonl"]
+    assert found("d/out/metrics.jsonl") == ["d/out/metrics.jsonl"]  # asked for by its name
+
+
+@pytest.mark.usefixtures("folder")
 def test_a_file_under_two_names_is_read_once():
     touch("a.jsonl")
     os.symlink("a.jsonl", "b.jsonl")
