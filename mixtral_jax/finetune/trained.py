@@ -32,11 +32,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(config: ModelConfig, options: TrainOptions) -> Targets:
-    """What the options train.
-
-    Raises:
-        MixtralError: exit code 64 for a target that nothing in the model has.
-    """
+    """What the options train."""
     if options.use_peft:
         return Targets((), target_paths(config, options.lora_target_modules))
     paths = leaf_specs(config)
@@ -109,7 +105,7 @@ def objective_of(
         placement=placement,
         is_dpo=options.method == "dpo",
         scale=scale_of(options.lora_r, options.lora_alpha, is_stabilized=options.use_rslora),
-        dropout=options.lora_dropout if options.use_peft else 0.0,
+        dropout=options.dropout,
         dtype=dtype,
         remat=options.gradient_checkpointing,
         aux_coef=aux_coef,

@@ -17,11 +17,11 @@ from mixtral_jax.convert.save import save_model
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.finetune import step as steps
 from mixtral_jax.finetune.data.batches import Batch
-from mixtral_jax.finetune.lora import Pair, first_pair, refuse_dropout, with_trained
+from mixtral_jax.finetune.lora import Pair, first_pair, with_trained
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.peft_folder import write_adapter
-from mixtral_jax.finetune.rows import num_rows, row_sharding
+from mixtral_jax.finetune.rows import row_sharding
 from mixtral_jax.finetune.step import REFERENCE, Measures, Rows, TrainState
 from mixtral_jax.finetune.trained import (
     abstract_state,
@@ -54,7 +54,7 @@ class Trainer:
             one).
 
     Raises:
-        MixtralError: exit codes 64 and 78 for options that do not fit the model or the mesh.
+        MixtralError: exit code 78 for options that do not fit the model or the mesh.
     """
 
     def __init__(
@@ -71,10 +71,8 @@ class Trainer:
         self.lm, self.options = lm, options
         self._placement = dataclasses.replace(lm.placement, strategy=strategy, min_rows=1)
         self._specs = leaf_specs(lm.config)
-        self._check_rows()
         leaves = leaves_of(lm.model)
         whole, paired = targets_of(lm.config, options)
-        refuse_dropout(paired, options.lora_dropout)
         for path, leaf in leaves.items():
             _refuse_adapted(path, leaf)
         for path in whole:
@@ -154,16 +152,6 @@ class Trainer:
     def save_model(self, folder: Path, note: Callable[[str], None] = lambda line: None) -> None:
         """Writes all weights as a folder of ours (full training), as ``LanguageModel.save``."""
         save_model(self.model(), folder, companions=self.lm.folder, note=note)
-
-    def _check_rows(self) -> None:
-        rows = num_rows(self.lm.spec, self.options.per_device_train_batch_size)
-        if self.options.method == "dpo" and rows % 2:
-            raise MixtralError(
-                "--per-device-train-batch-size",
-                expected="an even number of rows over all devices, for pairs",
-                got=rows,
-                code=BAD_CONFIG,
-            )
 
     def _aux_coef(self) -> float:
         """As asked, or as the checkpoint's config has it (0.02 in the published ones)."""
