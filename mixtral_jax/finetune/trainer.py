@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,16 +25,14 @@ from mixtral_jax.finetune.step import REFERENCE, Measures, Rows, TrainState
 from mixtral_jax.finetune.trained import (
     abstract_state,
     objective_of,
+    published_coef,
     shardings_of,
     targets_of,
 )
-from mixtral_jax.json_file import read_json
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.model.transformer import Mixtral, leaf_specs, leaves_of
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, Weight, stack_of
-
-_AUX_COEF = 0.001  # of MixtralConfig in transformers
 
 
 class Trainer:
@@ -132,15 +129,6 @@ class Trainer:
             dtype=self.objective.dtype,
         )
 
-    def frozen_digest(self) -> str:
-        """Of all frozen weights of this process, to prove that training left them alone."""
-        digest = hashlib.sha256()
-        for path in sorted(self.frozen):
-            for leaf in jax.tree.leaves(self.frozen[path]):
-                for shard in leaf.addressable_shards:
-                    digest.update(np.ascontiguousarray(shard.data).tobytes())
-        return digest.hexdigest()
-
     def save_adapter(self, folder: Path, base: str | None = None) -> None:
         """Writes the factors as a PEFT folder; ``base`` is what its readers may load the base by.
 
@@ -154,13 +142,9 @@ class Trainer:
         save_model(self.model(), folder, companions=self.lm.folder, note=note)
 
     def _aux_coef(self) -> float:
-        """As asked, or as the checkpoint's config has it (0.02 in the published ones)."""
+        """As asked, or as the checkpoint's config has it."""
         asked = self.options.router_aux_loss_coef
-        if asked is not None:
-            return asked
-        file = None if self.lm.folder is None else self.lm.folder / "config.json"
-        fields = {} if file is None or not file.exists() else read_json(file)
-        return float(fields.get("router_aux_loss_coef", _AUX_COEF))
+        return asked if asked is not None else published_coef(self.lm.config, self.lm.folder)
 
     def _first_state(
         self, whole: dict[str, Weight], paired: tuple[str, ...], start: Mapping[str, Pair] | None
