@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -165,7 +164,9 @@ def run_alone(side: Side, config: ModelConfig, options: Options) -> int:
     del leaves
     for _ in range(2):
         call()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: a process that is started inherits that of the one which starts it.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmHWM:")) * 1024
     print(json.dumps({"peak_rss_bytes": peak}))
     return 0
 

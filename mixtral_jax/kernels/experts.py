@@ -139,11 +139,10 @@ def visit_experts(
     branch = (is_chosen.sum(axis=0)[:, None] > jnp.asarray((0, *sizes[:-1]))).sum(axis=1)
     # Rows that chose an expert first. Sorted once, not in every branch: sorts compile slowly.
     orders = jnp.argsort(~is_chosen, axis=0, stable=True) if len(sizes) > 1 else is_chosen
-    return _visited(sizes, product, out, x, shares, orders, branch, experts)
+    return _visit_differentiably(sizes, product, out, x, shares, orders, branch, experts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _visited(
+def _visit_all(
     sizes: tuple[int, ...],
     product: Product,
     out: jax.Array,
@@ -183,7 +182,7 @@ def _visited(
     return out
 
 
-def _visited_forward(sizes: tuple[int, ...], product: Product, *primals: Any) -> tuple[Any, Any]:
+def _forward(sizes: tuple[int, ...], product: Product, *primals: Any) -> tuple[Any, Any]:
     """Keeps what came in, and nothing that a branch made: experts' leaves as two trees, those that
     are trained and the others, each with None for the other's."""
 
@@ -193,10 +192,10 @@ def _visited_forward(sizes: tuple[int, ...], product: Product, *primals: Any) ->
     operands = leaves(lambda leaf: leaf.value, primals)
     trained = leaves(lambda leaf: leaf.value if leaf.perturbed else None, primals[-1])
     frozen = leaves(lambda leaf: None if leaf.perturbed else leaf.value, primals[-1])
-    return _visited(sizes, product, *operands), (*operands[1:-1], trained, frozen)
+    return _visit_all(sizes, product, *operands), (*operands[1:-1], trained, frozen)
 
 
-def _visited_backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> tuple:
+def _backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> tuple:
     """The branches that ran, run again for their gradients: left to JAX, each branch would keep
     what its gradient needs, and fill with zeros what the gradients of all others need."""
     x, shares, orders, branch, trained, frozen = kept
@@ -239,4 +238,7 @@ def _visited_backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: A
     return ct, dx, jnp.stack(dshares, axis=1), None, None, ExpertWeights(*gradients)
 
 
-_visited.defvjp(_visited_forward, _visited_backward, symbolic_zeros=True)
+_visited = jax.custom_vjp(_visit_all, nondiff_argnums=(0, 1))
+_visited.defvjp(_forward, _backward, symbolic_zeros=True)
+# Compiled as one even where shard_map runs eagerly, which knows no symbolic zeros.
+_visit_differentiably = jax.jit(_visited, static_argnums=(0, 1))
