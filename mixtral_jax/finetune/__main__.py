@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from mixtral_jax import cli
-from mixtral_jax.config import read_config
+from mixtral_jax.config import ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
@@ -32,7 +32,7 @@ from mixtral_jax.finetune.metrics import NAME, check_report_to, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
-from mixtral_jax.finetune.rows import num_rows, share_of
+from mixtral_jax.finetune.rows import check_pairs, num_rows, share_of
 from mixtral_jax.finetune.stop import Stop
 from mixtral_jax.finetune.trainer import Trainer
 from mixtral_jax.language_model import LanguageModel, load
@@ -42,6 +42,7 @@ from mixtral_jax.plan.devices import device_of_kind
 from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import Facts
+from mixtral_jax.sharding.mesh import MeshSpec, default_spec
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
@@ -67,7 +68,9 @@ def main(options: FinetuneOptions) -> int:
         source = resolve(options.model, note)
         folder = source.folder
         _check_early(checkpoints, binding_facts(options, folder=folder))
-        first = _first_factors(options, folder)
+        config = read_config(folder, sliding_window=options.load.sliding_window)
+        check_pairs(options, _spec(options, config))
+        first = _first_factors(options, folder, config)
         examples, evaluated = _read_data(options, folder)
         lm = load(options.model, note=note, **_fields(options))
         per_device = options.train.per_device_train_batch_size
@@ -112,12 +115,21 @@ def _check_early(checkpoints: Checkpoints, bound: Facts) -> None:
         check_bound(saved, bound, checkpoints.path(record.saved.step))
 
 
-def _first_factors(options: FinetuneOptions, folder: Path) -> dict[str, Pair] | None:
+def _spec(options: FinetuneOptions, config: ModelConfig) -> MeshSpec:
+    """The mesh that ``load`` will make."""
+    asked = options.load.mesh
+    if asked is None:
+        return default_spec(config, lambda line: None)
+    return MeshSpec.parse(asked).fit(config)
+
+
+def _first_factors(
+    options: FinetuneOptions, folder: Path, config: ModelConfig
+) -> dict[str, Pair] | None:
     """Those of ``--adapter``, if it is given."""
     if options.load.adapter is None:
         return None
     hosts.agree("adapter", lambda: load_facts(options.load, folder))
-    config = read_config(folder, sliding_window=options.load.sliding_window)
     adapter = Adapter(options.load.adapter, config, base=folder)
     for line in adapter.notes:
         note(line)
@@ -140,8 +152,12 @@ def _read_data(options: FinetuneOptions, folder: Path) -> tuple[Examples, Exampl
         return found
 
     examples = read(options.dataset)
-    hosts.agree("data", lambda: {"the training data": examples.digest})
-    return examples, read(options.eval_dataset) if options.eval_dataset else None
+    evaluated = read(options.eval_dataset) if options.eval_dataset else None
+    digests = {"the training data": examples.digest}
+    if evaluated is not None:
+        digests["the data of --eval-dataset"] = evaluated.digest
+    hosts.agree("data", lambda: digests)
+    return examples, evaluated
 
 
 def _batches(
@@ -151,6 +167,7 @@ def _batches(
     per_device = each or options.train.per_device_train_batch_size
     assert isinstance(lm.placement, MeshPlacement)
     share = share_of(lm.placement.mesh)
+    check_pairs(options, lm.spec, share.num_parts)
     return Batches(
         examples,
         rows=num_rows(lm.spec, per_device) // share.num_parts,

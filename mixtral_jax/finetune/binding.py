@@ -38,6 +38,7 @@ _OF_THE_MACHINE = {
     "fsdp",
     "per_device_train_batch_size",
 }
+_OF_DPO = {"--dpo-beta", "--label-smoothing", "--disable-dropout"}
 # Other spellings of --quantize.
 _SPELLINGS = {"load_in_4bit", "load_in_8bit"}
 _MOST_NAMED = 5
@@ -61,6 +62,8 @@ def binding_facts(
         options, load=options.load_options(), load_in_4bit=False, load_in_8bit=False
     )
     found = {f"--{n}": fact for n, fact in option_facts(asked).items() if n not in _FREE}
+    if options.train.method != "dpo":
+        found = {name: fact for name, fact in found.items() if name not in _OF_DPO}
     if rows is not None:
         found["--per-device-train-batch-size x devices"] = str(rows)
     if folder is not None:

@@ -51,10 +51,11 @@ def arguments(argv: Sequence[str]) -> list[str]:
     for name, value in _options(path, kinds).items():
         if name in given.names or value is None:
             continue
+        _check(name, value, kinds[name], path)
         if name == _POSITIONAL:
-            first = [str(value)]
+            first = [value]
         else:
-            last += _words(name, value, kinds[name], path)
+            last += _words(name, value)
     # A list on the command line ends where the first flag of the file begins.
     return [*first, *argv, *last]
 
@@ -143,9 +144,8 @@ def _flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _words(name: str, value: Any, kind: Any, path: Path) -> list[str]:
-    """An option as the command line spells it."""
-    flag = "--" + name.replace("_", "-")
+def _check(name: str, value: Any, kind: Any, path: Path) -> None:
+    """Refuses what the command line would take for something else, or drop."""
     expected = None
     if kind is bool and not isinstance(value, bool):
         expected = "true or false"
@@ -155,13 +155,25 @@ def _words(name: str, value: Any, kind: Any, path: Path) -> list[str]:
         expected = "a value"
     elif not _is_list(kind) and isinstance(value, list):
         expected = "one value"
+    elif name == _POSITIONAL and not _is_word(value):
+        expected = "a text that does not begin with -"
+    elif isinstance(value, list) and not (value and all(map(_is_word, value))):
+        expected = "texts that do not begin with -, one at least"
     if expected is not None:
-        got = repr(value)
         what = f"{path}: {name}"
-        raise MixtralError(what, expected=expected, got=got, fix=_FIX, code=BAD_CONFIG)
+        raise MixtralError(what, expected=expected, got=repr(value), fix=_FIX, code=BAD_CONFIG)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and not value.startswith("-")
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option as the command line spells it."""
+    flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         off = [] if name in _WITHOUT_NO else [f"--no-{flag[2:]}"]
         return [flag] if value else off
     if isinstance(value, list):
-        return [flag, *map(str, value)] if value else []
+        return [flag, *value]
     return [f"{flag}={value}"]

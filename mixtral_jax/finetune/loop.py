@@ -126,6 +126,8 @@ class Loop:
         self.told: dict[str, Any] = {}  # the newest value of everything in the log
         self._window, self._pending = Window(), None
         self._speed, self._is_compiled = Speed(self.machine), False
+        # The last steps that were: a run may be stopped before it looked at its newest one.
+        self._looked: dict[str, int | None] = {"evaluated": None, "sampled": None}
 
     def train(self) -> dict[str, Any]:
         """Resumes, trains to ``total_steps`` and leaves a checkpoint of the end.
@@ -146,6 +148,8 @@ class Loop:
                 line = ProgressLine(self.total_steps, self.step, is_shown=hosts.is_first())
                 self._line = stack.enter_context(line)
                 self.stop.is_saving = True
+                if self.step > 0:
+                    self._look()
                 while self.step < self.total_steps:
                     self._step()
                 self.checkpoints.wait()
@@ -167,6 +171,7 @@ class Loop:
         self.trainer.state = self.checkpoints.restore(record, abstract)
         self.step = saved.step
         self._window.restore(saved.log["window"])
+        self._looked = dict(saved.log["looked"])
         self.note(f"resuming from checkpoint-{saved.step}, of {self.total_steps} steps")
         if saved.total_steps != self.total_steps and self.step < self.total_steps:
             was = saved.total_steps
@@ -181,10 +186,7 @@ class Loop:
     def _step(self) -> None:
         before, batch = self.batches.state(), next(self.batches)
         if hosts.is_any(self.stop.asked):
-            self._settle()
-            self._save(before)  # that batch comes again
-            self.checkpoints.wait()
-            raise interrupted()
+            self._end_early(before)  # that batch comes again
         hosts.begin_step()
         measures = self.trainer.step(batch)
         self._settle()
@@ -193,14 +195,26 @@ class Loop:
             self.step, self.batches.epoch, self.batches.num_tokens, before, measures
         )
         self._line.step(self.step)
-        if self.evaluation is not None and self._is_due(self.run.eval_steps):
-            self._evaluate(self.evaluation())
-        if self.sample is not None and self._is_due(self.run.sample_steps):
-            self._sample(self.sample)
+        self._look()
         if self._is_due(self.run.save_steps):
             self._settle()
             self._save(self.batches.state())
         self.checkpoints.check()
+
+    def _end_early(self, data: dict[str, Any]) -> None:
+        self._settle()
+        self._save(data)
+        self.checkpoints.wait()
+        raise interrupted()
+
+    def _look(self) -> None:
+        """Evaluates and samples the current step where that is due and was not done."""
+        if self.evaluation is not None and self._looked["evaluated"] != self.step:
+            if self._is_due(self.run.eval_steps):
+                self._evaluate(self.evaluation())
+        if self.sample is not None and self._looked["sampled"] != self.step:
+            if self._is_due(self.run.sample_steps):
+                self._sample(self.sample)
 
     def _is_due(self, every: int | None) -> bool:
         is_last = self.step == self.total_steps
@@ -249,22 +263,32 @@ class Loop:
         with self._speed.paused():
             found = []
             for batch in batches:
+                if hosts.is_any(self.stop.asked):
+                    self._end_early(self.batches.state())  # to be evaluated when it resumes
                 hosts.begin_step()
                 measures = self.trainer.evaluate(batch)
                 found.append(gathered.fetch(measures, is_dpo=self.is_dpo))
             self._write({"step": self.step, **gathered.evaluated(found)})
+        self._looked["evaluated"] = self.step
 
     def _sample(self, sample: Callable[[], list[dict[str, str]]]) -> None:
         self._settle()
+        if hosts.is_any(self.stop.asked):
+            self._end_early(self.batches.state())
         with self._speed.paused():
             self._write({"step": self.step, "samples": sample()})
+        self._looked["sampled"] = self.step
 
     def _save(self, data: dict[str, Any]) -> None:
         """Saves the current step, whose loss was seen; nothing where that is saved already."""
         if self.step in (0, self.checkpoints.last_step):
             return
         with self._speed.paused():
-            log = {"position": self._log.position(), "window": self._window.state()}
+            log = {
+                "position": self._log.position(),
+                "window": self._window.state(),
+                "looked": dict(self._looked),
+            }
             saved = Saved(
                 step=self.step,
                 total_steps=self.total_steps,

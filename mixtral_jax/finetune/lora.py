@@ -53,11 +53,12 @@ def is_pair(leaf: object) -> bool:
     return isinstance(leaf, Pair)
 
 
-def target_paths(config: ModelConfig, targets: Sequence[str]) -> tuple[str, ...]:
-    """The leaves that targets name.
+def check_targets(targets: Sequence[str], dropout: float) -> None:
+    """Refuses names that no model has, and dropout for experts: as in peft, which has none there
+    (rows of a batch are in no fixed order).
 
     Raises:
-        MixtralError: exit code 64 for a name that nothing in the model has.
+        MixtralError: exit code 64 for a name, 78 for dropout.
     """
     unknown = [name for name in targets if name not in TARGETS]
     if unknown or not targets:
@@ -67,6 +68,18 @@ def target_paths(config: ModelConfig, targets: Sequence[str]) -> tuple[str, ...]
             got=", ".join(map(repr, unknown)) or "none",
             code=USAGE,
         )
+    if dropout and any(end in _EXPERTS for name in targets for end in TARGETS[name]):
+        raise MixtralError(
+            "--lora-dropout",
+            expected="0 where experts are adapted",
+            got=dropout,
+            fix="--lora-dropout 0",
+            code=BAD_CONFIG,
+        )
+
+
+def target_paths(config: ModelConfig, targets: Sequence[str]) -> tuple[str, ...]:
+    """The leaves that checked targets name."""
     ends = {f".{end}" for name in targets for end in TARGETS[name]}
     return tuple(path for path in leaf_specs(config) if any(path.endswith(end) for end in ends))
 
@@ -101,23 +114,6 @@ def first_pair(spec: LeafSpec, path: str, rank: int, seed: int) -> Pair:
     bound = 1 / math.sqrt(spec.shape[-1])
     a = jax.random.uniform(key, shapes.a, jnp.float32, -bound, bound)
     return Pair(a, jnp.zeros(shapes.b, jnp.float32))
-
-
-def refuse_dropout(paths: Sequence[str], dropout: float) -> None:
-    """Experts take no dropout, as in peft: rows of a batch are in no fixed order there.
-
-    Raises:
-        MixtralError: exit code 78.
-    """
-    experts = [path for path in paths if ".experts." in path]
-    if dropout and experts:
-        raise MixtralError(
-            "--lora-dropout",
-            expected="0 where experts are adapted",
-            got=dropout,
-            fix="--lora-dropout 0",
-            code=BAD_CONFIG,
-        )
 
 
 def with_trained(

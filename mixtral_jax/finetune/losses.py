@@ -6,7 +6,6 @@ dividing by its counts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -44,8 +43,7 @@ def score_tokens(
         TokenScores.
     """
     T = x.shape[1]
-    size = math.gcd(T, POSITIONS_AT_ONCE)
-    size = T if size < min(T, POSITIONS_AT_ONCE // 4) else size
+    size = -(-T // -(-T // POSITIONS_AT_ONCE))  # of even blocks, as few as there can be
 
     @jax.checkpoint
     def score(block: tuple[jax.Array, jax.Array]) -> TokenScores:
@@ -56,13 +54,16 @@ def score_tokens(
         return TokenScores(logprobs, logits.argmax(axis=-1) == wanted)
 
     def blocks(array: jax.Array) -> jax.Array:
-        split = array.reshape(array.shape[0], T // size, size, *array.shape[2:])
+        """``[blocks, B, size, ...]``, the last block filled up with zeros."""
+        padding = [(0, 0), (0, -T % size), *[(0, 0)] * (array.ndim - 2)]
+        split = jnp.pad(array, padding).reshape(array.shape[0], -1, size, *array.shape[2:])
         return jnp.moveaxis(split, 1, 0)
 
     if size == T:
         return score((x, targets))
     found = jax.lax.map(score, (blocks(x), blocks(targets)))
-    return TokenScores(*(jnp.moveaxis(part, 0, 1).reshape(targets.shape) for part in found))
+    whole = (jnp.moveaxis(part, 0, 1).reshape(len(targets), -1)[:, :T] for part in found)
+    return TokenScores(*whole)
 
 
 def load_balancing(

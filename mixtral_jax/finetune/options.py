@@ -14,6 +14,7 @@ import tyro
 
 from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.errors import USAGE, MixtralError
+from mixtral_jax.finetune.lora import check_targets
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.sharding.cluster import ProcessOptions
 
@@ -55,7 +56,7 @@ class TrainOptions:
     """Share of the inputs of the factors that is dropped; 0 where experts are targets."""
     lora_target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """What gets factors: q_proj, k_proj, v_proj, o_proj; w1, w2, w3 of every expert, or experts for
-    the three; gate, the router; all-linear."""
+    the three; gate, the router; all-linear, all of these (peft's means attention alone here)."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv 2312.03732)."""
     freeze_router: bool = False
@@ -96,6 +97,8 @@ class TrainOptions:
     router_z_loss_coef: float = 0.0
     """Of the router's z-loss (arXiv 2202.08906)."""
 
+    disable_dropout: bool = True
+    """Of dpo: drop nothing, whatever --lora-dropout says."""
     dpo_beta: float = 0.1
     """Of dpo: how strongly the model is held to what it was."""
     label_smoothing: float = 0.0
@@ -120,6 +123,19 @@ class TrainOptions:
             _refuse("--warmup-ratio with --warmup-steps", fix="choose one")
         if self.packing and self.method == "dpo":
             _refuse("--packing is not for dpo: pairs have rows of their own", fix="leave it out")
+        if self.use_peft:
+            check_targets(self.lora_target_modules, self.dropout)
+        if self.use_peft and self.fsdp:
+            _refuse(
+                "--fsdp shares weights that train, and with --use-peft they are frozen",
+                fix="leave it out; a larger expert or tensor axis of --mesh shares them",
+            )
+
+    @property
+    def dropout(self) -> float:
+        """Of factors, in training."""
+        is_off = not self.use_peft or (self.method == "dpo" and self.disable_dropout)
+        return 0.0 if is_off else self.lora_dropout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

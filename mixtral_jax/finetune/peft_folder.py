@@ -139,9 +139,9 @@ def _tensors(pairs: Mapping[str, Pair]) -> dict[str, np.ndarray]:
         joined = _join(gate, up)
         # peft wraps one parameter after another: the first it names is the innermost.
         if joined is not None:
-            put(f"{experts}.base_layer" if down is not None else experts, *_stacked(joined))
+            put(f"{experts}.base_layer" if down is not None else experts, *_as_parameter(joined))
         if down is not None:
-            put(experts, *_stacked(_Joined(*down)))
+            put(experts, *_as_parameter(_Joined(*down)))
     return found
 
 
@@ -160,7 +160,7 @@ def _join(gate: Pair | None, up: Pair | None) -> _Joined | None:
     return _Joined(a, b)
 
 
-def _stacked(factors: _Joined) -> tuple[np.ndarray, np.ndarray]:
+def _as_parameter(factors: _Joined) -> tuple[np.ndarray, np.ndarray]:
     """As ParamWrapper has them: A ``[E * R, I]``, B ``[O, R * E]``."""
     a = np.asarray(factors.a)
     b = np.asarray(factors.b).transpose(1, 2, 0)

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
+from mixtral_jax.finetune.options import FinetuneOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 
 _AXES = ("data", "expert")  # of the mesh, which share the rows; along tensor all hold the same
@@ -24,6 +25,28 @@ class Share(NamedTuple):
 def num_rows(spec: MeshSpec, per_device: int) -> int:
     """Rows of one forward pass over all devices."""
     return per_device * spec.data * spec.expert
+
+
+def check_pairs(options: FinetuneOptions, spec: MeshSpec, num_parts: int = 1) -> None:
+    """Refuses rows of dpo that are no pairs in every part of a batch.
+
+    Raises:
+        MixtralError: exit code 78.
+    """
+    if options.train.method != "dpo":
+        return
+    training = options.train.per_device_train_batch_size
+    evaluation = options.run.per_device_eval_batch_size or training
+    for name, per_device in (("train", training), ("eval", evaluation)):
+        rows = num_rows(spec, per_device) // num_parts
+        if rows % 2:
+            raise MixtralError(
+                f"--per-device-{name}-batch-size",
+                expected="an even number of rows in each process, for pairs",
+                got=f"{rows} ({per_device} a device on the mesh {spec})",
+                fix=f"--per-device-{name}-batch-size {per_device + 1}",
+                code=BAD_CONFIG,
+            )
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

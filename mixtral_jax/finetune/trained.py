@@ -5,6 +5,7 @@ The trainer fills these shapes, and ``python -m mixtral_jax.plan --train`` bills
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,16 +13,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mixtral_jax.config import ModelConfig
+from mixtral_jax.config import CONFIG_NAME, PRESETS, ModelConfig
 from mixtral_jax.finetune.lora import Pair, pair_shapes, pair_shardings, scale_of, target_paths
 from mixtral_jax.finetune.optimizer import state_shardings
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.step import Objective, TrainState
+from mixtral_jax.json_file import read_json
 from mixtral_jax.model.transformer import leaf_specs, with_window
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.rules import partition_spec
 
 _ROUTER = "moe.router.weight"
+# Of the load-balancing loss: in the config of 8x7B as published; of 8x22B and of MixtralConfig.
+_AUX_COEF_8X7B, _AUX_COEF = 0.02, 0.001
 
 
 class Targets(NamedTuple):
@@ -32,11 +36,7 @@ class Targets(NamedTuple):
 
 
 def targets_of(config: ModelConfig, options: TrainOptions) -> Targets:
-    """What the options train.
-
-    Raises:
-        MixtralError: exit code 64 for a target that nothing in the model has.
-    """
+    """What the options train."""
     if options.use_peft:
         return Targets((), target_paths(config, options.lora_target_modules))
     paths = leaf_specs(config)
@@ -109,7 +109,7 @@ def objective_of(
         placement=placement,
         is_dpo=options.method == "dpo",
         scale=scale_of(options.lora_r, options.lora_alpha, is_stabilized=options.use_rslora),
-        dropout=options.lora_dropout if options.use_peft else 0.0,
+        dropout=options.dropout,
         dtype=dtype,
         remat=options.gradient_checkpointing,
         aux_coef=aux_coef,
@@ -118,6 +118,22 @@ def objective_of(
         beta=options.dpo_beta,
         label_smoothing=options.label_smoothing,
     )
+
+
+def published_coef(config: ModelConfig, folder: Path | None) -> float:
+    """The coefficient of the load-balancing loss that a checkpoint was published with.
+
+    Where its config.json tells none, or it has only Mistral's params.json, that of the model of its
+    sizes.
+    """
+    file = None if folder is None else folder / CONFIG_NAME
+    told = read_json(file).get("router_aux_loss_coef") if file and file.exists() else None
+    if told is not None:
+        return float(told)
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size")
+    one = PRESETS["mixtral-8x7b"]
+    is_8x7b = all(getattr(config, name) == getattr(one, name) for name in sizes)
+    return _AUX_COEF_8X7B if is_8x7b else _AUX_COEF
 
 
 def shardings_of(tree: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,25 +16,23 @@ from mixtral_jax.convert.save import save_model
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.finetune import step as steps
 from mixtral_jax.finetune.data.batches import Batch
-from mixtral_jax.finetune.lora import Pair, first_pair, refuse_dropout, with_trained
+from mixtral_jax.finetune.lora import Pair, first_pair, with_trained
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.peft_folder import write_adapter
-from mixtral_jax.finetune.rows import num_rows, row_sharding
+from mixtral_jax.finetune.rows import row_sharding
 from mixtral_jax.finetune.step import REFERENCE, Measures, Rows, TrainState
 from mixtral_jax.finetune.trained import (
     abstract_state,
     objective_of,
+    published_coef,
     shardings_of,
     targets_of,
 )
-from mixtral_jax.json_file import read_json
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.model.transformer import Mixtral, leaf_specs, leaves_of
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.weights import Adapted, ExpertSlots, QTensor, Weight, stack_of
-
-_AUX_COEF = 0.001  # of MixtralConfig in transformers
 
 
 class Trainer:
@@ -54,7 +51,7 @@ class Trainer:
             one).
 
     Raises:
-        MixtralError: exit codes 64 and 78 for options that do not fit the model or the mesh.
+        MixtralError: exit code 78 for options that do not fit the model or the mesh.
     """
 
     def __init__(
@@ -71,10 +68,8 @@ class Trainer:
         self.lm, self.options = lm, options
         self._placement = dataclasses.replace(lm.placement, strategy=strategy, min_rows=1)
         self._specs = leaf_specs(lm.config)
-        self._check_rows()
         leaves = leaves_of(lm.model)
         whole, paired = targets_of(lm.config, options)
-        refuse_dropout(paired, options.lora_dropout)
         for path, leaf in leaves.items():
             _refuse_adapted(path, leaf)
         for path in whole:
@@ -134,15 +129,6 @@ class Trainer:
             dtype=self.objective.dtype,
         )
 
-    def frozen_digest(self) -> str:
-        """Of all frozen weights of this process, to prove that training left them alone."""
-        digest = hashlib.sha256()
-        for path in sorted(self.frozen):
-            for leaf in jax.tree.leaves(self.frozen[path]):
-                for shard in leaf.addressable_shards:
-                    digest.update(np.ascontiguousarray(shard.data).tobytes())
-        return digest.hexdigest()
-
     def save_adapter(self, folder: Path, base: str | None = None) -> None:
         """Writes the factors as a PEFT folder; ``base`` is what its readers may load the base by.
 
@@ -155,24 +141,10 @@ class Trainer:
         """Writes all weights as a folder of ours (full training), as ``LanguageModel.save``."""
         save_model(self.model(), folder, companions=self.lm.folder, note=note)
 
-    def _check_rows(self) -> None:
-        rows = num_rows(self.lm.spec, self.options.per_device_train_batch_size)
-        if self.options.method == "dpo" and rows % 2:
-            raise MixtralError(
-                "--per-device-train-batch-size",
-                expected="an even number of rows over all devices, for pairs",
-                got=rows,
-                code=BAD_CONFIG,
-            )
-
     def _aux_coef(self) -> float:
-        """As asked, or as the checkpoint's config has it (0.02 in the published ones)."""
+        """As asked, or as the checkpoint's config has it."""
         asked = self.options.router_aux_loss_coef
-        if asked is not None:
-            return asked
-        file = None if self.lm.folder is None else self.lm.folder / "config.json"
-        fields = {} if file is None or not file.exists() else read_json(file)
-        return float(fields.get("router_aux_loss_coef", _AUX_COEF))
+        return asked if asked is not None else published_coef(self.lm.config, self.lm.folder)
 
     def _first_state(
         self, whole: dict[str, Weight], paired: tuple[str, ...], start: Mapping[str, Pair] | None

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file
 
 from mixtral_jax import cli
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OK, OUTPUT_EXISTS, USAGE
-from mixtral_jax.finetune.__main__ import PROG, main, run
+from mixtral_jax.finetune.__main__ import PROG, _read_data, main, run
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.metrics import NAME, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions
 from mixtral_jax.language_model import load
+from mixtral_jax.sharding import hosts
 from tests.finetune.fakes import log_of
 from tests.finetune.models import make_folder
 
@@ -125,6 +126,20 @@ def test_all_weights_train_and_load_with_evaluation_and_samples(tmp_path, folder
     trained, before = load(out / "model"), load(folder / "model")
     leaves = zip(jax.tree.leaves(trained.model), jax.tree.leaves(before.model), strict=True)
     assert sum(not np.array_equal(a, b) for a, b in leaves) >= 10
+
+
+def test_processes_agree_on_all_data_that_they_read(tmp_path, folder, monkeypatch):
+    said: dict[str, str] = {}
+    monkeypatch.setattr(hosts, "agree", lambda name, facts: said.update(facts()))
+    data = folder / "chat.jsonl"
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().splitlines()[0])
+    options = FinetuneOptions(
+        dataset=(str(data),), eval_dataset=(str(other),), output_dir=tmp_path / "out"
+    )
+    found = _read_data(options, folder / "model")
+    assert list(said.values()) == [each.digest for each in found if each]
+    assert len(set(said.values())) == 2
 
 
 def test_what_is_missing_or_not_ours_is_told(tmp_path, folder, capsys):

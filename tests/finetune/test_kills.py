@@ -15,12 +15,14 @@ import pytest
 
 from mixtral_jax.finetune.checkpoint_record import problem, read_record
 from mixtral_jax.finetune.checkpoints import Checkpoints
+from mixtral_jax.finetune.metrics import NAME, read_lines
 from tests.environ import without_devices
 from tests.finetune.fakes import log_of
 from tests.finetune.models import make_folder
 from tests.kills import run_killed
 
 ROOT = Path(__file__).parents[2]
+INTERVAL = 4  # steps from one checkpoint to the next
 
 # Trains in OUT and kills itself without warning at the n-th system event (opening, renaming,
 # making, removing), in whatever thread it happens. Writes the last state to OUT.npz.
@@ -31,7 +33,7 @@ import numpy as np
 from mixtral_jax.finetune.options import RunOptions
 from tests.finetune import fakes
 run = RunOptions(
-    save_steps=4, logging_steps=3, eval_steps=10, report_to="jsonl", save_total_limit=limit
+    save_steps=int(sys.argv[3]), logging_steps=3, eval_steps=10, report_to="jsonl", save_total_limit=limit
 )
 one = fakes.loop(Path(out), run=run)
 one.trainer.step(fakes.make_batch(0)); one.trainer = fakes.FakeTrainer()  # compiles
@@ -43,7 +45,7 @@ np.savez(out + ".npz", *fakes.arrays(one.trainer.state))
 
 
 def train(out: Path, n: int = -1, limit: int = 3) -> subprocess.CompletedProcess[str]:
-    return run_killed(KILLED, n, out, limit)
+    return run_killed(KILLED, n, out, limit, INTERVAL)
 
 
 def survive(folder: Path, cuts: list[float], limit: int) -> None:
@@ -56,10 +58,13 @@ def survive(folder: Path, cuts: list[float], limit: int) -> None:
         done = train(out, max(1, round(cut * events)), limit)
         assert done.returncode in (0, -9), done.stderr
         killed += done.returncode == -9
-        # Every listed checkpoint is whole, and at most one interval is lost.
+        # Every listed checkpoint is whole; what is lost began at most one interval before the one
+        # that was being written.
         steps = Checkpoints(out, note=lambda line: None).steps()
         assert all(problem(out / f"checkpoint-{step}") is None for step in steps)
-        assert not steps or max(steps) >= reached
+        log = out / NAME
+        logged = max((line["step"] for line in read_lines(log)), default=0) if log.exists() else 0
+        assert max([0, *steps]) >= max(reached, logged // INTERVAL * INTERVAL - INTERVAL)
         reached = max([reached, *steps])
     assert killed > 0
     done = train(out, -1, limit)

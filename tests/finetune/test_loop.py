@@ -194,6 +194,36 @@ def test_a_signal_saves_and_ends_with_75(tmp_path, whole, signum, capfd):
     assert log_of(tmp_path) == log_of(whole[0])
 
 
+def test_a_signal_does_not_wait_for_an_evaluation_which_is_made_up_for(tmp_path, whole):
+    stop, seen = Stop(), []
+
+    def evaluation():
+        for n in (1000, 1001):
+            seen.append(n)
+            stop.asked = len(seen) == 3  # in the first batch of the second evaluation
+            yield fakes.make_batch(n)
+
+    with pytest.raises(MixtralError) as caught:
+        loop(tmp_path, stop=stop, evaluation=evaluation).train()
+    assert caught.value.code == INTERRUPTED
+    assert len(seen) == 3
+    assert (tmp_path / "checkpoint-20").is_dir()
+    assert [line["step"] for line in log_of(tmp_path) if "eval_loss" in line] == [10]
+    second = loop(tmp_path)
+    second.train()
+    assert_same(second.trainer.state, whole[1])
+    assert log_of(tmp_path) == log_of(whole[0])
+
+
+def test_a_finished_run_is_evaluated_when_that_is_asked_for_later(tmp_path):
+    assert "eval_loss" not in loop(tmp_path, total_steps=10, evaluation=None).train()
+    again = loop(tmp_path, total_steps=10)
+    assert again.train()["step"] == 10
+    assert num_steps(again) == 0
+    assert "eval_loss" in log_of(tmp_path)[-1]
+    assert again.told["eval_loss"] == log_of(tmp_path)[-1]["eval_loss"]
+
+
 def test_a_second_signal_ends_at_once_as_does_one_with_nothing_to_save(monkeypatch, capfd):
     ended: list[int] = []
     monkeypatch.setattr(stops.os, "_exit", ended.append)

@@ -10,8 +10,8 @@ import pytest
 from mixtral_jax.errors import BAD_CONFIG, USAGE, MixtralError
 from mixtral_jax.finetune.lora import (
     Pair,
+    check_targets,
     first_pair,
-    refuse_dropout,
     scale_of,
     target_paths,
     with_trained,
@@ -39,7 +39,7 @@ def test_targets_are_the_names_of_published_checkpoints(small_config):
     )
     for names in (["q"], ["gate_proj"], []):
         with pytest.raises(MixtralError, match="lora-target-modules") as caught:
-            target_paths(config, names)
+            check_targets(names, 0.0)
         assert caught.value.code == USAGE
 
 
@@ -111,9 +111,10 @@ def test_dropout_drops_what_a_sees_and_keeps_its_mean(small_config):
     assert apart < 0.2 * np.abs(found[0] - plain).mean()
 
 
-def test_experts_take_no_dropout():
-    refuse_dropout(["layers.0.attention.q_proj"], 0.1)
-    refuse_dropout(["layers.0.moe.experts.up"], 0.0)
+@pytest.mark.parametrize("target", ["w1", "experts", "all-linear"])
+def test_experts_take_no_dropout(target):
+    check_targets(["q_proj", "gate"], 0.1)
+    check_targets([target], 0.0)
     with pytest.raises(MixtralError, match="lora-dropout") as caught:
-        refuse_dropout(["layers.0.moe.experts.up"], 0.1)
+        check_targets(["q_proj", target], 0.1)
     assert caught.value.code == BAD_CONFIG

@@ -61,7 +61,9 @@ def test_padding_counts_nowhere(kind):
     assert np.isfinite(load_balancing(logits, ids, jnp.zeros(N, bool), kind))
 
 
-@pytest.mark.parametrize("length", [1, 100, 3 * POSITIONS_AT_ONCE, 2 * POSITIONS_AT_ONCE + 64])
+@pytest.mark.parametrize(
+    "length", [1, 100, POSITIONS_AT_ONCE + 1, 3 * POSITIONS_AT_ONCE, 2 * POSITIONS_AT_ONCE + 64]
+)
 def test_blocks_of_positions_change_nothing(length):
     x = jnp.asarray(RNG.standard_normal((2, length, 16)), jnp.float32)
     head = jnp.asarray(RNG.standard_normal((50, 16)), jnp.float32)
@@ -78,6 +80,24 @@ def test_blocks_of_positions_change_nothing(length):
     np.testing.assert_allclose(got, want, atol=1e-5)
     best = score_tokens(x, targets, lambda part: part @ head.T).is_best
     np.testing.assert_array_equal(best, (x @ head.T).argmax(-1) == targets)
+
+
+@pytest.mark.parametrize("length", [1000, 1023, 2000])
+def test_no_length_takes_more_memory_than_its_blocks(length):
+    """Logits of a block and what its gradient needs, whatever 256 divides."""
+    B, D, V = 2, 8, 4000
+
+    def loss(x: jax.Array, head: jax.Array) -> jax.Array:
+        targets = jnp.zeros(x.shape[:2], jnp.int32)
+        return score_tokens(x, targets, lambda part: part @ head.T).logprobs.sum()
+
+    shapes = (
+        jax.ShapeDtypeStruct((B, length, D), jnp.float32),
+        jax.ShapeDtypeStruct((V, D), jnp.float32),
+    )
+    used = jax.jit(jax.grad(loss)).lower(*shapes).compile().memory_analysis()
+    assert used is not None
+    assert used.temp_size_in_bytes < 4 * B * POSITIONS_AT_ONCE * V * 4
 
 
 def test_dpo_of_equal_models_is_log_2_and_falls_with_the_margin():

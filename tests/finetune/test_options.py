@@ -104,6 +104,9 @@ def test_numbers_that_make_no_sense_are_refused_by_name(kind, given):
         "--packing --method dpo",
         "--warmup-ratio 0.1 --warmup-steps 5",
         "--offload experts",
+        "--use-peft --fsdp",
+        "--use-peft --lora-target-modules foo",
+        "--use-peft --lora-target-modules experts",
         "--plot a.svg --report-to none",
     ],
 )
@@ -111,6 +114,16 @@ def test_options_that_do_not_go_together_are_refused(text, capsys):
     with pytest.raises((MixtralError, SystemExit)):
         parse(f"--dataset a --output-dir b {text}")
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_dpo_drops_nothing_unless_asked_to():
+    lora = TrainOptions(use_peft=True, lora_dropout=0.1)
+    assert lora.dropout == 0.1
+    assert TrainOptions(lora_dropout=0.1).dropout == 0
+    dpo = dataclasses.replace(lora, method="dpo")
+    assert dpo.dropout == 0
+    assert dataclasses.replace(dpo, disable_dropout=False).dropout == 0.1
+    TrainOptions(use_peft=True, method="dpo", lora_target_modules=("experts",))
 
 
 def test_no_data_is_refused():
@@ -149,6 +162,9 @@ def test_free_options_may_change_and_others_are_named():
         if field.name.replace("_", "-") in binding._FREE:
             continue
         flag = f"--{field.name.replace('_', '-')}"
+        if flag in binding._OF_DPO:
+            assert flag not in facts()
+            assert flag in facts(train=TrainOptions(method="dpo"))
         with pytest.raises(MixtralError, match=flag) as caught:
             check(facts(), {**facts(), flag: "another"})
         assert caught.value.code == BAD_DATA

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mixtral_jax.errors import BAD_CONFIG, OK, MixtralError
 from mixtral_jax.finetune.metrics import NAME, read_lines
-from mixtral_jax.finetune.rows import Share, num_rows, part_of, share_of
+from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptions
+from mixtral_jax.finetune.rows import Share, check_pairs, num_rows, part_of, share_of
 from mixtral_jax.sharding.mesh import MeshSpec
 from tests.finetune.models import make_folder
 from tests.sharding import processes
@@ -37,6 +40,24 @@ def test_one_process_brings_all_rows(mesh):
     spec = MeshSpec.parse(mesh)
     assert share_of(spec.build()) == Share(0, 1)
     assert num_rows(spec, 3) == 3 * spec.data * spec.expert
+
+
+def test_rows_that_are_no_pairs_are_refused_by_their_flag():
+    def check(mesh: str, per_device: int, num_parts: int = 1, evaluation: int | None = None):
+        train = TrainOptions(method="dpo", per_device_train_batch_size=per_device)
+        run = RunOptions(per_device_eval_batch_size=evaluation)
+        asked = FinetuneOptions(dataset=("a",), output_dir=Path("b"), train=train, run=run)
+        check_pairs(asked, MeshSpec.parse(mesh), num_parts)
+
+    check("1x8", 1)
+    check("1x1", 2)
+    with pytest.raises(MixtralError, match="--per-device-train-batch-size: ") as caught:
+        check("1x1", 1)
+    assert caught.value.code == BAD_CONFIG
+    with pytest.raises(MixtralError, match="--per-device-train-batch-size: "):
+        check("2x1", 1, num_parts=2)
+    with pytest.raises(MixtralError, match="--per-device-eval-batch-size: "):
+        check("1x1", 2, evaluation=3)
 
 
 @pytest.mark.slow

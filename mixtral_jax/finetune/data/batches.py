@@ -26,7 +26,6 @@ _TOLD = {
     "accumulation": "--gradient-accumulation-steps",
     "rows_per_step": "rows of a step (of all devices)",
     "seed": "--seed",
-    "shuffle": "shuffling",
 }
 
 
@@ -55,7 +54,6 @@ class Batches:
         length: T; no sequence is longer.
         packing: fills rows with several examples; pairs are never packed.
         seed: in [0, 2^32), of the order.
-        shuffle: gives each epoch an order of its own; else all have the same.
         part_id: which part of every batch is given. All parts, one behind the other, are the batch
             that a single process with all rows would get (of pairs: the same pairs, each part
             having its chosen ones first).
@@ -80,14 +78,13 @@ class Batches:
         length: int,
         packing: bool,
         seed: int,
-        shuffle: bool = True,
         part_id: int = 0,
         num_parts: int = 1,
     ):
         _check_fits(examples, rows, length)
         self._examples, self._shape = examples, (accumulation, rows, length)
         self._part_id, self._num_parts = part_id, num_parts
-        self._seed, self._shuffle = seed, shuffle
+        self._seed = seed
         self._packing = alone(len(examples))
         self._is_packed = packing and not examples.is_pairs
         if self._is_packed:
@@ -96,7 +93,7 @@ class Batches:
         self._units = rows // 2 if examples.is_pairs else rows  # of B: pairs, or rows
         self.rows_per_step = accumulation * num_parts * self._units
         self.steps_per_epoch = -(-self.num_rows // self.rows_per_step)
-        self._order = _Order(self.num_rows, seed if shuffle else None)
+        self._order = _Order(self.num_rows, seed)
         self._rows_taken = self.num_tokens = 0
         num_sequences = 2 if examples.is_pairs else 1
         self._lengths = examples.lengths.reshape(-1, num_sequences).sum(axis=1)  # of examples
@@ -105,12 +102,6 @@ class Batches:
     def epoch(self) -> float:
         """How many times the data was gone through."""
         return self._rows_taken / self.num_rows
-
-    @property
-    def fill(self) -> float:
-        """The share of an epoch's places that hold a token, 0 to 1."""
-        num_sequences = 2 if self._examples.is_pairs else 1
-        return self._examples.num_tokens / (self.num_rows * num_sequences * self._shape[-1])
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -172,7 +163,6 @@ class Batches:
             "accumulation": accumulation,
             "rows_per_step": self.rows_per_step,
             "seed": self._seed,
-            "shuffle": self._shuffle,
         }
 
     def _places(self, begin: int) -> list[int]:
@@ -212,15 +202,15 @@ def _write(sequence: Example, segment: int, free: Batch) -> None:
 
 
 class _Order:
-    """The row at each place of the endless sequence; without a seed, all epochs are alike."""
+    """The row at each place of the endless sequence."""
 
-    def __init__(self, num_rows: int, seed: int | None):
+    def __init__(self, num_rows: int, seed: int):
         self._num_rows, self._seed = num_rows, seed
         self._epoch, self._row_ids = -1, np.arange(num_rows)
 
     def __getitem__(self, place: int) -> int:
         epoch, at = divmod(place, self._num_rows)
-        if self._seed is not None and epoch != self._epoch:
+        if epoch != self._epoch:
             self._epoch, self._row_ids = epoch, _shuffled(self._num_rows, self._seed, epoch)
         return int(self._row_ids[at])
 

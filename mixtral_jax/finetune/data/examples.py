@@ -36,6 +36,7 @@ class Examples:
             tokens; an example of which nothing to score is left is skipped, as is a pair of which
             one answer has nothing left (TRL, too, drops what truncation has left without labels).
         max_length: of a sequence in tokens.
+        name: of the data, for the error.
 
     Attributes:
         is_pairs: whether these are pairs.
@@ -48,7 +49,9 @@ class Examples:
         MixtralError: exit code 65 if no example is left.
     """
 
-    def __init__(self, encoded: Iterable[Example | Pair], *, max_length: int):
+    def __init__(
+        self, encoded: Iterable[Example | Pair], *, max_length: int, name: str = "training data"
+    ):
         self.num_truncated = self.num_skipped = 0
         self.is_pairs = False
         lengths, digest = array("q"), hashlib.sha256()
@@ -69,7 +72,7 @@ class Examples:
             file.flush()
             if not lengths:
                 raise MixtralError(
-                    "training data",
+                    name,
                     expected=f"something to score in the first {max_length} tokens of an example",
                     got=f"nothing in {self.num_skipped} examples",
                     fix="name other data, or a larger --max-length",
@@ -137,7 +140,6 @@ def load_examples(
     *,
     max_length: int,
     method: Literal["sft", "dpo"] = "sft",
-    progress: Callable[[int], None] | None = None,
 ) -> Examples:
     """Reads, checks and encodes all training data.
 
@@ -146,7 +148,6 @@ def load_examples(
         tokenizer: of the model that learns.
         max_length: longer sequences are cut to it.
         method: chooses which columns count (``columns``).
-        progress: called after each row with the number of rows read.
 
     Raises:
         MixtralError: exit code 65 naming the first bad lines, or if there is nothing to learn;
@@ -158,19 +159,16 @@ def load_examples(
             "--max-length", expected="at least 2", got=max_length, fix=fix, code=USAGE
         )
     encode = encode_dpo if method == "dpo" else encode_sft
-    encoded = _encoded(find_files(names), tokenizer, encode, progress)
-    return Examples(encoded, max_length=max_length)
+    encoded = _encoded(find_files(names), tokenizer, encode)
+    return Examples(encoded, max_length=max_length, name=f"data {', '.join(map(str, names))}")
 
 
 def _encoded(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    encode: _Encode,
-    progress: Callable[[int], None] | None,
+    paths: Sequence[Path], tokenizer: Tokenizer, encode: _Encode
 ) -> Iterator[Example | Pair]:
     problems: list[str] = []
     rows = itertools.chain.from_iterable(read_rows(path, COLUMNS) for path in paths)
-    for count, row in enumerate(rows, start=1):
+    for row in rows:
         try:
             one = encode(row.columns(), tokenizer)
         except MixtralError as error:
@@ -179,8 +177,6 @@ def _encoded(
                 break
         else:
             yield one
-        if progress is not None:
-            progress(count)
     if problems:
         many = f"{len(problems)} bad lines" if len(problems) > 1 else "a bad line"
         end = " (there may be more)" if len(problems) == MOST_BAD_LINES else ""

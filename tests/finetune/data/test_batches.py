@@ -109,9 +109,8 @@ def test_packing_fills_rows():
     packed, alone = batches(some(200)), batches(some(200), packing=False)
     assert alone.num_rows == 200
     assert packed.num_rows < 140
-    assert packed.fill > 0.9 > alone.fill
     tokens = sum(int(np.count_nonzero(batch.segments)) for batch in packed.once())
-    assert packed.fill == tokens / (packed.num_rows * LENGTH)
+    assert tokens > 0.9 * packed.num_rows * LENGTH
 
 
 def test_steps_of_an_epoch_and_the_rows_of_the_next():
@@ -127,9 +126,6 @@ def test_the_order_comes_from_the_seed():
     first = take(batches(some(40), seed=1), 8)
     assert equal(first, take(batches(some(40), seed=1), 8))
     assert not equal(first, take(batches(some(40), seed=2), 8))
-    fixed = batches(some(40), shuffle=False, rows=1, packing=False)
-    ids = [sequences(batch)[0][0][0] // 100 - 1 for batch in take(fixed, 80)]
-    assert ids == [*range(40), *range(40)]
 
 
 def test_the_order_does_not_change_between_versions():
@@ -180,8 +176,6 @@ def test_pairs_lie_in_halves_of_a_batch():
             assert [partner[one] for one in ids[:2]] == ids[2:]
             seen += ids[:2]
     assert sorted(seen) == sorted([*partner] * 2)
-    tokens = sum(int(np.count_nonzero(batch.segments)) for batch in source.once())
-    assert source.fill == tokens / (20 * LENGTH)
 
 
 def test_processes_share_out_pairs():
@@ -249,7 +243,6 @@ def test_a_state_may_go_on_with_other_processes():
         ({"accumulation": 2}, "--gradient-accumulation-steps: expected 1"),
         ({"rows": 4}, "rows of a step (of all devices): expected 2"),
         ({"length": 16}, "--max-length: expected 12"),
-        ({"shuffle": False}, "shuffling: expected True"),
     ],
 )
 def test_another_order_is_refused(change: dict[str, Any], told: str):

@@ -57,9 +57,7 @@ def test_a_published_chat_set_works_as_downloaded(tmp_path: Path):
         table = pyarrow.Table.from_pylist(part)
         parquet.write_table(table, folder / f"train_sft-0000{shard}-of-00002-4d1b.parquet")
         parquet.write_table(table, folder / f"test_sft-0000{shard}-of-00002-4d1b.parquet")
-    counts: list[int] = []
-    examples = load_examples([folder / "train_sft-*"], V1, max_length=256, progress=counts.append)
-    assert counts == list(range(1, 8))
+    examples = load_examples([folder / "train_sft-*"], V1, max_length=256)
     assert len(examples) == 7
     for i, row in enumerate(ULTRACHAT):
         assert same(examples[i], encode_sft({"messages": row["messages"]}, V1))
@@ -135,7 +133,9 @@ def test_a_pair_is_skipped_with_either_of_its_answers():
 @pytest.mark.parametrize("rows", [[], ["", " "], [{"text": ""}]])
 def test_no_example_at_all(tmp_path: Path, rows: list[Any]):
     path = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(MixtralError, match="training data: expected something to score") as caught:
+    with pytest.raises(
+        MixtralError, match=r"data .*a\.jsonl: expected something to score"
+    ) as caught:
         load_examples([path], V1, max_length=8)
     assert caught.value.code == BAD_DATA
 
