@@ -102,7 +102,7 @@ def main(options: FinetuneOptions) -> int:
 
 
 def _fields(options: FinetuneOptions) -> dict[str, Any]:
-    """Keyword arguments of ``load``; what ``--adapter`` names trains, and is no part of the base."""
+    """Keyword arguments of ``load``; what ``--adapter`` names is no part of the base."""
     asked = dataclasses.replace(options.load_options(), adapter=None)
     return {name: getattr(asked, name) for name in asked.__dataclass_fields__}
 

@@ -27,7 +27,7 @@ MAX_BYTES = 256_000_000
 _FIX = "delete that folder"
 
 
-class OtherVersion(MixtralError):
+class OtherVersionError(MixtralError):
     """A checkpoint is whole, but of another version of this program."""
 
 
@@ -79,7 +79,7 @@ def read_record(folder: Path) -> Record:
 
     Raises:
         FileNotFoundError: where there is none.
-        OtherVersion: exit code 65.
+        OtherVersionError: exit code 65.
         MixtralError: exit code 65 if it does not have its own digest.
     """
     path = folder / NAME
@@ -90,7 +90,9 @@ def read_record(folder: Path) -> Record:
     got = content.get("version")
     if got != VERSION:
         fix = "use the version of mixtral_jax that wrote it, or choose another --output-dir"
-        raise OtherVersion(f"{path} version", expected=VERSION, got=got, fix=fix, code=BAD_DATA)
+        raise OtherVersionError(
+            f"{path} version", expected=VERSION, got=got, fix=fix, code=BAD_DATA
+        )
     fields = {field.name: content[field.name] for field in dataclasses.fields(Saved)}
     leaves = {name: (tuple(shape), dtype) for name, (shape, dtype) in content["leaves"].items()}
     return Record(saved=Saved(**fields), leaves=leaves, files=content["files"])
@@ -100,13 +102,13 @@ def problem(folder: Path) -> str | None:
     """What is wrong with a checkpoint, after reading all of it; None if it is sound.
 
     Raises:
-        OtherVersion: exit code 65.
+        OtherVersionError: exit code 65.
         MixtralError: exit code 74 if it cannot be read, which tells nothing of what it holds.
     """
     try:
         recorded = read_record(folder).files
         found = digests(folder / STATE)
-    except OtherVersion:
+    except OtherVersionError:
         raise
     except (MixtralError, FileNotFoundError, NotADirectoryError) as error:
         return printable(str(error))

@@ -28,7 +28,7 @@ from mixtral_jax.errors import BAD_DATA, IO_ERROR, MixtralError
 from mixtral_jax.finetune.checkpoint_record import (
     STATE,
     Leaves,
-    OtherVersion,
+    OtherVersionError,
     Record,
     Saved,
     problem,
@@ -74,7 +74,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 return read_record(self.path(step))
-            except OtherVersion:
+            except OtherVersionError:
                 raise
             except (MixtralError, OSError):
                 continue

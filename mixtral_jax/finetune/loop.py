@@ -209,12 +209,12 @@ class Loop:
 
     def _look(self) -> None:
         """Evaluates and samples the current step where that is due and was not done."""
-        if self.evaluation is not None and self._looked["evaluated"] != self.step:
-            if self._is_due(self.run.eval_steps):
-                self._evaluate(self.evaluation())
-        if self.sample is not None and self._looked["sampled"] != self.step:
-            if self._is_due(self.run.sample_steps):
-                self._sample(self.sample)
+        evaluates = self._is_due(self.run.eval_steps) and self._looked["evaluated"] != self.step
+        if self.evaluation is not None and evaluates:
+            self._evaluate(self.evaluation())
+        samples = self._is_due(self.run.sample_steps) and self._looked["sampled"] != self.step
+        if self.sample is not None and samples:
+            self._sample(self.sample)
 
     def _is_due(self, every: int | None) -> bool:
         is_last = self.step == self.total_steps

@@ -1,4 +1,4 @@
-"""An adapter knows its base again: what it was trained on, and what was made of that by rounding."""
+"""An adapter knows its base again, quantized or not."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_what_is_trained_is_the_base_with_the_adapter_that_is_written(tmp_path, 
 def test_another_rank_scale_or_target_is_refused(tmp_path, config, other):
     options = options_for(("q_proj", "experts"))
     written(config, tmp_path, options)
-    with pytest.raises(MixtralError, match="--adapter.*--lora-r") as caught:
+    with pytest.raises(MixtralError, match=r"--adapter.*--lora-r") as caught:
         first_factors(Adapter(tmp_path, config), dataclasses.replace(options, **other))
     assert caught.value.code == BAD_DATA
 

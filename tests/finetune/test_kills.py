@@ -33,7 +33,8 @@ import numpy as np
 from mixtral_jax.finetune.options import RunOptions
 from tests.finetune import fakes
 run = RunOptions(
-    save_steps=int(sys.argv[3]), logging_steps=3, eval_steps=10, report_to="jsonl", save_total_limit=limit
+    save_steps=int(sys.argv[3]), save_total_limit=limit,
+    logging_steps=3, eval_steps=10, report_to="jsonl",
 )
 one = fakes.loop(Path(out), run=run)
 one.trainer.step(fakes.make_batch(0)); one.trainer = fakes.FakeTrainer()  # compiles
