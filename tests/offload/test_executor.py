@@ -71,6 +71,7 @@ def same(one, other) -> bool:
     return one[0] == other[0] and np.allclose(one[1], other[1], atol=TOLERANCE)
 
 
+@pytest.mark.programs
 @pytest.mark.parametrize("options", [GREEDY, WARM], ids=["greedy", "sampled"])
 def test_tokens_are_those_of_the_resident_model(pair, prompts, options):
     """Three rows; a layer of a prompt chooses all 8 experts, and there is room for 1 to 24."""
@@ -195,6 +196,7 @@ class WithCode(Compiler):
         return 1000 * len(self._programs)
 
 
+@pytest.mark.programs
 def test_code_that_is_not_needed_makes_room(pair, prompts):
     """A process that has met many shapes refuses nothing that would fit alone."""
     first = pair[1]
@@ -302,6 +304,7 @@ def test_layers_share_their_programs(pair, prompts):
     assert len(compiler._programs) == 2 * len(("begin", "attend", "visit", "end"))
 
 
+@pytest.mark.programs
 def test_a_budget_too_small_says_the_least(pair, prompts):
     compiler = fresh(pair[1])
     floor = least_of(compiler, Generating(rows=3, context=52, prompt=8)).total
