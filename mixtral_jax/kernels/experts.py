@@ -241,4 +241,4 @@ def _backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> t
 _visited = jax.custom_vjp(_visit_all, nondiff_argnums=(0, 1))
 _visited.defvjp(_forward, _backward, symbolic_zeros=True)
 # Compiled as one even where shard_map runs eagerly, which knows no symbolic zeros.
-_visit_differentiably = jax.jit(_visited, static_argnums=(0, 1))
+_visit_differentiably = jax.jit(_visited, static_argnums=(0, 1), inline=True)
