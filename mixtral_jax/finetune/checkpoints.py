@@ -153,16 +153,29 @@ class Checkpoints:
         self.last_step = saved.step
 
     def check(self) -> None:
-        """Raises what the save in the background met, if it has ended; never waits."""
-        if self._saving is not None and self._saving.done():
+        """Raises what the save in the background met, if it has ended; never waits.
+
+        Where there are many processes ``wait`` does, in all of them.
+        """
+        if hosts.num_processes() == 1 and self._saving is not None and self._saving.done():
             self._saving.result()
 
     def wait(self) -> None:
-        """Waits until the last save is complete; raises what it met."""
+        """Waits until the last save is complete; raises what it met, here or in another process."""
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
-            hosts.barrier("a checkpoint is complete", may_wait_for_first=True)
+        if saving is None:
+            return
+        error = saving.exception()
+        hosts.barrier("a checkpoint was written", may_wait_for_first=True)
+        has_failed = hosts.is_any(error is not None)
+        if error is not None:
+            raise error
+        if has_failed:
+            raise MixtralError(
+                "another process could not save a checkpoint",
+                fix="look at its own output",
+                code=IO_ERROR,
+            )
 
     def close(self) -> None:
         """Waits for what this process does in the background, and raises nothing."""

@@ -18,6 +18,7 @@ from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.metrics import NAME, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions
+from mixtral_jax.finetune.output_folder import MARK
 from mixtral_jax.language_model import load
 from mixtral_jax.sharding import hosts
 from tests.finetune.fakes import log_of
@@ -110,7 +111,9 @@ def test_a_finished_command_writes_its_result_again(folder, whole, capsys):
 
 
 def test_other_options_are_refused_by_name(folder, whole, capsys):
+    asked = (whole / MARK).read_bytes()
     assert command(*words(folder, whole, "--learning-rate", "1e-3")) == BAD_DATA
+    assert (whole / MARK).read_bytes() == asked
     assert "--learning-rate 0.01, got --learning-rate 0.001" in capsys.readouterr().err
 
 

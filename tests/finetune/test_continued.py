@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mixtral_jax.convert.adapter import TENSORS_NAME, Adapter
+from mixtral_jax.convert.adapter import CONFIG_NAME, TENSORS_NAME, Adapter
+from mixtral_jax.convert.hub import EMBEDDED_FOLDER
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, MixtralError
 from mixtral_jax.finetune.continued import first_factors
 from mixtral_jax.finetune.lora import Pair
@@ -77,6 +79,16 @@ def test_it_begins_with_the_factors_of_the_folder_and_writes_them_again(
     one, two = (load_file(tmp_path / name / TENSORS_NAME) for name in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_the_base_is_named_as_it_was_asked_for(tmp_path, config):
+    """By peft's readers, on any machine: a name of the Hub, not a folder of its cache here."""
+    trainer = Trainer(on_mesh(config), options_for(("q_proj",)), total_steps=5)
+    trainer.lm.folder = EMBEDDED_FOLDER
+    for name, told in (("org/name", "org/name"), (None, str(EMBEDDED_FOLDER))):
+        trainer.save_adapter(tmp_path, name)
+        fields = json.loads((tmp_path / CONFIG_NAME).read_text())
+        assert fields["base_model_name_or_path"] == told
 
 
 def test_factors_of_no_effect_are_new_ones_again(tmp_path, config):
