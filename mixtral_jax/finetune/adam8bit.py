@@ -128,14 +128,14 @@ def decode(moment: Moment, *, is_signed: bool) -> Float[Array, "*_"]:
 def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     """``optax.scale_by_adam`` with moments in 8 bits between updates."""
 
-    def init(trained: Any) -> AdamState:
+    def init(params: Any) -> Any:
         def first(is_signed: bool) -> Any:
-            return jax.tree.map(lambda leaf: _zeros(leaf.shape, is_signed=is_signed), trained)
+            return jax.tree.map(lambda leaf: _zeros(leaf.shape, is_signed=is_signed), params)
 
         return AdamState(jnp.int32(0), first(True), first(False))
 
-    def update(gradients: Any, state: AdamState, trained: Any = None) -> tuple[Any, AdamState]:
-        del trained
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
         count = state.count + 1
         weights = 1 - b1 ** count.astype(jnp.float32), 1 - b2 ** count.astype(jnp.float32)
 
@@ -147,7 +147,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
                 change, _kept(mean, mu, is_signed=True), _kept(square, nu, is_signed=False)
             )
 
-        found = jax.tree.map(one, gradients, state.mu, state.nu)
+        found = jax.tree.map(one, updates, state.mu, state.nu)
 
         def part(i: int) -> Any:
             return jax.tree.map(lambda x: x[i], found, is_leaf=lambda x: isinstance(x, _Updated))
