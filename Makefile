@@ -33,11 +33,8 @@ demo: $(STAMP)-core
 	  --prompt "¿Cómo se dice «rojo» en inglés?" \
 	  --prompt "Quale giorno viene dopo lunedì?"
 
-# Most tests are compiled in a cheaper way than users' programs; those that read programs are not.
-# Exit code 5: none of these is among TESTS.
 test: $(STAMP)-test
 	$(PYTEST) $(TESTS)
-	MIXTRAL_JAX_TEST_OPTIMIZED=1 $(PYTEST) -m programs $(TESTS) || [ $$? -eq 5 ]
 
 check: $(STAMP)-check
 	$(PY) -m ruff format --check .

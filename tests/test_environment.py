@@ -45,7 +45,6 @@ def test_a_second_process_compiles_nothing(model, tmp_path):
     assert programs(tmp_path / "mixtral-jax" / "xla") == first
 
 
-@pytest.mark.programs
 def test_it_can_be_turned_off_and_moved(model, tmp_path):
     sample(model, tmp_path, JAX_ENABLE_COMPILATION_CACHE="false")
     assert not programs(tmp_path)

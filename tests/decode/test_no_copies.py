@@ -18,8 +18,6 @@ from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.model.transformer import assemble, leaf_specs
 from mixtral_jax.weights import slots_of
 
-pytestmark = pytest.mark.programs
-
 # Widths whose weights and caches are far larger than any activation of a few rows.
 CONFIG = ModelConfig(
     vocab_size=4096,
