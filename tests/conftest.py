@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from tests.environ import DEVICES_FLAG, without_devices
+
 # Before JAX is imported: it reads both once. A GPU run asks for its platform by name, as in
 # `MIXTRAL_JAX_TEST_PLATFORM=cuda pytest -m gpu`.
 NUM_SIMULATED_DEVICES = 8
-_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 os.environ["JAX_PLATFORMS"] = os.environ.get("MIXTRAL_JAX_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = " ".join(
-    [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICES_FLAG)]
-    + [f"{_DEVICES_FLAG}={NUM_SIMULATED_DEVICES}"]
+os.environ["XLA_FLAGS"] = (
+    f"{without_devices()['XLA_FLAGS']} {DEVICES_FLAG}={NUM_SIMULATED_DEVICES}".strip()
 )
-# Most of the time goes into compiling. `make slow` and `make parity` keep LLVM's optimizations.
+# Most of the time goes into compiling, which takes half as long with the older emitters of loops.
+# `make slow` and `make parity` keep LLVM's optimizations and what users run.
 if "MIXTRAL_JAX_TEST_OPTIMIZED" not in os.environ:
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0"
+        " --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 # What one process compiles serves the others: workers of this run, and commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -44,6 +50,13 @@ install_import_hook("mixtral_jax", f"{typechecker.__name__}.check")
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes millions of small objects: a tenth of the time went into looking for cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 MOST_MAPPINGS = 40_000  # of the 65,530 that Linux allows; a compiled program holds hundreds

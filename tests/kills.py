@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.environ import without_devices
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +38,7 @@ def run_killed(program: str, n: int, *arguments: object) -> subprocess.Completed
         [sys.executable, "-c", _COUNTING + program, str(n), *map(str, arguments)],
         cwd=ROOT,
         # Nobody gets the devices that the tests simulate for themselves.
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)},
+        env=without_devices() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

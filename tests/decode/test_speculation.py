@@ -26,7 +26,12 @@ from tests.models import random_leaves, random_model
 
 F32 = 1e-4
 K = 4
-SMALL = {"num_local_experts": 4, "initializer_range": 0.2, "max_position_embeddings": 256}
+SMALL = {
+    "num_hidden_layers": 1,
+    "num_local_experts": 4,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 256,
+}
 GREEDY = SamplingOptions(max_new_tokens=30)
 
 

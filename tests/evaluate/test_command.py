@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from mixtral_jax.evaluate.__main__ import Options, main
 from mixtral_jax.evaluate.perplexity import compare, perplexity
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.language_model import EMBEDDED_FOLDER
+from tests.environ import without_devices
 from tests.sharding import processes
 
 TEXT = "12 + 30 = 42. 5 - 3 = 2.\nMonday, Tuesday, Wednesday, Thursday\n1, 2, 3, 4, 5, 6, 7\n"
@@ -28,7 +28,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mixtral_jax.evaluate", *map(str, arguments)],
         cwd=processes.ROOT,
-        env={key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+        env=without_devices(),
         capture_output=True,
         text=True,
         check=False,

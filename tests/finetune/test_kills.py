@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import pytest
 
 from mixtral_jax.finetune.checkpoint_record import problem, read_record
 from mixtral_jax.finetune.checkpoints import Checkpoints
+from tests.environ import without_devices
 from tests.finetune.fakes import log_of
 from tests.finetune.models import make_folder
 from tests.kills import run_killed
@@ -114,9 +114,8 @@ def test_the_command_killed_at_five_steps_resumes_bit_for_bit(tmp_path, small_co
 
     def finetune(out: str, kill: int) -> int:
         words = f"{model} --dataset {data} --output-dir {tmp_path / out} --mesh {mesh} {OPTIONS}"
-        environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         command = [sys.executable, "-c", COMMAND, str(kill), *words.split()]
-        return subprocess.run(command, cwd=ROOT, env=environ, check=False).returncode
+        return subprocess.run(command, cwd=ROOT, env=without_devices(), check=False).returncode
 
     def last(out: str) -> dict[str, str]:
         return dict(read_record(tmp_path / out / "checkpoint-40").files)

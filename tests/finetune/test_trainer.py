@@ -107,6 +107,7 @@ def test_only_what_trains_has_a_gradient_and_moments(config):
 
 def test_packed_and_padded_rows_give_the_same_update(config):
     """The same texts, two in a row or one: one loss over all their tokens."""
+    config = dataclasses.replace(config, num_local_experts=4)
     options = dataclasses.replace(LORA, router_aux_loss_coef=0.02)
     all_texts = texts(8)
     apart = batch_of([[[text] for text in all_texts]], LENGTH)

@@ -72,13 +72,13 @@ def test_presets_have_the_published_number_of_parameters(preset, count):
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_equals_the_numpy_reference(fields):
     raw, weights, model = from_reference(fields)
-    tokens = random_tokens(model.config, (2, 64))
+    tokens = random_tokens(model.config, (2, 24))
     want = reference.forward(weights, raw, tokens)
-    got = jax.jit(lambda m, t: (m(t), m.hidden(t).routing))(model, tokens)
-    for layer, routing in enumerate(got[1]):
+    hidden = jax.jit(Mixtral.hidden)(model, tokens)
+    for layer, routing in enumerate(hidden.routing):
         expert_ids = np.asarray(routing.expert_ids).reshape(want.routing[layer].expert_ids.shape)
         np.testing.assert_array_equal(expert_ids, want.routing[layer].expert_ids)
-    np.testing.assert_allclose(got[0], want.logits, atol=F32)
+    np.testing.assert_allclose(model.unembed(hidden.x), want.logits, atol=F32)
 
 
 def test_every_kernel_row_gives_the_same_logits(small_config):
@@ -111,7 +111,7 @@ def test_a_wrong_set_of_weights_is_refused_with_every_problem(small_config):
 
 def test_every_weight_gets_a_gradient(small_config):
     model = random_model(small_config(initializer_range=0.2))
-    tokens = jnp.asarray(random_tokens(model.config, (4, 32)))
+    tokens = jnp.asarray(random_tokens(model.config, (2, 17)))
 
     def loss(model: Mixtral) -> jax.Array:
         logits = model(tokens[:, :-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,17 +19,19 @@ from mixtral_jax.plan.schemes import weight_bytes
 from mixtral_jax.plan.step import generation_steps
 from mixtral_jax.plan.sweep import MAX_DEVICES, MOST_COMPILED, cheapest, draw, meshes, sweep
 from mixtral_jax.sharding.mesh import MeshSpec
+from tests.environ import DEVICES_FLAG, without_devices
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     # A flag of the caller's that would leave the command with fewer devices than it wants.
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environ = without_devices()
+    environ["XLA_FLAGS"] += f" {DEVICES_FLAG}=2"
     return subprocess.run(
         [sys.executable, "-m", "mixtral_jax.plan", *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **flags},
+        env=environ,
     )
 
 

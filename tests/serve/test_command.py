@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -19,6 +18,7 @@ import huggingface_hub
 import openai
 import pytest
 
+from tests.environ import without_devices
 from tests.serve.http.test_docs import lines
 
 pytestmark = pytest.mark.slow
@@ -44,12 +44,11 @@ def wait_until_ready(url: str, server: subprocess.Popen) -> None:
 def server(tmp_path_factory) -> Iterator[tuple[subprocess.Popen, str, Path]]:
     """The process, its address, and its log."""
     log = tmp_path_factory.mktemp("serve") / "log"
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "mixtral_jax.serve", "--port", "0", "--json-output"],
             cwd=ROOT,
-            env=environ,
+            env=without_devices(),
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

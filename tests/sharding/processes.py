@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.environ import without_devices
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +44,6 @@ def start(
 ) -> list:
     """Starts ``python ARGUMENTS`` ``count`` times with the three flags, and what one has of its
     ``own`` after them; nobody gets the devices that the tests simulate for themselves."""
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     port = free_port()
     return [
         subprocess.Popen(
@@ -57,7 +57,7 @@ def start(
                 *(own or {}).get(rank, ()),
             ],
             cwd=ROOT,
-            env=environ,
+            env=without_devices(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from mixtral_jax.errors import INTERRUPTED, PEER_LOST, USAGE
 from tests.convert import checkpoints
+from tests.environ import without_devices
 from tests.sharding.processes import ROOT, finish, run, start
 
 SAMPLE = ["-m", "mixtral_jax.sample", "--mesh", "1x8", "--json", "--max-new-tokens", "24"]
@@ -99,10 +99,9 @@ sys.exit(cli.run(sample.main, sample.Options, "sample"))
 
 
 def alone(arguments: list[str]) -> str:
-    environ = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+        command, cwd=ROOT, env=without_devices(), capture_output=True, text=True, check=True
     )
     return done.stdout
 

@@ -1,0 +1,14 @@
+"""The environment of commands that tests start."""
+
+from __future__ import annotations
+
+import os
+
+DEVICES_FLAG = "--xla_force_host_platform_device_count"
+
+
+def without_devices() -> dict[str, str]:
+    """This environment, less the devices that the tests simulate for themselves."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = " ".join(flag for flag in flags if not flag.startswith(DEVICES_FLAG))
+    return os.environ | {"XLA_FLAGS": kept}
