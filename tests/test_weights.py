@@ -76,7 +76,7 @@ def test_a_model_runs_on_every_kind(small_config, make):
         for name, leaf in leaves.items()
     }
     assert sum(not isinstance(leaf, jax.Array) for leaf in kinds.values()) == 7
-    tokens = random_tokens(config, (2, 16))
+    tokens = random_tokens(config, (2, 12))
     plain = {name: as_array(leaf) for name, leaf in kinds.items()}
     want = forward(assemble(config, plain), tokens)
     model = assemble(config, kinds)

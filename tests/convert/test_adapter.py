@@ -87,7 +87,7 @@ def merged(tensors: Tensors, factors: Tensors, scales: dict[str, float] | None =
 
 
 def logits(folder: Path, config: mj.ModelConfig, mesh: str = "1x1", **options: Any) -> np.ndarray:
-    tokens = random_tokens(config, (2, 16)).tolist()
+    tokens = random_tokens(config, (2, 12)).tolist()
     return mj.load(folder, mesh=mesh, **options).logits(tokens)
 
 

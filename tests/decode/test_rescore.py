@@ -45,7 +45,7 @@ def rescored(model: Mixtral, prompt: tuple[int, ...], tokens: list[int]) -> np.n
     """The log-probability of each token given all before it, from one pass without a cache."""
     ids = np.zeros((2, max(PROMPT_LENGTHS) + NEW_TOKENS), np.int32)
     ids[0, : len(prompt) + len(tokens)] = [*prompt, *tokens]
-    logprobs = jax.nn.log_softmax(forward(model, jnp.asarray(ids), placement=LOCAL)[0])
+    logprobs = jax.nn.log_softmax(forward(model, jnp.asarray(ids))[0])
     where = np.arange(len(tokens)) + len(prompt) - 1
     return np.asarray(logprobs)[where, tokens]
 

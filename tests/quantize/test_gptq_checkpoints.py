@@ -168,7 +168,7 @@ def test_tokens_are_the_same_on_every_mesh(made):
 
 
 def test_every_token_goes_to_two_experts(made, text):
-    _, report = made(4)
+    _, report = made(3)
     tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
     count = sum(map(len, read_windows(text, tokenizer, samples=120, length=256)))
     for layer in report.layers:
@@ -295,11 +295,13 @@ def test_a_kill_and_a_rerun_give_the_same_digest(tmp_path, small, text):
     killed = run_and_kill(small, tmp_path / "q", text, "layer 1")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     again = run_and_kill(small, tmp_path / "q", text, "never")
-    whole = run_and_kill(small, tmp_path / "whole", text, "never")
-    assert again.returncode == whole.returncode == 0, again.stderr + whole.stderr
-    digest, *counts = whole.stdout.split()
-    assert counts == ["2", "2", "14"]
-    assert again.stdout.split() == [digest, "1", "2", "14"], "one layer made, both reported"
+    assert again.returncode == 0, again.stderr
+    calibration = Calibration(path=text, samples=20, length=64)
+    whole = quantize_gptq(small, tmp_path / "whole", GptqRecipe(group=32), calibration)
+    digest, *counts = again.stdout.split()
+    assert digest == whole.converted.digest
+    assert counts == ["1", "2", "14"], "one layer made, both reported"
+    assert (len(whole.layers), len(whole.errors)) == (2, 14)
 
 
 def run(*arguments: str) -> int:

@@ -23,8 +23,9 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.per_expert import assign_slots, capacity
 from mixtral_jax.weights import slots_of
 from tests.reference.dispatch import dropped, kept
+from tests.slow import in_turn
 
-E, A, D, F, N = 8, 2, 16, 32, 64
+E, A, D, F, N = 8, 2, 16, 32, 56
 F32 = 2e-5
 MESHES = ["2x4", "1x4x2"]  # test_model.py has them all
 EXACT = [
@@ -42,8 +43,13 @@ EXACT = [
 DENSE = LocalPlacement("reference")
 
 
-def names(options: DispatchOptions) -> str:
-    return f"{options.method}-{options.capacity_factor}-{options.overflow}-{options.chunks}"
+def names(value: Any) -> str:
+    """Of a test: options, options and a skew, or a mesh."""
+    if isinstance(value, tuple):
+        return f"{names(value[0])}-skew {value[1]}"
+    if isinstance(value, DispatchOptions):
+        return f"{value.method}-{value.capacity_factor}-{value.overflow}-{value.chunks}"
+    return value
 
 
 def experts(seed: int = 0) -> ExpertWeights:
@@ -71,13 +77,12 @@ def on_mesh(x, routing, weights, *, mesh, options) -> Any:
 SKEWED = [options for options in EXACT if options.capacity_factor >= 2 and options.chunks == 1]
 
 
-@pytest.mark.parametrize(
-    ("options", "skew"),
-    [(options, 0.0) for options in EXACT] + [(options, 20.0) for options in SKEWED],
-    ids=lambda value: names(value) if isinstance(value, DispatchOptions) else f"skew {value}",
-)
-@pytest.mark.parametrize("text", MESHES)
-def test_equals_dense_and_drops_nothing(text, options, skew):
+LOADS = [(options, 0.0) for options in EXACT] + [(options, 20.0) for options in SKEWED]
+
+
+@pytest.mark.parametrize(("load", "text"), in_turn(LOADS, MESHES), ids=names)
+def test_equals_dense_and_drops_nothing(text, load):
+    options, skew = load
     spec, weights = MeshSpec.parse(text), experts()
     x, routing = rows(skew=skew)
     slots = ExpertWeights(*(slots_of(w, spec.expert) for w in weights))
@@ -131,8 +136,9 @@ DROP = DispatchOptions(method="all_to_all", capacity_factor=1.0, overflow="drop"
 GRADIENTS = [options for options in EXACT[:-1] if options.chunks == 1]
 
 
-@pytest.mark.parametrize("options", [*GRADIENTS, DROP], ids=names)
-@pytest.mark.parametrize("text", ["1x8", "2x2x2"])
+@pytest.mark.parametrize(
+    ("options", "text"), in_turn([*GRADIENTS, DROP], ["1x8", "2x2x2"]), ids=names
+)
 def test_gradients_equal_dense(text, options):
     spec, weights = MeshSpec.parse(text), experts()
     mesh = spec.build()

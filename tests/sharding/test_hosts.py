@@ -109,7 +109,7 @@ def alone(arguments: list[str]) -> str:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, small_config):
     folder = tmp_path_factory.mktemp("hosts")
-    config = small_config()
+    config = small_config(num_hidden_layers=1)
     return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
 
 
@@ -280,8 +280,8 @@ def test_sigterm_ends_a_process_at_once(long_checkpoint):
     assert (first.code, is_named("killed", 1, first.stderr)) == (PEER_LOST, True), first.stderr
 
 
-def test_an_interrupt_while_waiting_for_the_others_is_one_line():
-    processes = start(["-c", SLOW_TO_PRINT, "--mesh=1x2", "--prompt=1+1="])
+def test_an_interrupt_while_waiting_for_the_others_is_one_line(converted):
+    processes = start(["-c", SLOW_TO_PRINT, str(converted), "--mesh=1x2", "--prompt-ids=1"])
     try:
         lines_until(processes[1], "leaving")
         time.sleep(0.5)
@@ -297,7 +297,7 @@ def test_an_interrupt_while_waiting_for_the_others_is_one_line():
 
 @pytest.fixture(scope="module")
 def long_checkpoint(tmp_path_factory, small_config):
-    config = small_config(max_position_embeddings=8192)
+    config = small_config(max_position_embeddings=8192, num_hidden_layers=1)
     folder = tmp_path_factory.mktemp("long")
     return checkpoints.write(folder / "hf", config, checkpoints.random_tensors(config))
 

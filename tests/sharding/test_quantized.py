@@ -87,13 +87,11 @@ def leaves(config):
 
 
 @pytest.mark.parametrize("layout", mostly_slow(["slots", "stacked"], ["slots"]))
-@pytest.mark.parametrize(
-    "name", mostly_slow([*DATA_FREE, *GPTQ], ["int8", "int4 asymmetric", "nf4", "gptq3"])
-)
+@pytest.mark.parametrize("name", mostly_slow([*DATA_FREE, *GPTQ], ["int8", "nf4", "gptq3"]))
 def test_logits_equal_those_of_the_dequantized_on_every_mesh(config, leaves, name, layout: Layout):
     made = quantized(name, leaves, config)
     assert sum(isinstance(w, QTensor) for w in made.values()) == 7
-    tokens = random_tokens(config, (16, 8))
+    tokens = random_tokens(config, (16, 3))
     plain = {p: w.dequantize() if isinstance(w, QTensor) else w for p, w in made.items()}
     want = forward(assemble(config, plain), tokens)
     assert not np.allclose(want, forward(assemble(config, leaves), tokens), atol=F32)
@@ -110,7 +108,7 @@ def test_logits_equal_those_of_the_dequantized_on_every_mesh(config, leaves, nam
 )
 def test_attention_split_over_heads_and_weights_over_data(config, leaves, name):
     made = quantized(name, leaves, config)
-    tokens = random_tokens(config, (16, 8))
+    tokens = random_tokens(config, (16, 3))
     plain = {p: w.dequantize() if isinstance(w, QTensor) else w for p, w in made.items()}
     want = forward(assemble(config, plain), tokens)
     mesh, strategy = MeshSpec.parse("2x2").build(), Strategy(attention="tensor")
@@ -193,7 +191,7 @@ def test_an_order_moves_the_factors_of_an_adapter_too(config, leaves, layout: La
         a, b = draw.normal(size=(8, 4, inputs)), draw.normal(size=(8, outputs, 4))
         a, b = (jnp.asarray(part * 0.1, jnp.float32) for part in (a, b))
         made[path] = Adapted(made[path], a, b, 1.0)
-    model, tokens = assemble(config, made), random_tokens(config, (16, 8))
+    model, tokens = assemble(config, made), random_tokens(config, (16, 3))
     want = forward(model, tokens)
     mesh = MeshSpec.parse("1x2x2").build()
     split = place(model, mesh, layout=layout)
