@@ -108,7 +108,7 @@ def write(
     ]
     if model is None:
         model = executor.model if isinstance(executor, Resident) else _model(executor)
-    fields = {"prefill_chunk": 8, **fields}
+    fields = {"prefill_chunk": 16, **fields}
     generation = Generation(model, requests, placement=LOCAL, executor=executor, **fields)
     rows: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]

@@ -62,7 +62,7 @@ def fresh(executor: OffloadExecutor) -> Compiler:
 def pieces(executor: OffloadExecutor, rows: Sequence[Sequence[int]]) -> Generator[list[list[int]]]:
     """A generation that can be left open: tokens of each row, a few at a time."""
     requests = [Request(prompt_ids=tuple(ids), options=GREEDY) for ids in rows]
-    fields = {"placement": LOCAL, "executor": executor, "prefill_chunk": 8}
+    fields = {"placement": LOCAL, "executor": executor, "prefill_chunk": 16}
     for chunk in Generation(executor.parts.ends, requests, **fields).chunks(4):
         yield chunk.token_ids
 
@@ -76,7 +76,7 @@ def test_tokens_are_those_of_the_resident_model(pair, prompts, options):
     """Three rows; a layer of a prompt chooses all 8 experts, and there is room for 1 to 24."""
     resident, first = pair
     expected = write(resident, prompts, options)
-    floor, size = least(first, 3, 52, 8), first.parts.expert_bytes
+    floor, size = least(first, 3, 52, 16), first.parts.expert_bytes
     plenty = within(first, first.ledger.budget)
     assert same(write(plenty, prompts, options), expected)
     assert plenty.report().resident_experts == 24
@@ -166,7 +166,7 @@ def test_generations_take_turns(pair, prompts):
 def test_a_generation_keeps_its_room_until_it_is_dropped(pair, prompts):
     """No other one takes it, nor do scores; where both do not fit the second is refused."""
     first, compiler = pair[1], fresh(pair[1])
-    floor = least_of(compiler, Generating(rows=3, context=52, prompt=8)).total
+    floor = least_of(compiler, Generating(rows=3, context=52, prompt=16)).total
     executor = within(first, floor, compiler=compiler)
     one = pieces(executor, prompts)
     next(one)
@@ -199,7 +199,7 @@ def test_code_that_is_not_needed_makes_room(pair, prompts):
     """A process that has met many shapes refuses nothing that would fit alone."""
     first = pair[1]
     compiler = WithCode(first.parts, first.compiler.placement, first.device)
-    what = Generating(rows=3, context=52, prompt=8)
+    what = Generating(rows=3, context=52, prompt=16)
     floor = least_of(compiler, what).total
     executor = within(first, floor, compiler=compiler)
     expected = write(executor, prompts, GREEDY)
@@ -241,7 +241,7 @@ def on_device(device) -> int:
 def test_nothing_lies_on_the_device_that_the_ledger_does_not_know(pair, prompts, monkeypatch):
     """After each expert, and between generations of different sizes."""
     alone(pair)
-    budget = least(pair[1], 3, 52, 8) + 4 * pair[1].parts.expert_bytes
+    budget = least(pair[1], 3, 52, 16) + 4 * pair[1].parts.expert_bytes
     executor = within(pair[1], budget)
     seen: list[tuple[int, int]] = []
     noted = executor._experts.read
@@ -273,7 +273,7 @@ def alone(pair) -> None:
 def test_the_audit_finds_an_expert_that_was_not_taken_away(pair, prompts, monkeypatch):
     """The planted fault of the test above."""
     alone(pair)
-    executor = within(pair[1], least(pair[1], 3, 52, 8))
+    executor = within(pair[1], least(pair[1], 3, 52, 16))
     kept = []
     evict = executor._experts._evict
 
@@ -304,7 +304,7 @@ def test_layers_share_their_programs(pair, prompts):
 
 def test_a_budget_too_small_says_the_least(pair, prompts):
     compiler = fresh(pair[1])
-    floor = least_of(compiler, Generating(rows=3, context=52, prompt=8)).total
+    floor = least_of(compiler, Generating(rows=3, context=52, prompt=16)).total
     exact = within(pair[1], floor, compiler=compiler)
     write(exact, prompts, GREEDY)
     assert exact.report().peak == floor
@@ -318,7 +318,7 @@ def test_a_budget_too_small_says_the_least(pair, prompts):
 
 def test_shapes_alone_give_the_same_least(config, pair):
     parts = abstract_parts(config, {}, "float32")
-    what = Generating(rows=3, context=52, prompt=8)
+    what = Generating(rows=3, context=52, prompt=16)
     of_arrays, of_shapes = (
         least_of(Compiler(each, LOCAL, pair[1].device), what) for each in (pair[1].parts, parts)
     )
@@ -333,7 +333,7 @@ def test_drafts_are_refused(pair, prompts):
 
 
 def test_prefetch_changes_times_and_no_token(pair, prompts):
-    budget = least(pair[1], 3, 52, 8) + 12 * pair[1].parts.expert_bytes
+    budget = least(pair[1], 3, 52, 16) + 12 * pair[1].parts.expert_bytes
     found = []
     for prefetch in (True, False):
         executor = within(pair[1], budget, prefetch=prefetch)
