@@ -7,6 +7,7 @@ difference and name it in CHANGELOG.md.
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -45,12 +46,31 @@ def compare(name: str, text: str, folder: Path = SNAPSHOTS) -> None:
     assert text == path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help(command):
+# Each as ``python -m`` runs it, all in one process: it is importing that takes time.
+HELP = """
+import contextlib, io, json, runpy, sys
+found = {}
+for command in sys.argv[1:]:
+    module, *words = f"mixtral_jax.{command}".split()
+    sys.argv, code = [module, *words, "--help"], None
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            code = end.code
+    out.seek(0)
+    found[command] = code, out.read()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, tuple[int, str]]:
+    """Exit code and text of every command's --help."""
     plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     environment = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
     done = subprocess.run(
-        [sys.executable, "-m", *f"mixtral_jax.{command} --help".split()],
+        [sys.executable, "-c", HELP, *COMMANDS],
         cwd=ROOT,
         env=environment | plain,
         check=False,
@@ -58,7 +78,14 @@ def test_help(command):
         encoding="utf-8",
     )
     assert (done.returncode, done.stderr) == (0, "")
-    lines = (line.rstrip() for line in done.stdout.strip().splitlines())
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(helps, command):
+    code, text = helps[command]
+    assert code == 0
+    lines = (line.rstrip() for line in text.strip().splitlines())
     compare(f"help-{command.replace(' ', '-')}", "\n".join(lines) + "\n")
 
 

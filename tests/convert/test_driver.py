@@ -28,6 +28,7 @@ from mixtral_jax.errors import (
 )
 from mixtral_jax.model.transformer import leaf_specs
 from tests.convert import checkpoints
+from tests.slow import in_turn
 
 ROOT = Path(__file__).parents[2]
 W2 = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
@@ -152,8 +153,9 @@ def test_leaves_may_differ_in_dtype(tmp_path, config, tensors):
     assert read_config(tmp_path / "out").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "value"), in_turn(["float32", "float16", "bfloat16"], [np.nan, np.inf, -np.inf])
+)
 def test_a_value_that_is_not_finite_is_refused_by_name_unless_allowed(
     tmp_path, small_config, dtype, value
 ):

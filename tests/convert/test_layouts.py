@@ -26,6 +26,7 @@ from mixtral_jax.model.transformer import leaf_specs
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import weight_shardings
 from tests.convert import checkpoints, native
+from tests.slow import mostly_slow
 
 NATIVE = ("native", "native_stacked")
 SAFETENSORS = ConvertOptions(format="safetensors")
@@ -84,9 +85,7 @@ def refusal(src, dst, options=None) -> MixtralError:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16", "float16"], ["bfloat16"]))
 def test_all_layouts_give_one_digest_and_the_same_leaves(tmp_path, small_config, dtype):
     config = small_config(dtype=dtype)
     tensors = checkpoints.random_tensors(config)

@@ -61,9 +61,8 @@ def decode_program(dtype: str, rows: int) -> tuple[str, int]:
     sampling = row_sampling([SamplingOptions()] * rows, [0] * rows, CONFIG.vocab_size)
     zeros = np.zeros((rows,), np.int32)
     limits = steps.Limits(zeros, zeros.astype(bool), np.zeros((1,), np.int32))
-    compiled = steps.decode_step.lower(
-        model, state, sampling, limits, np.int32(32), placement=LOCAL
-    ).compile()
+    lowered = steps.decode_step.lower(model, state, sampling, limits, np.int32(32), placement=LOCAL)
+    compiled = lowered.compile({"xla_cpu_use_fusion_emitters": True})  # as users have it
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text
     assert memory is not None

@@ -96,9 +96,18 @@ def tokens(lm) -> list:
     return [completion.token_ids for completion in found]
 
 
+@pytest.mark.parametrize("model", mostly_slow(["small", "embedded"], ["small"]))
 @pytest.mark.parametrize("name", mostly_slow(RECIPES, ["nf4 nested"]))
-def test_tokens_are_the_same_on_every_mesh(made, name):
-    folder, _ = made(name)
+def test_tokens_are_the_same_on_every_mesh(tmp_path, small_config, made, name, model):
+    if model == "embedded":
+        folder, _ = made(name)
+    else:
+        folder, config = (
+            tmp_path / "q",
+            small_config(hidden_size=128, head_dim=32, num_hidden_layers=1, vocab_size=2048),
+        )
+        src = checkpoints.write(tmp_path / "hf", config, checkpoints.random_tensors(config))
+        quantize_checkpoint(src, folder, RECIPES[name])
     rows = [tokens(mj.load(folder, mesh=text, dtype="float32")) for text in MESHES]
     assert rows[0] == rows[1] == rows[2]
     assert len(rows[0][0]) == 8

@@ -183,11 +183,11 @@ def test_the_visiting_kernel_equals_the_reference(skew):
 @given(
     ids=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     room=st.integers(1, 4),
-    padding=st.integers(0, 4),
 )
-def test_slots_are_first_come_first_served(ids, room, padding):
-    both = jnp.asarray([(i, (i + 1) % 4) for i in ids] + [(0, 1)] * padding, jnp.int32)
-    valid = jnp.arange(len(ids) + padding) < len(ids)
+def test_slots_are_first_come_first_served(ids, room):
+    num_rows = 13  # whatever is drawn: each number would be compiled
+    both = jnp.asarray([(i, (i + 1) % 4) for i in ids] + [(0, 1)] * (num_rows - len(ids)))
+    valid = jnp.arange(num_rows) < len(ids)
     slots = assign_slots(both, valid, num_experts=4, room=room)
     taken, dropped = {e: [] for e in range(4)}, 0
     for choice in range(2):
@@ -197,8 +197,7 @@ def test_slots_are_first_come_first_served(ids, room, padding):
                 taken[expert].append(row)
             else:
                 dropped += 1
-    free = len(ids) + padding
-    want = [row for e in range(4) for row in taken[e] + [free] * (room - len(taken[e]))]
+    want = [row for e in range(4) for row in taken[e] + [num_rows] * (room - len(taken[e]))]
     assert slots.row_of_slot.tolist() == want
     assert int(slots.dropped) == dropped
     assert (np.asarray(slots.slot_of_choice)[len(ids) :] == 4 * room).all()

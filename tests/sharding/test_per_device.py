@@ -49,10 +49,10 @@ def by_hand(ids: np.ndarray, valid: np.ndarray, *, shards: int, room: int) -> np
     pairs=st.lists(st.permutations(range(E)), min_size=1, max_size=10),
     shards=st.sampled_from([1, 2, 4, 8]),
     room=st.integers(1, 6),
-    padding=st.integers(0, 2),
 )
-def test_slots_are_first_come_first_served(pairs, shards, room, padding):
-    ids = np.array([p[:A] for p in pairs] + [[0, 1]] * padding, np.int32)
+def test_slots_are_first_come_first_served(pairs, shards, room):
+    # Padded to one number of rows: each would be compiled.
+    ids = np.array([p[:A] for p in pairs] + [[0, 1]] * (11 - len(pairs)), np.int32)
     valid = np.arange(len(ids)) < len(pairs)
     slots = assign_device_slots(
         find_visits(jnp.asarray(ids), jnp.asarray(valid), num_experts=E, shards=shards),

@@ -15,6 +15,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
 from tests.models import forward, random_model, random_tokens
+from tests.slow import in_turn
 
 DROP = DispatchOptions(method="all_to_all", overflow="drop")
 EXACT = DispatchOptions(method="all_to_all")
@@ -64,8 +65,11 @@ def is_expert_weight(shape: tuple[int, ...], model) -> bool:
     return any(size in (F, F // 2) for size in shape)
 
 
-@pytest.mark.parametrize("options", [EXACT, DROP, DispatchOptions()], ids=["exact", "drop", "auto"])
-@pytest.mark.parametrize("text", ["1x8", "2x4", "1x4x2"])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    in_turn([EXACT, DROP, DispatchOptions()], ["1x8", "2x4", "1x4x2"]),
+    ids=lambda value: value if isinstance(value, str) else f"{value.method}-{value.overflow}",
+)
 def test_expert_weights_are_never_gathered(model, text, options):
     shapes = gathered_shapes(lowered(model, text, options).compile().as_text())
     assert not [shape for shape in shapes if is_expert_weight(shape, model)]

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
-from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.model.stats import router_stats
 from mixtral_jax.model.transformer import Mixtral
 from mixtral_jax.sharding.dispatch import DispatchOptions
@@ -18,7 +17,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import gather_weights, place
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.strategy import Strategy
-from tests.models import random_model, random_tokens
+from tests.models import REFERENCE, random_model, random_tokens
 
 STRATEGIES = [
     Strategy(),
@@ -69,7 +68,7 @@ def loss(model: Mixtral, tokens: jax.Array, placement) -> tuple[jax.Array, jax.A
 @functools.cache
 def expected(num_experts: int, shape: tuple[int, int]):
     model = model_of(num_experts)
-    run = jax.jit(jax.value_and_grad(functools.partial(loss, placement=LOCAL), has_aux=True))
+    run = jax.jit(jax.value_and_grad(functools.partial(loss, placement=REFERENCE), has_aux=True))
     (_, logits), gradient = run(model, random_tokens(model.config, shape))
     return np.asarray(logits), gradient
 

@@ -25,6 +25,7 @@ from mixtral_jax.quantize.makers import Recipe
 from tests.convert import checkpoints
 from tests.convert.quantized import published
 from tests.convert.quantized.published import CASES, publish
+from tests.slow import mostly_slow
 
 # What quantize_config.json of the published repositories holds, all of it.
 PUBLISHED_KEYS = {
@@ -59,7 +60,10 @@ def read_all(folder) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("name", ROUND_TRIPS)
+KEPT = ["one group", "3 bits, two files", "asymmetric"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(ROUND_TRIPS, KEPT))
 def test_a_published_folder_comes_back_byte_for_byte(tmp_path, name):
     case = ROUND_TRIPS[name]
     made = publish(case)
