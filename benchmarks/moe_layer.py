@@ -89,35 +89,35 @@ def random_experts(config: ModelConfig, mesh: jax.sharding.Mesh, dtype: Any) -> 
 def yardsticks(
     config: ModelConfig, mesh: jax.sharding.Mesh, rows: int, dtype: Any
 ) -> dict[str, Callable]:
-    """One product per device with the FLOPs that the layer needs there, weight or rows first."""
+    """One product per device with the FLOPs that the layer needs there, either operand first.
+
+    "narrow" sums over the wide dim and so writes a result of a layer's size; of the other a large
+    part may go into the memory of its result.
+    """
     D, F, A = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     devices = mesh.size
     n = max(1, rows * A // devices)
     spec = jax.P(("data", "expert", "tensor"))
-    x = jnp.ones((devices * n, D), dtype)
-    w = jnp.ones((devices * 3 * F, D), dtype)
-    x, w = (jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in (x, w))
 
     def product(einsum: str, x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum(
             einsum, *((x, w) if einsum[0] == "N" else (w, x)), preferred_element_type=jnp.float32
         )
 
-    return {
-        f"one product, {name}": functools.partial(
-            jax.jit(
-                jax.shard_map(
-                    functools.partial(product, einsum),
-                    mesh=mesh,
-                    in_specs=(spec, spec),
-                    out_specs=spec,
-                )
-            ),
-            x,
-            w,
-        )
-        for name, einsum in {"rows first": "ND,FD->NF", "weight first": "FD,ND->FN"}.items()
-    }
+    found = {}
+    for kind, out, summed in (("wide", 3 * F, D), ("narrow", D, 3 * F)):
+        x = jnp.ones((devices * n, summed), dtype)
+        w = jnp.ones((devices * out, summed), dtype)
+        x, w = (jax.device_put(a, jax.NamedSharding(mesh, spec)) for a in (x, w))
+        for order, einsum in {"rows first": "NI,OI->NO", "weight first": "OI,NI->ON"}.items():
+            run = jax.shard_map(
+                functools.partial(product, einsum),
+                mesh=mesh,
+                in_specs=(spec, spec),
+                out_specs=spec,
+            )
+            found[f"one product, {kind}, {order}"] = functools.partial(jax.jit(run), x, w)
+    return found
 
 
 def stacked(weights: ExpertWeights) -> list[jax.Array]:
