@@ -57,33 +57,32 @@ def save_model(
         _check(leaf, weight)
     num_bytes = sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values())
     names = () if companions is None else find_companions(companions, note)
-    with new_folder(dst, num_bytes) if is_first else contextlib.nullcontext() as work:
+    with new_folder(dst, num_bytes) if is_first else contextlib.nullcontext() as own:
+        work = Path(hosts.text_of_first(str(own)))
         return _write(model, leaves, work, companions, names)
 
 
 def _write(
     model: Mixtral,
     leaves: dict[str, Any],
-    work: Path | None,
+    work: Path,
     source: Path | None,
     names: tuple[str, ...],
 ) -> Manifest:
-    """Writes all in ``work``; without one only gathers what others write."""
-    output = None if work is None else OrbaxOutput(work, leaf_specs(model.config))
-    if output is not None:
+    """Every process hands every leaf to Orbax, which lets the first write; that does the rest."""
+    output, is_first = OrbaxOutput(work, leaf_specs(model.config)), hosts.is_first()
+    if is_first:
         output.prepare()
     records: dict[str, LeafRecord] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         for leaf, weight in leaves.items():
             value = _canonical(weight)
             records[leaf] = digest_leaf(leaf, value, pool)
-            if output is not None:
-                output.write(leaf, value)
+            output.write(leaf, value)
+    output.finish(records)
     dtype = records["embed_tokens"].dtype
     config, digests = model.config, {}
-    if output is not None:
-        output.finish(records)
-    if work is None:
+    if not is_first:
         pass
     elif source is None:
         digests = write_config(work, config, dtype=dtype)
@@ -97,7 +96,7 @@ def _write(
         companions=digests,
         source={"name": "save_model", "layout": "orbax"},
     )
-    if work is not None:
+    if is_first:
         manifest.write(work)
     return manifest
 

@@ -125,6 +125,18 @@ def of_first(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
+def text_of_first(text: str) -> str:
+    """Process 0's text, in every process; each must call it."""
+    if _peers is None:
+        return text
+    from jax.experimental import multihost_utils
+
+    length = int(of_first(float(len(text.encode()))))
+    own = np.frombuffer(text.encode(), np.uint8) if is_first() else np.zeros(length, np.uint8)
+    begin_step()
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).tobytes().decode()
+
+
 def is_any(flag: bool) -> bool:
     """Whether it holds in some process; each must call it."""
     if _peers is None:
