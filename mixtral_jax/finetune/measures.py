@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# What a line of the log says -> the measure of a step. The two of dpo are left out of sft.
+# What a line of the log says -> the measure of a step. Those of dpo are left out of sft.
 _NAMES = {
     "loss": "loss",
     "mean_token_accuracy": "accuracy",
@@ -24,11 +24,13 @@ _NAMES = {
     "dropped": "dropped",
     "expert_load": "load",
     "router_entropy": "entropy",
+    "pairs": "pairs",
     "rewards/margins": "margin",
     "rewards/accuracies": "reward_accuracy",
 }
-_OF_DPO = ("rewards/margins", "rewards/accuracies")
-_LATEST, _SUMMED = ("learning_rate",), ("tokens", "dropped")  # of others the mean is told
+_REWARDS = ("rewards/margins", "rewards/accuracies")
+_OF_DPO = ("pairs", *_REWARDS)
+_LATEST, _SUMMED = ("learning_rate",), ("tokens", "dropped", "pairs")  # of others the mean is told
 
 
 Found = dict[str, np.ndarray]
@@ -39,7 +41,7 @@ def fetch(measures: Any, *, is_dpo: bool) -> Found:
 
     Args:
         measures: of finetune/step.py: arrays of the whole batch, alike in every process.
-        is_dpo: whether the two measures of preferences mean something.
+        is_dpo: whether the measures of preferences mean something.
     """
     asked = {k: v for k, v in _NAMES.items() if is_dpo or k not in _OF_DPO}
     found = jax.device_get([getattr(measures, name) for name in asked.values()])
@@ -94,24 +96,26 @@ class Window:
 
 
 def evaluated(batches: Sequence[Found]) -> dict[str, Any]:
-    """A line about evaluated batches: means by their scored tokens, of dpo by batches.
+    """A line about evaluated batches: means over their scored tokens; of dpo loss and rewards are
+    means over pairs.
 
     The perplexity is e to the mean negative log-likelihood of a token; the loss of dpo is no such
     mean.
     """
-    is_dpo = _OF_DPO[0] in batches[0]
-    tokens = np.array([found["tokens"] for found in batches])
-    weights = np.ones_like(tokens) if is_dpo else tokens
+    is_dpo = "pairs" in batches[0]
 
     def mean(name: str) -> float:
+        unit = "pairs" if is_dpo and name in ("loss", *_REWARDS) else "tokens"
+        weights = np.array([found[unit] for found in batches])
         values = np.array([found[name] for found in batches])
         return float((values * weights).sum() / max(weights.sum(), 1.0))
 
-    names = ("loss", "mean_token_accuracy", "aux_loss", *(_OF_DPO if is_dpo else ()))
+    names = ("loss", "mean_token_accuracy", "aux_loss", *(_REWARDS if is_dpo else ()))
     line: dict[str, Any] = {f"eval_{name}": plain(mean(name)) for name in names}
     if not is_dpo:
         line["eval_perplexity"] = plain(np.exp(min(mean("loss"), 700.0)))  # beyond: no float64
-    line["eval_tokens"] = int(tokens.sum())
+    for unit in ("tokens", "pairs") if is_dpo else ("tokens",):
+        line[f"eval_{unit}"] = int(sum(found[unit] for found in batches))
     return line
 
 

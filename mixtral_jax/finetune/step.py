@@ -77,6 +77,7 @@ class Measures(NamedTuple):
         dropped: assignments left out, per layer, int32 ``[L]``.
         load: share of each layer's assignments that each expert got, ``[L, E]``.
         entropy: mean of the router's distributions, in nats, ``[L]``.
+        pairs: DPO: with something to score; else 0.
         margin: DPO: by how much the chosen answers' rewards are higher; else 0.
         reward_accuracy: DPO: share of pairs in which they are; else 0.
     """
@@ -91,6 +92,7 @@ class Measures(NamedTuple):
     dropped: Int[Array, " L"]
     load: Float[Array, "L E"]
     entropy: Float[Array, " L"]
+    pairs: Float[Array, ""]
     margin: Float[Array, ""]
     reward_accuracy: Float[Array, ""]
 
@@ -226,6 +228,7 @@ def _whole(sums: _Sums, batch: Rows, is_dpo: bool) -> Measures:
         dropped=sums.dropped.sum(axis=0),
         load=sums.load.mean(axis=0),
         entropy=sums.entropy.mean(axis=0),
+        pairs=batch.num_pairs if is_dpo else zero,
         margin=sums.margin.sum() / pairs,
         reward_accuracy=sums.reward_right.sum() / pairs,
     )

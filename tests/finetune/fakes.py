@@ -46,6 +46,7 @@ class Measures(NamedTuple):
     dropped: Any
     load: Any
     entropy: Any
+    pairs: Any
     margin: Any
     reward_accuracy: Any
 
@@ -107,6 +108,7 @@ def _measures(loss: Any, tokens: jax.Array, norm: Any, rate: Any) -> Measures:
         dropped=jnp.int32(layers * 10),
         load=jnp.ones((LAYERS, EXPERTS)) / EXPERTS * x,
         entropy=layers,
+        pairs=x,
         margin=x,
         reward_accuracy=x,
     )

@@ -71,10 +71,23 @@ def test_evaluated_batches_count_by_their_tokens():
     assert line["eval_loss"] == pytest.approx(1.25)
     assert line["eval_perplexity"] == pytest.approx(np.exp(1.25))
     assert line["eval_tokens"] == 40
-    of_pairs = {name: np.float64(1) for name in ("rewards/margins", "rewards/accuracies")}
-    pairs = [{**found(t, tokens=t), **of_pairs} for t in (1.0, 3.0)]
-    line = evaluated(pairs)
-    assert line["eval_loss"] == 2.0  # each batch has as many pairs
+
+
+def test_evaluated_preferences_count_by_pairs():
+    """The last batch has one pair, beside empty rows; and long answers."""
+
+    def of(value: float, *, pairs: int, tokens: int) -> dict[str, np.ndarray]:
+        names = ("rewards/margins", "rewards/accuracies")
+        rewards = {name: np.asarray(value) for name in names}
+        return {**found(value, tokens=tokens), "pairs": np.asarray(float(pairs)), **rewards}
+
+    line = evaluated([of(1.0, pairs=3, tokens=10), of(5.0, pairs=1, tokens=30)])
+    assert line["eval_loss"] == 2.0
+    assert line["eval_rewards/margins"] == line["eval_rewards/accuracies"] == 2.0
+    assert line["eval_mean_token_accuracy"] == pytest.approx(
+        evaluated([found(1.0, tokens=10), found(5.0, tokens=30)])["eval_mean_token_accuracy"]
+    )
+    assert (line["eval_pairs"], line["eval_tokens"]) == (4, 40)
     assert "eval_perplexity" not in line
 
 

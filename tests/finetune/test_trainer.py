@@ -13,6 +13,7 @@ import pytest
 from mixtral_jax.config import PRESETS
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.finetune.lora import Pair
+from mixtral_jax.finetune.measures import evaluated, fetch
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.trained import published_coef
 from mixtral_jax.finetune.trainer import Trainer
@@ -246,6 +247,28 @@ def test_the_coefficient_of_the_balance_is_the_published_one(tmp_path, config):
     assert published_coef(large, tmp_path) == 0.5
     (tmp_path / "config.json").write_text('{"router_aux_loss_coef": null}')
     assert published_coef(large, tmp_path) == 0.02
+
+
+@pytest.mark.slow
+def test_preferences_are_evaluated_by_pairs_however_they_are_batched(config):
+    """Three pairs: two and one with an empty pair, or all in one batch."""
+    options = dataclasses.replace(LORA, method="dpo", learning_rate=3e-2)
+    trainer = Trainer(on_mesh(config), options, total_steps=5)
+    rows = [[text] for text in texts(6)]
+    for _ in range(3):
+        trainer.step(batch_of([[*rows, *rows[:2]]], LENGTH))
+    chosen, rejected = rows[:3], rows[3:]
+
+    def told(batches: list[Any]) -> dict[str, Any]:
+        found = [trainer.evaluate(batch_of([batch], LENGTH)) for batch in batches]
+        return evaluated([fetch(measures, is_dpo=True) for measures in found])
+
+    one = told([[*chosen, [], *rejected, []]])
+    two = told([[*chosen[:2], *rejected[:2]], [chosen[2], [], rejected[2], []]])
+    assert one["eval_pairs"] == two["eval_pairs"] == 3
+    for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        assert one[name] == pytest.approx(two[name], rel=1e-4), name
+    assert abs(one["eval_loss"] - np.log(2)) > 0.01
 
 
 def test_what_cannot_train_is_refused(config):
