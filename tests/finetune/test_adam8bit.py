@@ -113,7 +113,7 @@ def test_a_first_update_is_that_of_adam():
         np.testing.assert_allclose(found["small"], wanted["small"], rtol=1e-5, atol=1e-6)
         if step == 0:
             np.testing.assert_allclose(found["big"], wanted["big"], rtol=1e-5)
-    apart = np.abs(np.asarray(found["big"] - wanted["big"]))
+        apart = np.abs(np.asarray(found["big"] - wanted["big"]))
     assert 0 < apart.mean() < 0.05
     assert int(state.count) == 20
 
