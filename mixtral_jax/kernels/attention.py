@@ -124,8 +124,8 @@ def blocked_attention(
     """``attention`` over blocks of keys, with a running softmax (Milakov & Gimelshein 2018).
 
     Never holds more than about ``SCORE_BYTES`` of scores, nor widens more than ``WIDENED_BYTES`` of
-    codes, and leaves out blocks that no query sees: a half-empty cache costs half. Small products
-    take the plain path.
+    codes, and leaves out blocks that no query sees: a half-empty cache costs half. A gradient keeps
+    no scores either. Small products take the plain path.
     """
     B, T, H, C = q.shape
     K, S = k.shape[1:3]
@@ -160,11 +160,14 @@ def blocked_attention(
             return add(None)
         return jax.lax.cond(mask.any(), add, lambda so_far: so_far, so_far)
 
-    so_far = see(0, size, None)
+    # Where gradients need them, the scores of a block are computed again, not kept.
+    again = jax.checkpoint(see, static_argnums=1)
+    in_loop = jax.checkpoint(see, static_argnums=1, prevent_cse=False)
+    so_far = again(0, size, None)
     so_far, _ = jax.lax.scan(
-        lambda so_far, i: (see(i * size, size, so_far), None), so_far, jnp.arange(1, S // size)
+        lambda so_far, i: (in_loop(i * size, size, so_far), None), so_far, jnp.arange(1, S // size)
     )
     if S % size:
-        so_far = see(S - S % size, S % size, so_far)
+        so_far = again(S - S % size, S % size, so_far)
     total = jnp.maximum(so_far.total, jnp.finfo(jnp.float32).tiny)
     return _ungrouped(so_far.mixed / total[..., None], q.dtype)
