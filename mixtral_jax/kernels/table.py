@@ -47,6 +47,8 @@ class Kernels:
 
 KERNELS: dict[str, Kernels] = {
     "reference": Kernels(contract, lookup, attention, dense_experts, expert_blocks, "slots"),
+    # Few and plain operations: compiles in seconds at any size (plan/programs.py).
+    "dense": Kernels(contract, lookup, blocked_attention, dense_experts, expert_blocks, "slots"),
     "visit": Kernels(
         functools.partial(contract, product=cpu_product),
         lookup_in_place,

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from mixtral_jax import cli
 from mixtral_jax.errors import BAD_CONFIG, OK, USAGE, MixtralError
+from mixtral_jax.finetune.options import Optimizer
 from mixtral_jax.kernels.scaled_kv import KVDtype
 from mixtral_jax.language_model import EMBEDDED
 from mixtral_jax.plan.bill import Bill, make_bill
 from mixtral_jax.plan.devices import find_device
 from mixtral_jax.plan.offload import check_offload, print_offload
-from mixtral_jax.plan.programs import Train, Workload
+from mixtral_jax.plan.programs import Train, Workload, simulate
 from mixtral_jax.plan.schemes import check_scheme, stored_in
 from mixtral_jax.plan.sweep import (
     MAX_DEVICES,
@@ -55,7 +53,7 @@ class Options:
     mesh: str | None = None
     """1x8 (data x expert), 2x4x2 (and tensor) or data=2,expert=4. Unless given: the cheapest."""
     device: str = "h100"
-    """h100, h200, a100-80g, a100-40g, rtx-4090, v5e, v5p or v6e."""
+    """h100, h200, a100-80g, a100-40g, l40s, rtx-4090, v5e, v5p or v6e."""
     batch: int = 1
     """Rows over all devices: conversations at once, or examples per training step."""
     context: int | None = None
@@ -68,7 +66,10 @@ class Options:
     """Size of the weights as int8, fp8, int4, nf4, fp4, nf4-double-quant, or gptq in 2, 3, 4 or 8
     bits (gptq3; gptq is gptq4). A folder that is quantized is planned as it is."""
     train: Train | None = None
-    """A training step, not generation: full (AdamW), lora or qlora (rank 16 on attention)."""
+    """A training step, not generation: full, lora or qlora (rank 16 on attention), as
+    python -m mixtral_jax.finetune makes it."""
+    optim: Optimizer | None = None
+    """With --train: adamw unless given, adamw_8bit, adafactor or muon."""
     attention: Attention = "data"
     """Attention weights whole on every device of the expert axis, or split over it (tensor)."""
     fsdp: bool = False
@@ -123,6 +124,8 @@ class Options:
             _refuse("--sweep compares all meshes", fix="leave out --mesh")
         if self.train is not None and self.kv_dtype is not None:
             _refuse("--kv-dtype: training has no cache", fix="leave it out")
+        if self.train is None and self.optim is not None:
+            _refuse("--optim is of training", fix="give --train too, or leave it out")
         if self.fsdp and self.train != "full":
             _refuse("--fsdp", fix="give --train full too")
         check_offload(self)
@@ -258,17 +261,8 @@ def workload(options: Options) -> Workload:
             overflow=options.overflow,
         ),
         train=options.train,
+        optim=options.optim or "adamw",
     )
-
-
-def simulate(num_devices: int) -> None:
-    """So many CPU devices, whatever accelerators there are; before JAX starts its backend."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
-    # Nothing is run: machine code need not be good. Buffers and collectives stay the same.
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", num_devices)
 
 
 def price_per_million(options: Options, bill: Bill) -> float | None:
@@ -298,7 +292,7 @@ def _bytes(size: float) -> str:
 def lines(options: Options, bill: Bill, best: Cheapest) -> Iterator[str]:
     """The bill as text."""
     work, memory = bill.work, bill.memory
-    what = f"{work.train} training" if work.train else "generation"
+    what = f"{work.train} training ({work.optim})" if work.train else "generation"
     dtypes = [work.dtype, *([bill.quantize] if bill.quantize else [])]
     dtypes += [f"{work.kv_dtype} cache"] if work.kv_dtype else []
     yield (

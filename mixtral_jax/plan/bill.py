@@ -17,8 +17,8 @@ from mixtral_jax.plan.programs import (
     Workload,
     bytes_on_device,
     compile_programs,
-    lora_shapes,
     state_shapes,
+    train_state,
 )
 from mixtral_jax.plan.schemes import Scheme, Weights, weight_bytes
 from mixtral_jax.plan.step import (
@@ -32,7 +32,6 @@ from mixtral_jax.plan.step import (
 from mixtral_jax.sharding.collectives import Collective
 
 _LAYERS = (2, 3)  # compiled in place of all where many meshes are compared
-_ADAM = 8  # bytes per trained parameter: two moments in f32 (optax.adamw)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,12 +39,11 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        weight_bytes: of the weights at rest, exact.
+        weight_bytes: of the weights at rest, and of those that train, in f32, exact.
         cache_bytes: keys, values and their positions, exact.
         state_bytes: what else generation carries from step to step, exact.
-        gradient_bytes: of trained weights, in their dtype.
-        optimizer_bytes: two f32 moments of trained weights, and a f32 copy where they are in 16
-            bits.
+        gradient_bytes: of trained weights, in f32, exact.
+        optimizer_bytes: of the optimizer's state, exact.
         temporary_bytes: of the program that takes most, compiled for the CPU in float32: for 16
             bits an estimate on the high side (see docs/plan.md).
     """
@@ -251,12 +249,26 @@ def _extrapolated(work: Workload) -> dict[str, Program]:
         def line(a: int, b: int) -> int:
             return b + (b - a) * ahead // apart
 
+        temporary = line(small.temporary_bytes, big.temporary_bytes)
+        if work.train != "full":
+            temporary = min(temporary, small.temporary_bytes + _kept(work))
         found[name] = Program(
             line(small.argument_bytes, big.argument_bytes),
-            line(small.temporary_bytes, big.temporary_bytes),
+            temporary,
             _more(small.collectives, big.collectives, line),
         )
     return found
+
+
+def _kept(work: Workload) -> int:
+    """Bytes that further layers add where factors train: their inputs, to compute them again, and
+    gradients. The CPU's schedule may hold buffers of several layers at once."""
+    few, rows = _LAYERS[0], work.batch // (work.mesh.data * work.mesh.expert)
+    inputs = 4 * rows * work.context * work.config.hidden_size
+    gradients = [
+        bytes_on_device(train_state(each).trained) for each in (work, work.with_layers(few))
+    ]
+    return (work.config.num_hidden_layers - few) * inputs + gradients[0] - gradients[1]
 
 
 def _more(
@@ -281,30 +293,32 @@ def _more(
     return found
 
 
-def _trained(work: Workload) -> tuple[int, int]:
-    """Trained parameters on a device, and bytes of one."""
-    if work.train != "full":
-        pairs = lora_shapes(work).values()
-        return sum(a[0] * a[1] + b[0] * b[1] for a, b in pairs), 4
-    size = 2 if work.dtype != "float32" else 4
-    whole = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype)
-    return whole.total // size, size
-
-
 def memory_of(work: Workload, weights: Weights, temporary_bytes: int) -> Memory:
-    """Bytes of a device; ``weights`` are the frozen or, in full training, the trained ones."""
-    cache = state = gradients = optimizer = adapters = 0
+    """Bytes of a device.
+
+    Args:
+        work: what runs.
+        weights: all of them; in full training nothing of them stays but f32 copies, which train.
+        temporary_bytes: of the compiled program; of training gradients are a part of them.
+    """
+    cache = state = gradients = optimizer = 0
+    at_rest = weights.total
     if work.train:
-        count, size = _trained(work)
-        gradients = count * size
-        optimizer = count * (_ADAM + (4 if size == 2 else 0))
-        adapters = count * size if work.train != "full" else 0
+        found = train_state(work)
+        trained = bytes_on_device(found.trained)
+        gradients, optimizer = trained, bytes_on_device(found.optimizer)
+        temporary_bytes = max(temporary_bytes - gradients, 0)
+        if work.train == "full":
+            at_rest = 0
+            if work.dtype != "float32":  # the step uses them rounded; compiled in f32 it need not
+                temporary_bytes += trained // 2
+        at_rest += trained
     else:
         shapes = state_shapes(work)
         cache = bytes_on_device((shapes.cache.keys, shapes.cache.values, shapes.cache.positions))
         state = bytes_on_device(shapes) - cache
     return Memory(
-        weight_bytes=weights.total + adapters,
+        weight_bytes=at_rest,
         cache_bytes=cache,
         state_bytes=state,
         gradient_bytes=gradients,

@@ -32,15 +32,17 @@ class Device(NamedTuple):
 
 _GB = 10**9
 # GPUs: hosts of eight. H100/H200 SXM with NVLink 4 (900 GB/s both ways) and 400 Gb/s of network
-# each, A100 SXM with NVLink 3 (600 GB/s both ways) and 200 Gb/s each; RTX 4090: PCIe 4 x16 and
-# 100 Gb/s shared by a host. TPUs: interchip bandwidth of the chip (1600, 4800, 3200 Gb/s, all
-# links together) in a pod of 256 or 8,960, 200 or 400 Gb/s of network shared by a host's chips.
+# each, A100 SXM with NVLink 3 (600 GB/s both ways) and 200 Gb/s each; L40S: PCIe 4 x16 and
+# 200 Gb/s each; RTX 4090: PCIe 4 x16 and 100 Gb/s shared by a host. TPUs: interchip bandwidth of
+# the chip (1600, 4800, 3200 Gb/s, all links together) in a pod of 256 or 8,960, 200 or 400 Gb/s of
+# network shared by a host's chips.
 # To the host: PCIe 5 x16 (64 GB/s each way) or PCIe 4 x16 (32).
 DEVICES: dict[str, Device] = {
     "h100": Device(80 * _GB, 989e12, 3.35e12, 450e9, 8, 50e9, 64e9),
     "h200": Device(141 * _GB, 989e12, 4.8e12, 450e9, 8, 50e9, 64e9),
     "a100-80g": Device(80 * _GB, 312e12, 2.039e12, 300e9, 8, 25e9, 32e9),
     "a100-40g": Device(40 * _GB, 312e12, 1.555e12, 300e9, 8, 25e9, 32e9),
+    "l40s": Device(48 * _GB, 362.05e12, 0.864e12, 32e9, 8, 25e9, 32e9),
     "rtx-4090": Device(24 * _GB, 165.2e12, 1.008e12, 32e9, 8, 1.5625e9, 32e9),
     "v5e": Device(16 * _GB, 197e12, 0.819e12, 200e9, 256, 3.125e9),
     "v5p": Device(95 * _GB, 459e12, 2.765e12, 600e9, 8960, 6.25e9),
@@ -66,6 +68,7 @@ _KINDS = {
     "NVIDIA H200": "h200",
     "NVIDIA A100-SXM4-80GB": "a100-80g",
     "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA L40S": "l40s",
     "NVIDIA GeForce RTX 4090": "rtx-4090",
     "TPU v5 lite": "v5e",
     "TPU v5": "v5p",

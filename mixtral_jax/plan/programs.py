@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import os
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,20 +16,27 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.generate import chunk_bucket, row_bucket, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.finetune.lora import is_pair
+from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
+from mixtral_jax.finetune.options import Optimizer, TrainOptions
+from mixtral_jax.finetune.step import Rows, TrainState, update
+from mixtral_jax.finetune.trained import abstract_state, objective_of
 from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.kernels.table import KERNELS
-from mixtral_jax.model.transformer import Mixtral, assemble, leaf_specs
+from mixtral_jax.model.transformer import assemble, leaf_specs
 from mixtral_jax.sharding.collectives import Collective, read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
-from mixtral_jax.sharding.place import gather_weights, weight_shardings
+from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.strategy import Strategy
-from mixtral_jax.weights import Adapted, ExpertSlots
+from mixtral_jax.weights import ExpertSlots
 
 Train = Literal["full", "lora", "qlora"]
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-LORA_RANK = 16
+AUX_COEF = 0.02  # of the published configs
+# The CPU's compiler drops the barriers that make it compute layers again, and then finds that it
+# need not: its programs of training keep what those of accelerators do not.
+_AS_ACCELERATORS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander,cse"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,7 @@ class Workload:
         strategy: how weights are placed.
         dispatch: how rows travel to experts.
         train: a training step instead of generation.
+        optim: of training.
     """
 
     config: ModelConfig
@@ -56,6 +65,7 @@ class Workload:
     strategy: Strategy = dataclasses.field(default_factory=Strategy)
     dispatch: DispatchOptions = dataclasses.field(default_factory=DispatchOptions)
     train: Train | None = None
+    optim: Optimizer = "adamw"
 
     @property
     def rows(self) -> int:
@@ -90,8 +100,22 @@ class Program(NamedTuple):
     collectives: list[Collective]
 
 
+def simulate(num_devices: int) -> None:
+    """So many CPU devices, whatever accelerators there are; before JAX starts its backend."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    # Nothing is run: machine code need not be good. Buffers and collectives stay the same.
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", num_devices)
+
+
 def _placement(work: Workload) -> MeshPlacement:
-    return MeshPlacement(work.mesh.build(), work.dispatch, strategy=work.strategy)
+    placement = MeshPlacement(work.mesh.build(), work.dispatch, strategy=work.strategy)
+    if work.train is None:
+        return placement
+    # The CPU's own experts have many branches, which hold copies of weights.
+    return dataclasses.replace(placement, kernels="dense", min_rows=1)
 
 
 def _leaves(work: Workload, placement: MeshPlacement) -> dict[str, Any]:
@@ -169,48 +193,52 @@ def _generate(work: Workload) -> dict[str, Any]:
     }
 
 
-def lora_shapes(work: Workload) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Shapes of A ``[R, I]`` and B ``[O, R]`` of every adapted weight, by path."""
-    return {
-        path: ((LORA_RANK, spec.shape[-1]), (spec.shape[0], LORA_RANK))
-        for path, spec in leaf_specs(work.config).items()
-        if path.rsplit(".", 1)[-1] in LORA_TARGETS
-    }
+def train_options(work: Workload) -> TrainOptions:
+    """What the fine-tuning command would be asked for."""
+    return TrainOptions(
+        per_device_train_batch_size=work.batch // (work.mesh.data * work.mesh.expert),
+        max_length=work.context,
+        use_peft=work.train != "full",
+        fsdp=work.strategy.fsdp,
+        optim=work.optim,
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def train_state(work: Workload) -> TrainState:
+    """The state of training as shapes, on its devices."""
+    options = train_options(work)
+    optimizer = make_optimizer(options, total_steps=1)
+    return abstract_state(work.config, options, optimizer, _placement(work))
 
 
 def _train(work: Workload) -> dict[str, Any]:
-    """Loss and gradient of what is trained; the update itself only reads and writes its state."""
+    """The update that ``python -m mixtral_jax.finetune`` makes."""
+    options = train_options(work)
     placement = _placement(work)
-    mesh = placement.mesh
-    leaves = _leaves(work, placement)
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    tokens = jax.ShapeDtypeStruct((work.rows, work.context), jnp.int32, sharding=everywhere)
+    state = train_state(work)
+    frozen = {p: w for p, w in _leaves(work, placement).items() if p not in _whole(state)}
+    sharding = jax.NamedSharding(placement.mesh, jax.P(None, ("data", "expert")))
+    shape = (1, work.batch, work.context)
 
-    def loss(trained: Any, frozen: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
-        model = trained if work.train == "full" else _adapted(work.config, frozen, trained)
-        if work.train == "full":
-            model = gather_weights(model, mesh, work.strategy)
-        logs = jax.nn.log_softmax(model(tokens, placement=placement)[:, :-1])
-        return -jnp.take_along_axis(logs, tokens[:, 1:, None], axis=-1).mean()
+    def rows(dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    if work.train == "full":
-        trained: Any = assemble(work.config, leaves)
-        leaves = {}
-    else:
-        trained = {
-            path: tuple(
-                jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere) for shape in pair
-            )
-            for path, pair in lora_shapes(work).items()
-        }
-    step = jax.jit(jax.value_and_grad(loss))
-    return {"train": step.lower(trained, leaves, tokens).compile()}
+    ids = rows(jnp.int32)
+    step = update.lower(
+        state,
+        frozen,
+        Rows(tokens=ids, targets=ids, weights=rows(jnp.float32), segments=ids),
+        jax.random.key(0),
+        objective=objective_of(
+            work.config, options, placement, dtype=jnp.dtype(work.dtype), aux_coef=AUX_COEF
+        ),
+        optimizer=make_optimizer(options, total_steps=1),
+        schedule=make_schedule(options, total_steps=1),
+    )
+    return {"train": step.compile(compiler_options=_AS_ACCELERATORS)}
 
 
-def _adapted(
-    config: ModelConfig,
-    frozen: Mapping[str, Any],
-    trained: Mapping[str, tuple[jax.Array, jax.Array]],
-) -> Mixtral:
-    adapted = {path: Adapted(frozen[path], a, b, 1.0) for path, (a, b) in trained.items()}
-    return assemble(config, {**frozen, **adapted})
+def _whole(state: TrainState) -> set[str]:
+    """Paths of leaves that train whole."""
+    return {path for path, leaf in state.trained.items() if not is_pair(leaf)}
