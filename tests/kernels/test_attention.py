@@ -80,6 +80,11 @@ def test_scores_are_never_held_whole():
     assert temporaries(blocked_attention) < 6 * kernels.SCORE_BYTES
     assert temporaries(attention) >= scores
 
+    def gradient(*operands, window):
+        return jax.grad(lambda *o: blocked_attention(*o, window=window).sum())(*operands)
+
+    assert temporaries(gradient) < scores  # kept: what has run so far, after every block
+
 
 def test_gradients_of_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "SCORE_BYTES", 1)
