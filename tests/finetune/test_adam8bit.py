@@ -29,7 +29,7 @@ from tests.slow import mostly_slow
 
 ADAM = (0.9, 0.999, 1e-8)
 OF_A_TILE = {True: 0.056, False: 0.029}  # half the widest step, of the largest value of a tile
-LOSS = 0.02  # nats from the loss that f32 moments come to, of a fall of more than four
+LOSS = 0.02  # nats from the loss that f32 moments come to, of a fall of more than three
 
 
 @pytest.fixture(scope="module")
