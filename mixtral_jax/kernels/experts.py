@@ -117,7 +117,8 @@ def visit_experts(
     """Adds each expert's share to the rows that chose it; experts that no row chose are not read.
 
     No shape depends on the routing: each expert runs one of a few compiled branches, for none of
-    the rows, for as many as a rung of ``ladder`` or for all, so nothing is ever dropped.
+    the rows, for as many as a rung of ``ladder`` or for all, so nothing is ever dropped. It can be
+    differentiated in reverse mode only.
 
     Args:
         out: f32 accumulator, returned with the shares added.
@@ -163,11 +164,8 @@ def _visit_all(
     def visit(size: int, e: int, start: jax.Array, share: jax.Array, order: jax.Array) -> jax.Array:
         # Taken here: out of a stack it is a copy, which only a branch that runs should make.
         expert = [expert_matrix(w, e) for w in experts]
-        if size == num_rows:
-            return start + share[:, None] * run(x, *expert)
-        rows = order[:size]
-        part = share[rows, None] * run(x[rows], *expert)
-        return start.at[rows].add(part, unique_indices=True)
+        take, add = _rung(order, size)
+        return add(start, take(share)[:, None] * run(take(x), *expert))
 
     parts = []
     for e in range(shares.shape[1]):
@@ -180,6 +178,16 @@ def _visit_all(
     for part in parts:
         out = out + part
     return out
+
+
+def _rung(order: jax.Array, size: int) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """How the rows of a branch are taken out of all rows, and added back to them."""
+    if size == order.shape[0]:
+        return lambda whole: whole, jnp.add
+    rows = order[:size]
+    return lambda whole: whole[rows], lambda into, part: into.at[rows].add(
+        part, unique_indices=True
+    )
 
 
 def _forward(sizes: tuple[int, ...], product: Product, *primals: Any) -> tuple[Any, Any]:
@@ -199,18 +207,16 @@ def _backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> t
     """The branches that ran, run again for their gradients: left to JAX, each branch would keep
     what its gradient needs, and fill with zeros what the gradients of all others need."""
     x, shares, orders, branch, trained, frozen = kept
-    num_rows = x.shape[0]
     ct = jnp.zeros(x.shape, jnp.float32) if isinstance(ct, SymbolicZero) else ct
 
-    def none(dx: jax.Array, share: jax.Array, order: jax.Array, moving: Any) -> tuple:
+    def none(e: int, dx: jax.Array, share: jax.Array, order: jax.Array) -> tuple:
         del order
+        moving = [expert_matrix(w, e) for w in trained]
         return dx, jnp.zeros_like(share), jax.tree.map(jnp.zeros_like, moving)
 
-    def back(
-        size: int, e: int, dx: jax.Array, share: jax.Array, order: jax.Array, moving: Any
-    ) -> tuple:
-        still = [expert_matrix(w, e) for w in frozen]
-        rows = order[:size] if size < num_rows else jnp.arange(num_rows)
+    def back(size: int, e: int, dx: jax.Array, share: jax.Array, order: jax.Array) -> tuple:
+        moving, still = ([expert_matrix(w, e) for w in tree] for tree in (trained, frozen))
+        take, add = _rung(order, size)
 
         def part(x: jax.Array, share: jax.Array, moving: Any) -> jax.Array:
             expert = jax.tree.map(
@@ -218,16 +224,15 @@ def _backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> t
             )
             return share[:, None] * feed_forward(x, *expert, product=product)
 
-        dx_rows, dshare, dmoving = jax.vjp(part, x[rows], share[rows], moving)[1](ct[rows])
-        dx = dx.at[rows].add(dx_rows.astype(dx.dtype), unique_indices=True)
-        return dx, jnp.zeros_like(share).at[rows].add(dshare, unique_indices=True), dmoving
+        dx_rows, dshare, dmoving = jax.vjp(part, take(x), take(share), moving)[1](take(ct))
+        dx = add(dx, dx_rows.astype(dx.dtype))
+        return dx, add(jnp.zeros_like(share), dshare), dmoving
 
     dx, dshares, dexperts = jnp.zeros_like(ct), [], []
     for e in range(shares.shape[1]):
-        moving = [expert_matrix(w, e) for w in trained]
         backs = [functools.partial(back, size, e) for size in sizes]
         dx, dshare, dmoving = jax.lax.switch(
-            branch[e], [none, *backs], dx, shares[:, e], orders[:, e], moving
+            branch[e], [functools.partial(none, e), *backs], dx, shares[:, e], orders[:, e]
         )
         dshares.append(dshare)
         dexperts.append(dmoving)

@@ -63,8 +63,10 @@ def visit_local(
 
     Devices take different branches in there, so nothing in there may be a collective. The transpose
     of using a replicated value on a varying path is one (a psum): everything is marked as varying
-    before. ``same_over`` names the axes that the rows are replicated over; experts are over data.
-    ``expected``: rows of an expert if all are chosen equally often.
+    before. (Factors that lie whole along ``tensor`` are not: the devices of a tensor axis have the
+    same rows and experts, and take the same branch.) ``same_over`` names the axes that the rows are
+    replicated over; experts are over data. ``expected``: rows of an expert if all are chosen
+    equally often.
     """
     x, routing = jax.lax.pcast((x, routing), same_over, to="varying")
     weights = jax.lax.pcast(weights, "data", to="varying")
