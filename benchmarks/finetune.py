@@ -50,6 +50,8 @@ class Options:
     """Tokens of each row."""
     remat: bool = False
     """Gradient checkpointing, in both."""
+    targets: tuple[str, ...] = ATTENTION
+    """What gets factors. Experts too, in ours alone."""
     scheme: str | None = None
     """Ours alone, with the base in int8, int4, nf4 or fp8."""
     peer: bool = True
@@ -91,7 +93,7 @@ def our_step(config: ModelConfig, options: Options, leaves: Any) -> Callable[[],
         lora_r=16,
         lora_alpha=32,
         lora_dropout=0.0,
-        lora_target_modules=ATTENTION,
+        lora_target_modules=options.targets,
         learning_rate=1e-4,
         lr_scheduler_type="constant",
         warmup_ratio=0.0,
@@ -143,6 +145,7 @@ def their_step(config: ModelConfig, options: Options, leaves: Any) -> Callable[[
 def peak_of(side: Side, options: Options) -> int:
     """Peak resident bytes of a process that makes two updates of one side."""
     command = [sys.executable, str(Path(__file__)), "--alone", side, "--json"]
+    command += ["--targets", *options.targets]
     for name in ("model", "layers", "dtype", "rows", "length", "scheme"):
         value = getattr(options, name)
         if value is not None:
@@ -179,7 +182,7 @@ def main(options: Options) -> int:
     if options.alone is not None:
         return run_alone(options.alone, config, options)
     calls: dict[Side, Callable[[], float]] = {}
-    has_peer = options.peer and options.scheme is None
+    has_peer = options.peer and options.scheme is None and options.targets == ATTENTION
     leaves = None
     if has_peer:
         import _peer
@@ -187,7 +190,11 @@ def main(options: Options) -> int:
         leaves = _peer.random_leaves(config)
         calls["theirs"] = their_step(config, options, leaves)
     calls["ours"] = our_step(config, options, leaves)
-    losses = {name: call() for name, call in calls.items()}  # compiles, warms up
+    losses, firsts = {}, {}
+    for name, call in calls.items():  # compiles, warms up
+        start = time.perf_counter()
+        losses[name] = call()
+        firsts[name] = time.perf_counter() - start
     seconds: dict[Side, list[float]] = {name: [] for name in calls}
     for k in range(options.rounds):
         for name in list(calls)[:: 1 if k % 2 else -1]:
@@ -201,6 +208,7 @@ def main(options: Options) -> int:
             "what": name,
             "tok/s": round(tokens / medians[name], 1),
             "spread": spread(seconds[name]),
+            "first s": round(firsts[name], 1),
             "first loss": round(losses[name], 5),
             "ratio": round(medians["theirs"] / medians[name], 3) if has_peer else "",
             "peak GB": round(peak_of(name, options) / 1e9, 2),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import sys
 import zlib
@@ -18,10 +17,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from examples.tiny.data import for_calibration
+from examples.tiny.data import as_json, check_counts, for_calibration, write_lines
 from examples.tiny.text import Conversation, documents, held_out
 from mixtral_jax import cli
-from mixtral_jax.errors import OK, OUTPUT_EXISTS, USAGE, MixtralError
+from mixtral_jax.errors import OK
 
 TRAIN, NEW, KNOWN = "train.jsonl", "zif.jsonl", "known.jsonl"
 LARGEST = 99
@@ -54,10 +53,7 @@ class Options:
     """Show tracebacks."""
 
     def __post_init__(self):
-        for name in ("train", "ask", "per_family"):
-            if getattr(self, name) < 1:
-                flag, got = f"--{name.replace('_', '-')}", getattr(self, name)
-                raise MixtralError(flag, expected="1 or more", got=got, code=USAGE)
+        check_counts(train=self.train, ask=self.ask, per_family=self.per_family)
 
 
 def zif(a: int, b: int) -> int:
@@ -101,14 +97,7 @@ def main(options: Options) -> int:
         NEW: questions(options.ask, held_out=True, seed=options.seed),
         KNOWN: [each._asdict() for each in held_out(options.per_family, seed=options.seed)],
     }
-    for name in files:
-        if (options.folder / name).exists():
-            fix = "name another folder"
-            raise MixtralError(f"{options.folder / name} exists", fix=fix, code=OUTPUT_EXISTS)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in files.items():
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        (options.folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_lines(options.folder, {name: as_json(rows) for name, rows in files.items()})
     print(", ".join(f"{len(rows)} rows in {name}" for name, rows in files.items()))
     return OK
 

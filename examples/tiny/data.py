@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,31 @@ class Options:
     """Show tracebacks."""
 
     def __post_init__(self):
-        for name in ("per_family", "lines", "conversations"):
-            if getattr(self, name) < 1:
-                flag, got = f"--{name.replace('_', '-')}", getattr(self, name)
-                raise MixtralError(flag, expected="1 or more", got=got, code=USAGE)
+        check_counts(per_family=self.per_family, lines=self.lines, conversations=self.conversations)
+
+
+def check_counts(**counts: int) -> None:
+    """Refuses options below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise MixtralError(flag, expected="1 or more", got=count, code=USAGE)
+
+
+def write_lines(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
+    """Writes files of lines into a folder that has none of them yet; makes it."""
+    for name in files:
+        if (folder / name).exists():
+            fix = "name another folder"
+            raise MixtralError(f"{folder / name} exists", fix=fix, code=OUTPUT_EXISTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def as_json(rows: Iterable[Any]) -> list[str]:
+    """A line of JSON for each."""
+    return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
 def for_calibration(document: Conversation | Plain) -> dict[str, Any]:
@@ -75,20 +97,13 @@ def calibration(conversations: int, *, seed: int) -> list[dict[str, Any]]:
 
 def main(options: Options) -> int:
     """Writes the files."""
-    for name in (QUESTIONS, TEXT, CALIBRATION):
-        if (options.folder / name).exists():
-            fix = "name another folder"
-            raise MixtralError(f"{options.folder / name} exists", fix=fix, code=OUTPUT_EXISTS)
-    options.folder.mkdir(parents=True, exist_ok=True)
     examples = held_out(options.per_family, seed=options.seed)
-    lines = [json.dumps(example._asdict(), ensure_ascii=False) for example in examples]
     draw = random.Random(f"text {options.seed}")
     texts = [plain(draw) for _ in range(options.lines)]
     rows = calibration(options.conversations, seed=options.seed)
-    documented = [json.dumps(row, ensure_ascii=False) for row in rows]
-    for name, content in ((QUESTIONS, lines), (TEXT, texts), (CALIBRATION, documented)):
-        (options.folder / name).write_text("\n".join(content) + "\n", encoding="utf-8")
-    counts = f"{len(lines)} questions, {len(texts)} lines of text, {len(rows)} documents"
+    questions = as_json(example._asdict() for example in examples)
+    write_lines(options.folder, {QUESTIONS: questions, TEXT: texts, CALIBRATION: as_json(rows)})
+    counts = f"{len(examples)} questions, {len(texts)} lines of text, {len(rows)} documents"
     print(f"{counts} for calibration in {options.folder}")
     return OK
 

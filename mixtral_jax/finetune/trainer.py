@@ -71,9 +71,7 @@ class Trainer:
         leaves = leaves_of(lm.model)
         whole, paired = targets_of(lm.config, options)
         for path, leaf in leaves.items():
-            _refuse_adapted(path, leaf)
-        for path in whole:
-            _refuse_unless_plain(path, leaves[path])
+            _check_leaf(path, leaf, trains_whole=path in whole)
         self.frozen: dict[str, Weight] = {p: w for p, w in leaves.items() if p not in whole}
         self.optimizer = make_optimizer(options, total_steps)
         self.schedule = make_schedule(options, total_steps)
@@ -208,22 +206,23 @@ def _in_f32(w: Any) -> jax.Array:
     return _stacked(w).astype(jnp.float32)
 
 
-def _refuse_unless_plain(path: str, leaf: Any) -> None:
+def _has(kind: type, leaf: Any) -> bool:
+    """Whether a leaf, or a slot of it, is of this kind of weight."""
     parts = leaf.slots if isinstance(leaf, ExpertSlots) else (leaf,)
-    if any(isinstance(part, QTensor) for part in parts):
+    return any(isinstance(part, kind) for part in parts)
+
+
+def _check_leaf(path: str, leaf: Any, *, trains_whole: bool) -> None:
+    if _has(Adapted, leaf):
+        raise MixtralError(
+            f"{path} has an adapter, which no result would hold",
+            fix="load the model without it, and begin with its factors (Trainer(start=...))",
+            code=BAD_CONFIG,
+        )
+    if trains_whole and _has(QTensor, leaf):
         raise MixtralError(
             f"{path} is quantized",
             expected="a plain weight, as it trains whole",
             fix="--use-peft, or load the checkpoint without --quantize",
-            code=BAD_CONFIG,
-        )
-
-
-def _refuse_adapted(path: str, leaf: Any) -> None:
-    parts = leaf.slots if isinstance(leaf, ExpertSlots) else (leaf,)
-    if any(isinstance(part, Adapted) for part in parts):
-        raise MixtralError(
-            f"{path} has an adapter, which no result would hold",
-            fix="load the model without it, and begin with its factors (Trainer(start=...))",
             code=BAD_CONFIG,
         )

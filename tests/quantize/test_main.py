@@ -118,6 +118,7 @@ def survive(folder: Path, src: Path, num_kills: int) -> None:
     whole = run_killed(KILLED, -1, src, folder / "whole")
     assert whole.returncode == 0, whole.stderr
     digest, events = whole.stdout.split()
+    was_killed = False
     for _ in range(num_kills):
         killed = run_killed(
             KILLED, draw.randrange(int(events) // 4, int(events)), src, folder / "q"
@@ -126,6 +127,8 @@ def survive(folder: Path, src: Path, num_kills: int) -> None:
             assert killed.stdout.split()[0] == digest, seed
             break
         assert killed.returncode == -signal.SIGKILL, (seed, killed.stderr)
+        was_killed = True
+    assert was_killed, seed
     done = run_killed(KILLED, -1, src, folder / "q")
     assert done.returncode == 0, (seed, done.stderr)
     assert done.stdout.split()[0] == digest, seed
