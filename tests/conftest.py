@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from tests.environ import DEVICES_FLAG, without_devices
+from tests.environ import DEVICES_FLAG, EMITTERS, HAS_OLDER_EMITTERS, without_devices
 
 # Before JAX is imported: it reads both once. A GPU run asks for its platform by name, as in
 # `MIXTRAL_JAX_TEST_PLATFORM=cuda pytest -m gpu`.
@@ -23,10 +23,10 @@ os.environ["XLA_FLAGS"] = (
 # `make slow` and `make parity` keep LLVM's optimizations and what users run.
 if "MIXTRAL_JAX_TEST_OPTIMIZED" not in os.environ:
     os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0"
-        " --xla_cpu_use_fusion_emitters=false"
-        " --xla_cpu_parallel_codegen_split_count=1"
+        " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     )
+    if HAS_OLDER_EMITTERS:
+        os.environ["XLA_FLAGS"] += f" --{EMITTERS}=false"
 
 # What one process compiles serves the others: workers of this run, and commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
+# jaxlib 0.12 has no older emitters, and ends a process that is given a flag it does not know.
+EMITTERS = "xla_cpu_use_fusion_emitters"
+HAS_OLDER_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
 DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
