@@ -40,7 +40,8 @@ class LoadOptions:
         quantize: attention and experts in int8, int4, nf4, fp8 or fp4, or experts alone in qmoe,
             made while they load (see ``python -m mixtral_jax.quantize`` for more choices, and to do
             it once).
-        kernels: visit (the CPU's), gpu, tpu or reference (slow): what computes; chosen by the
+        kernels: visit (the CPU's), gpu, tpu, dense (every expert on every row) or reference (that,
+            with all scores of attention at once): what computes; chosen by the
             mesh's devices, if None.
         offload: ``experts``: they stay in host memory, and those in use are copied to the one
             device that runs the rest (docs/offload.md).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -33,13 +34,24 @@ CONFIG = ModelConfig(
     rope_theta=1e6,
 )
 SLOTS = 512
+# Of benchmarks/, and what its temporaries may take at batch 1.
+BENCH = dataclasses.replace(
+    CONFIG,
+    vocab_size=32_000,
+    hidden_size=1024,
+    intermediate_size=3584,
+    num_hidden_layers=8,
+    num_attention_heads=16,
+    num_local_experts=8,
+)
+MOST_TEMPORARIES = 64_000_000
 SIZES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "u16": 2, "s8": 1, "u8": 1, "pred": 1}
 # What may be as large as a weight: it is no copy, or it is in place.
 IN_PLACE = ("parameter", "get-tuple-element", "tuple", "while", "conditional", "call", "bitcast")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(")
 
 
-def decode_program(dtype: str, rows: int) -> tuple[str, int]:
+def decode_program(dtype: str, rows: int, config: ModelConfig = CONFIG) -> tuple[str, int]:
     """HLO and bytes of temporaries of decode_step, experts laid out as ``load`` does."""
 
     def shape_of(spec) -> object:
@@ -47,11 +59,11 @@ def decode_program(dtype: str, rows: int) -> tuple[str, int]:
         slots = functools.partial(slots_of, shards=1)
         return jax.eval_shape(slots, leaf) if len(spec.shape) == 3 else leaf
 
-    model = assemble(CONFIG, {path: shape_of(spec) for path, spec in leaf_specs(CONFIG).items()})
+    model = assemble(config, {path: shape_of(spec) for path, spec in leaf_specs(config).items()})
     state = jax.eval_shape(
         functools.partial(
             steps.empty_state,
-            CONFIG,
+            config,
             slots=SLOTS,
             dtype=cache_dtype(LOCAL.kernels, None, dtype),
             placement=LOCAL,
@@ -59,7 +71,7 @@ def decode_program(dtype: str, rows: int) -> tuple[str, int]:
         jax.ShapeDtypeStruct((rows,), "int32"),
         jax.ShapeDtypeStruct((rows,), "bool"),
     )
-    sampling = row_sampling([SamplingOptions()] * rows, [0] * rows, CONFIG.vocab_size)
+    sampling = row_sampling([SamplingOptions()] * rows, [0] * rows, config.vocab_size)
     zeros = np.zeros((rows,), np.int32)
     limits = steps.Limits(zeros, zeros.astype(bool), np.zeros((1,), np.int32))
     lowered = steps.decode_step.lower(model, state, sampling, limits, np.int32(32), placement=LOCAL)
@@ -101,6 +113,12 @@ def test_no_copy_of_weights_or_cache(dtype, rows):
     assert made(program, least) == []
     # Sampling holds a few [rows, vocabulary] arrays.
     assert temporaries < 16 * rows * CONFIG.vocab_size * 4 + 2**20
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_temporaries_of_the_benchmark_model(dtype):
+    _, temporaries = decode_program(dtype, 1, BENCH)
+    assert temporaries <= MOST_TEMPORARIES
 
 
 def test_a_planted_copy_is_seen():
