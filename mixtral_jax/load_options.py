@@ -41,8 +41,8 @@ class LoadOptions:
             made while they load (see ``python -m mixtral_jax.quantize`` for more choices, and to do
             it once).
         kernels: visit (the CPU's), gpu, tpu, dense (every expert on every row) or reference (that,
-            with all scores of attention at once): what computes; chosen by the
-            mesh's devices, if None.
+            with all scores of attention at once): what computes; chosen by the mesh's devices, if
+            None.
         offload: ``experts``: they stay in host memory, and those in use are copied to the one
             device that runs the rest (docs/offload.md).
         device_memory: with ``offload``, what may be used of the device: 20GB, 512MB; nine tenths
