@@ -3,7 +3,7 @@
 The yardstick is one dense product per device with the layer's FLOPs, in the same run: the time that
 the layer would take if nothing travelled and its products were one large one. Runs on accelerators
 where there are some, else on simulated devices (then it compares methods, no more). On one device
-`lax.ragged_dot` on sorted rows is timed beside it.
+`lax.ragged_dot` on sorted rows is timed beside it, and the experts' products alone, which bound it.
 
     python benchmarks/moe_layer.py --mesh 1x8 --model mixtral-8x7b
 """
@@ -26,13 +26,13 @@ from _ours import config_of
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.kernels.experts import ExpertWeights
-from mixtral_jax.kernels.table import KERNELS, kernels_for
+from mixtral_jax.kernels.table import KERNELS, Kernels, kernels_for
 from mixtral_jax.model.placement import Routing
 from mixtral_jax.model.router import route
 from mixtral_jax.sharding.dispatch import DispatchOptions, dispatch
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
 from mixtral_jax.sharding.rules import WEIGHT_RULES, partition_spec
-from mixtral_jax.weights import ExpertSlots, Weight
+from mixtral_jax.weights import ExpertSlots, Weight, expert_matrices
 
 WARMED = 64  # rows from which on each call follows an untimed one of its own
 METHODS = ("replicated", "gathered", "all_to_all", "all_to_all_once", "ragged")
@@ -144,6 +144,31 @@ def ragged(x: jax.Array, routing: Routing, weights: list[jax.Array]) -> jax.Arra
     return jnp.zeros(x.shape, jnp.float32).at[rows].add(done)
 
 
+def products_alone(
+    x: jax.Array, routing: Routing, weights: ExpertWeights, hidden: jax.Array, kernels: Kernels
+) -> Callable[[], list[jax.Array]]:
+    """Each expert's three products of exactly its rows, sorted beforehand, and nothing else.
+
+    What the layer could reach with this library's products: no routing, SiLU, padding or sum.
+    """
+    ids = np.asarray(routing.expert_ids)
+    ends = np.cumsum(np.bincount(ids.reshape(-1), minlength=weights.gate.shape[0]))
+    chosen = x[np.argsort(ids.reshape(-1), kind="stable") // ids.shape[1]]
+    product = functools.partial(kernels.contract, "NI,OI->NO", dtype=jnp.float32)
+
+    @jax.jit
+    def run(chosen: jax.Array, hidden: jax.Array, weights: ExpertWeights) -> list[jax.Array]:
+        outs = []
+        for e, (gate, up, down) in enumerate(zip(*map(expert_matrices, weights), strict=True)):
+            rows = slice(ends[e - 1] if e else 0, ends[e])
+            if rows.start < rows.stop:
+                outs += [product(chosen[rows], gate), product(chosen[rows], up)]
+                outs += [product(hidden[rows], down)]
+        return outs
+
+    return functools.partial(run, chosen, hidden, weights)
+
+
 def measure(options: Options) -> list[dict[str, Any]]:
     """One row per number of tokens and method."""
     config = config_of(options.model)
@@ -165,6 +190,9 @@ def measure(options: Options) -> list[dict[str, Any]]:
         facts: dict[str, tuple[int, int]] = {}
         if mesh.size == 1:
             calls["ragged_dot"] = functools.partial(ragged, x, routing, stacked(weights))
+            hidden = jax.random.normal(key_x, (count * A, F)).astype(dtype)
+            kernels = KERNELS[kernels_of(mesh)]
+            calls["products alone"] = products_alone(x, routing, weights, hidden, kernels)
         for method in METHODS if mesh.size > 1 else METHODS[:1]:
             asked = DispatchOptions(method=method, capacity_factor=options.capacity_factor)  # type: ignore[arg-type]
             kernels = KERNELS[kernels_of(mesh)]
