@@ -112,14 +112,20 @@ OPTIONS = """--max-length 16 --per-device-train-batch-size 1 --max-steps 40 --sa
 --lora-target-modules q_proj v_proj"""
 
 
+EIGHT_BITS = "--optim adamw_8bit --lora-r 128"  # factors large enough to have moments in 8 bits
+
+
 @pytest.mark.fault
-@pytest.mark.parametrize("mesh", ["1x1", "1x8"])
-def test_the_command_killed_at_five_steps_resumes_bit_for_bit(tmp_path, small_config, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "more"), [("1x1", ""), ("1x8", ""), ("1x8", EIGHT_BITS)], ids=["1x1", "1x8", "8 bits"]
+)
+def test_the_command_killed_at_five_steps_resumes_bit_for_bit(tmp_path, small_config, mesh, more):
     """With dropout, so that random numbers count too."""
     model, data = make_folder(tmp_path, small_config, num_local_experts=8)
 
     def finetune(out: str, kill: int) -> int:
-        words = f"{model} --dataset {data} --output-dir {tmp_path / out} --mesh {mesh} {OPTIONS}"
+        where = f"{model} --dataset {data} --output-dir {tmp_path / out} --mesh {mesh}"
+        words = f"{where} {OPTIONS} {more}"
         command = [sys.executable, "-c", COMMAND, str(kill), *words.split()]
         return subprocess.run(command, cwd=ROOT, env=without_devices(), check=False).returncode
 
@@ -132,5 +138,6 @@ def test_the_command_killed_at_five_steps_resumes_bit_for_bit(tmp_path, small_co
     assert finetune("out", -1) == 0
     arrays = {name for name in last("whole") if "/optimizer." in name or "/trained." in name}
     assert len(arrays) > 10
+    assert any("codes" in name for name in arrays) == bool(more)
     assert all(last("out")[name] == last("whole")[name] for name in arrays)
     assert log_of(tmp_path / "out") == log_of(tmp_path / "whole")

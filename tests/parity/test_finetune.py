@@ -14,11 +14,16 @@ import pytest
 from safetensors.numpy import load_file
 
 import mixtral_jax as mj
+from mixtral_jax.convert.driver import ConvertOptions, convert
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.finetune import step as steps
 from mixtral_jax.finetune.options import TrainOptions
 from mixtral_jax.finetune.peft_folder import _tensors
 from mixtral_jax.finetune.trainer import Trainer
+from mixtral_jax.qtensor import QTensor
+from mixtral_jax.quantize.driver import quantize_checkpoint
+from mixtral_jax.quantize.makers import Recipe
+from tests.convert.quantized.published import CASES, publish
 from tests.finetune.batches import batch_of, random_texts
 from tests.parity.test_transformers import build
 
@@ -95,18 +100,42 @@ def our_gradients(trainer: Trainer, rows) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 def test_first_gradients_of_lora_are_pefts(targets, torch, transformers, tmp_path):
-    """Factors that peft reads from a folder of ours: the same loss, and the same gradients."""
-    peft = importlib.import_module("peft")
     base = saved_base(torch, transformers, tmp_path / "base")
     lm = mj.load(tmp_path / "base", mesh="1x1")
+    compare_first_gradients(lm, base, targets, torch, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("case", ["int8", "int4", "nf4", "gptq4 32 order unfused"])
+def test_first_gradients_of_qlora_are_pefts_on_the_dequantized_weights(
+    case, torch, transformers, tmp_path
+):
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    if case.startswith("gptq"):
+        publish(CASES[case], vocab_size=128).write(packed)
+    else:
+        saved_base(torch, transformers, tmp_path / "base", intermediate_size=128)
+        quantize_checkpoint(tmp_path / "base", packed, Recipe(scheme=case))
+    convert(packed, plain, ConvertOptions(format="safetensors", dequantize=True, dtype="float32"))
+    lm = mj.load(packed, mesh="1x1", dtype="float32")
+    base = transformers.MixtralForCausalLM.from_pretrained(plain, torch_dtype=torch.float32)
+    targets = ("q_proj", "o_proj", "experts")
+    trainer = compare_first_gradients(lm, base, targets, torch, tmp_path / "adapter")
+    is_packed = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    codes = [*filter(is_packed, jax.tree.leaves(trainer.frozen, is_leaf=is_packed))]
+    assert len(codes) == 7 * lm.config.num_hidden_layers  # q, k, v, o; gate, up and down
+
+
+def compare_first_gradients(lm, base, targets, torch, folder: Path) -> Trainer:
+    """Factors that peft reads from a folder of ours: the same loss, and the same gradients."""
+    peft = importlib.import_module("peft")
     trainer = Trainer(lm, dataclasses.replace(LORA, lora_target_modules=targets), total_steps=4)
     rng = np.random.default_rng(1)
     trained = jax.tree.map(  # B of zeros would leave A without a gradient
         lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), trainer.state.trained
     )
     trainer.state = trainer.state._replace(trained=trained)
-    trainer.save_adapter(tmp_path / "adapter")
-    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    trainer.save_adapter(folder)
+    adapted = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
     rows = texts()
     out = torch_loss(torch, adapted, rows)
     out.loss.backward()
@@ -118,7 +147,7 @@ def test_first_gradients_of_lora_are_pefts(targets, torch, transformers, tmp_pat
         if parameter.grad is not None
     }
     got = _tensors(jax.device_get(gradients))
-    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    stored = load_file(folder / "adapter_model.safetensors")
     assert wanted.keys() == got.keys() == stored.keys()
     for name, gradient in wanted.items():
         # Where we keep zeros beside a block, peft trains those numbers too.
@@ -126,6 +155,7 @@ def test_first_gradients_of_lora_are_pefts(targets, torch, transformers, tmp_pat
         scale = np.abs(gradient).max()
         apart = np.abs(got[name] - gradient)[is_ours].max() if is_ours.any() else 0
         assert apart <= 1e-4 * scale, (name, apart, scale)
+    return trainer
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
