@@ -13,17 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# docs/log.md and the ADRs say what was done, with the commands of that day.
+# The log, the ADRs and the records say what was done, with the commands of that day.
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "examples/*/README.md")
     for path in ROOT.glob(pattern)
-    if path.name != "log.md" and path.parent.name != "adr"
+    if path.name not in ("log.md", "performance.md") and path.parent.name != "adr"
 )
 NEEDS = ("gpu", "hub", "cluster", "hours", "a clone with git")
 _FENCE = re.compile(r"^( *)```(\w*)")
 _MARK = re.compile(r"^\s*<!-- (needs|test): (.*?) -->\s*$")
-_BEGINS = re.compile(r"\$ |(python3?|mixtral-jax|pip|make|curl|srun|gcloud|tensorboard) ")
+_BEGINS = re.compile(r"\$ |(python3?|mixtral-jax|pip|make|curl|srun|gcloud) ")
 _SHELLS = ("sh", "console", "bash", "shell")
 _OURS = re.compile(
     r"(?:python3? -m mixtral_jax[. ](?P<module>\w+)|(?<![\w/-])mixtral-jax (?P<script>\w+)"

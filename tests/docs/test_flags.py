@@ -72,6 +72,7 @@ def _script(call: Call, monkeypatch: pytest.MonkeyPatch) -> int:
             importlib.import_module(name)
             continue
         missing[name] = mock.MagicMock()
+    monkeypatch.delitem(sys.modules, call.target, raising=False)  # runpy would warn of it
     monkeypatch.setattr(sys, "argv", [call.target, *call.words])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     with mock.patch.dict(sys.modules, missing):
