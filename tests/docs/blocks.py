@@ -26,7 +26,7 @@ _MARK = re.compile(r"^\s*<!-- (needs|test): (.*?) -->\s*$")
 _BEGINS = re.compile(r"\$ |(python3?|mixtral-jax|pip|make|curl|srun|gcloud) ")
 _SHELLS = ("sh", "console", "bash", "shell")
 _OURS = re.compile(
-    r"(?:python3? -m mixtral_jax[. ](?P<module>\w+)|(?<![\w/-])mixtral-jax (?P<script>\w+)"
+    r"(?:python3? -m mixtral_jax[. ](?P<module>\w+)|(?<![\w/-])mixtral-jax (?P<script>-*\w+)"
     r"|python3? -m (?P<example>examples(?:\.\w+)+)|python3? (?P<benchmark>benchmarks/\w+\.py))"
     r"(?P<rest>.*)",
     re.DOTALL,
@@ -92,6 +92,11 @@ class Call:
     target: str
     words: tuple[str, ...]
     is_inline: bool = False
+
+    @property
+    def is_script(self) -> bool:
+        """An example or a benchmark, and no verb."""
+        return self.target.startswith(("examples.", "benchmarks/"))
 
 
 class Marks(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from examples.tiny import data
-from mixtral_jax.commands import VERBS
+from mixtral_jax.__main__ import main
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from tests.docs.blocks import ROOT, call_of
 from tests.environ import without_devices
@@ -99,9 +98,8 @@ def outputs(verb: str, words: Sequence[str]) -> list[str]:
 
 def in_process(words: Sequence[str]) -> int | str | None:
     """A verb with its options, in this process: what was compiled once serves the next."""
-    verb, *rest = words
     try:
-        return importlib.import_module(VERBS[verb].module).run(rest)
+        return main(words)
     except SystemExit as end:
         return end.code
 
@@ -154,7 +152,7 @@ def _run(
             with serving(rest, dict(assignments)):
                 return ""
         capfd.readouterr()
-        code = in_process([target, *rest]) if target in VERBS else _script(target, rest)
+        code = _script(target, rest) if call.is_script else in_process([target, *rest])
         out, err = capfd.readouterr()
         assert code in (0, None), f"{command}\n{err[-2000:]}"
         return out

@@ -41,6 +41,20 @@ def test_block_runs(code, sandbox, tmp_path, monkeypatch, capfd):
     assert missing(code.output(), printed) == []
 
 
+PYTHON = {"docs/quickstart.md": [], "README.md": [pytest.mark.slow]}
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=m) for p, m in PYTHON.items()])
+def test_python_runs(page, sandbox, tmp_path, capfd):
+    texts = ["\n".join(code.lines) for code in codes(page) if code.language == "python"]
+    assert texts
+    with inside(tmp_path / "work"):
+        for text in texts:
+            sandbox.lay(re.findall(r'load\("([^"]+)"', text), set())
+            exec(compile(text, page, "exec"), {})
+    assert capfd.readouterr().out.strip()
+
+
 def test_most_blocks_run():
     """So that marks do not become the way out."""
     assert len(RUN) >= 0.7 * len(BLOCKS)

@@ -42,10 +42,10 @@ def parse(tmp_path, monkeypatch, capsys):
     def parse(call: Call) -> str | None:
         code: int | str | None = OK
         try:
-            if call.target in VERBS or call.target == "completion":
-                code = main([call.target, *call.words])
-            else:
+            if call.is_script:
                 code = _script(call, monkeypatch)
+            else:
+                code = main([call.target, *call.words])
         except SystemExit as end:  # of --help, and of scripts
             code = end.code
         return None if code in (None, OK) else f"{code}: {capsys.readouterr().err}"
