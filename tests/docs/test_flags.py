@@ -122,7 +122,7 @@ def test_a_planted_fault_is_found(target, words, error, parse):
 OTHERS = {
     "--nodes --ntasks-per-node --gpus-per-node --kill-on-bad-exit": "srun",
     "--worker --zone --command": "gcloud",
-    "--beta --model-name-or-path --dataset-name": "TRL",
+    "--beta --model-name-or-path --dataset-name --resume-from-checkpoint": "TRL",
     "--device-driver --logdir --continuous-batching": "docker, tensorboard, transformers serve",
     "--long --reduced": "scripts of ours",
 }
