@@ -9,12 +9,13 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check parity fault slow browser score evaluate bench clean
+.PHONY: help demo test check docs parity fault slow browser score evaluate bench clean
 
 help:
 	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
 	@echo "make test    the tests (TESTS=tests/test_config.py for a part, WORKERS=4 for more processes)"
 	@echo "make check   format, lint, types, import contract, guards: what CI and pre-commit run"
+	@echo "make docs    the documentation site, in build/site: links checked, nothing from outside"
 	@echo "make parity  the comparisons with torch, transformers, bitsandbytes and mistral-common"
 	@echo "make fault   kills and corruptions, many times over"
 	@echo "make slow    every mesh strategy with every dispatch: minutes"
@@ -42,6 +43,9 @@ check: $(STAMP)-check
 	$(PY) -m pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 	$(PY) -m pytest -q tests/test_guards.py
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
 
 fault: $(STAMP)-test
 	$(PYTEST) -m fault $(TESTS)
@@ -94,6 +98,10 @@ $(STAMP)-check: pyproject.toml | $(PY)
 
 $(STAMP)-browser: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet --editable ".[test,browser]"
+	@touch $@
+
+$(STAMP)-docs: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet --editable ".[docs]"
 	@touch $@
 
 $(STAMP)-parity: pyproject.toml | $(PY)

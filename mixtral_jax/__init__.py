@@ -13,7 +13,7 @@ Table of contents:
 ``MixtralError``     every fault that a person can mend, with its exit code
 ==================== ===========================================================================
 
-The commands: ``python -m mixtral_jax.sample``, ``python -m mixtral_jax.convert``.
+The commands: ``mixtral-jax sample``, ``mixtral-jax convert``, ... (``commands.py`` lists them).
 
 Names load on first use, so importing this package imports neither JAX nor Flax.
 """

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import tyro
 
 from mixtral_jax import environment
+from mixtral_jax.commands import VERBS
+from mixtral_jax.commands import prog as prog_of
 from mixtral_jax.errors import (
     INPUT_NOT_FOUND,
     INTERNAL,
@@ -37,6 +39,7 @@ def run(
     prog: str,
     argv: Sequence[str] | None = None,
     markers: Sequence[Any] = PLAIN,
+    examples: Sequence[str] = (),
 ) -> int:
     """Parses the command line, runs ``main`` and turns what it raises into an exit code.
 
@@ -50,6 +53,7 @@ def run(
         prog: how the command is called, for the help text.
         argv: arguments; those of the process unless given.
         markers: how tyro spells the options.
+        examples: what may stand behind ``prog``; the last lines of ``--help``.
 
     Returns:
         The exit code.
@@ -57,7 +61,7 @@ def run(
     Raises:
         SystemExit: code 0 after ``--help``.
     """
-    code = _run(main, options_type, prog, argv, markers)
+    code = _run(main, options_type, prog, argv, markers, examples)
     try:
         hosts.leave(code)
     except KeyboardInterrupt:  # while it waits for the others
@@ -67,22 +71,41 @@ def run(
     return code
 
 
+def run_verb(
+    verb: str, main: Callable[[Options], int], options_type: Any, argv: Sequence[str]
+) -> int:
+    """``run`` for one of the commands, with the spelling and the examples of ``VERBS``."""
+    found = VERBS[verb]
+    markers = () if found.has_pairs else PLAIN
+    return run(main, options_type, prog_of(verb), argv, markers, found.examples)
+
+
 def _run(
     main: Callable[[Options], int],
     options_type: Any,
     prog: str,
     argv: Sequence[str] | None,
     markers: Sequence[Any],
+    examples: Sequence[str],
 ) -> int:
     refusal = io.StringIO()
+    words = sys.argv[1:] if argv is None else argv
     try:
         with contextlib.redirect_stderr(refusal):
-            options = tyro.cli(options_type, prog=prog, args=argv, config=markers)
+            options = tyro.cli(
+                options_type,
+                prog=prog,
+                args=words,
+                config=markers,
+                compact_help="--help" not in words,  # -h fits a screen, --help tells all
+            )
     except BrokenPipeError:  # of --help
         return _without_reader()
     except SystemExit as stop:
         if stop.code in (None, 0):
             try:
+                if examples and {"-h", "--help", "-H", "--help-verbose"} & {*words}:
+                    print("\nexamples:", *(f"  {prog} {each}" for each in examples), sep="\n")
                 sys.stdout.flush()
             except BrokenPipeError:
                 return _without_reader()

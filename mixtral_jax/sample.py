@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated
+from collections.abc import Sequence
 
 import tyro
 
@@ -49,13 +49,11 @@ class Options:
     each are those of the whole batch."""
     debug: bool = False
     """Show tracebacks."""
-    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = dataclasses.field(
         default_factory=SamplingOptions
     )
-    load: Annotated[LoadOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=LoadOptions
-    )
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    load: tyro.conf.OmitArgPrefixes[LoadOptions] = dataclasses.field(default_factory=LoadOptions)
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(
         default_factory=ProcessOptions
     )
 
@@ -184,5 +182,10 @@ def _summary(completions: list[Completion]) -> str:
     )
 
 
+def run(argv: Sequence[str]) -> int:
+    """The command with these arguments; gives its exit code."""
+    return cli.run_verb("sample", main, Options, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.sample"))
+    sys.exit(run(sys.argv[1:]))

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import mixtral_jax
+from mixtral_jax.commands import VERBS
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -34,6 +35,9 @@ COMMANDS = [
     "serve",
     "finetune",
 ]
+SHORT_LINES = (
+    110  # of -h, of which finetune takes 104: one per option; two columns (61) where it is wide
+)
 
 
 def compare(name: str, text: str, folder: Path = SNAPSHOTS) -> None:
@@ -50,9 +54,9 @@ def compare(name: str, text: str, folder: Path = SNAPSHOTS) -> None:
 HELP = """
 import contextlib, io, json, runpy, sys
 found = {}
-for command in sys.argv[1:]:
+for command in [f"{each} {flag}" for each in sys.argv[1:] for flag in ("--help", "-h")]:
     module, *words = f"mixtral_jax.{command}".split()
-    sys.argv, code = [module, *words, "--help"], None
+    sys.argv, code = [module, *words], None
     with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")) as out:
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -66,7 +70,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def helps() -> dict[str, tuple[int, str]]:
-    """Exit code and text of every command's --help."""
+    """Exit code and text of every command's --help and -h."""
     plain = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     environment = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
     done = subprocess.run(
@@ -83,10 +87,24 @@ def helps() -> dict[str, tuple[int, str]]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(helps, command):
-    code, text = helps[command]
+    code, text = helps[f"{command} --help"]
     assert code == 0
     lines = (line.rstrip() for line in text.strip().splitlines())
     compare(f"help-{command.replace(' ', '-')}", "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_short_help_fits_a_screen(helps, command):
+    """Usage first, examples last, every option between, by name."""
+    code, text = helps[f"{command} -h"]
+    assert code == 0
+    verb = command.split()[0]
+    assert text.startswith(f"usage: python -m mixtral_jax.{command} ")
+    said = [line.strip() for line in text.rpartition("\nexamples:\n")[2].splitlines()]
+    assert said == [f"python -m mixtral_jax.{verb} {each}" for each in VERBS[verb].examples]
+    option = re.compile(r"^│ +(--[\w-]+)", flags=re.MULTILINE)
+    assert {*option.findall(helps[f"{command} --help"][1])} == {*option.findall(text)}
+    assert len(text.splitlines()) <= SHORT_LINES
 
 
 def describe(name: str) -> str:

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
+import mixtral_jax
 from examples.tiny.score import EACH_EXPERT, EACH_FAMILY, OVERALL
 from examples.tiny.tokens import CONTROL
 from mixtral_jax.config import PRESETS, read_config
@@ -23,6 +25,7 @@ from mixtral_jax.tokenizer import Tokenizer
 ROOT = Path(__file__).parent.parent
 FILE = EMBEDDED_FOLDER / "model.safetensors"
 MAX_BYTES = 9_000_000
+MAX_WHEEL_BYTES = 16_000_000
 
 
 def test_config_is_the_preset():
@@ -84,14 +87,41 @@ def test_the_committed_score_reaches_the_targets():
     assert said in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
+def build(target: str, source: Path, folder: Path) -> Path:
+    argv = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    built = subprocess.run(argv, cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    (path,) = folder.iterdir()
+    return path
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    argv = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    built = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    (path,) = folder.glob("*.whl")
-    return path
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_source_archive_makes_the_same_wheel(wheel, tmp_path):
+    archive = build("sdist", ROOT, tmp_path / "sdist")
+    assert archive.name == f"mixtral_jax-{mixtral_jax.__version__}.tar.gz"
+    assert archive.stat().st_size < MAX_WHEEL_BYTES
+    with tarfile.open(archive) as files:
+        files.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    again = build("wheel", source, tmp_path / "again")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert {file.filename: file.CRC for file in first.infolist()} == {
+            file.filename: file.CRC for file in second.infolist()
+        }
+
+
+def test_the_wheel_is_typed_and_has_the_console_script(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert "mixtral_jax/py.typed" in archive.namelist()
+        folder = f"mixtral_jax-{mixtral_jax.__version__}.dist-info"
+        points = archive.read(f"{folder}/entry_points.txt").decode()
+        metadata = archive.read(f"{folder}/METADATA").decode()
+    assert points.split() == ["[console_scripts]", "mixtral-jax", "=", "mixtral_jax.__main__:main"]
+    assert "Classifier: Typing :: Typed\n" in metadata
 
 
 def test_the_wheel_carries_the_model_and_runs_elsewhere(wheel, tmp_path):
@@ -100,11 +130,11 @@ def test_the_wheel_carries_the_model_and_runs_elsewhere(wheel, tmp_path):
         archive.extractall(tmp_path / "site")
     assert {f"mixtral_jax/data/tiny/{file.name}" for file in EMBEDDED_FOLDER.iterdir()} <= {*names}
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]
-    assert wheel.stat().st_size < 16e6
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
     # Found before the editable installation: the wheel's own files answer.
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     where = "import mixtral_jax; print(mixtral_jax.__file__)"
-    argv = ["-m", "mixtral_jax.sample", "--chat", "--prompt", "12+30=", "--mesh", "1x1"]
+    argv = ["-m", "mixtral_jax", "sample", "--chat", "--prompt", "12+30=", "--mesh", "1x1"]
     runs = [
         subprocess.run(
             [sys.executable, *args],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ class Options(ConvertOptions):
     """Print one JSON line on stdout and nothing else there."""
     debug: bool = False
     """Show tracebacks."""
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(
         default_factory=ProcessOptions
     )
 
@@ -94,9 +95,14 @@ def _table(report: ConvertReport) -> str:
     return "\n".join(f"{name:<12} {value}" for name, value in rows.items())
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str]) -> int:
+    """The command with these arguments; gives its exit code."""
     import jax
 
     # Conversion needs no accelerator, and must not take one from a job that does.
     jax.config.update("jax_platforms", "cpu")
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.convert"))
+    return cli.run_verb("convert", main, Options, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -332,5 +332,10 @@ class _Bar:
         return wrapped
 
 
+def run(argv: Sequence[str]) -> int:
+    """The command with these arguments; gives its exit code."""
+    return cli.run_verb("evaluate", main, Options, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.evaluate"))
+    sys.exit(run(sys.argv[1:]))

@@ -28,10 +28,8 @@ class Shared:
     """Print JSON lines on stdout and nothing else there."""
     debug: bool = False
     """Show tracebacks."""
-    load: Annotated[LoadOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=LoadOptions
-    )
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    load: tyro.conf.OmitArgPrefixes[LoadOptions] = dataclasses.field(default_factory=LoadOptions)
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(
         default_factory=ProcessOptions
     )
 
@@ -42,9 +40,7 @@ class OnText(Shared):
 
     text: Path
     """A UTF-8 text file."""
-    windowing: Annotated[Windowing, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=Windowing
-    )
+    windowing: tyro.conf.OmitArgPrefixes[Windowing] = dataclasses.field(default_factory=Windowing)
     batch: int = perplexity.DEFAULT_BATCH
     """Windows read at a time: speed and memory."""
     plot: Path | None = None

@@ -47,7 +47,6 @@ from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 
-PROG = "python -m mixtral_jax.finetune"
 MODEL = "model"  # in OUTPUT_DIR, where all weights were trained
 
 
@@ -266,7 +265,7 @@ def run(argv: Sequence[str]) -> int:
     except MixtralError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    return cli.run(main, FinetuneOptions, PROG, words, markers=())
+    return cli.run_verb("finetune", main, FinetuneOptions, words)
 
 
 if __name__ == "__main__":

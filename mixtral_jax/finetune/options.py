@@ -227,16 +227,10 @@ class FinetuneOptions:
     """Print one JSON line about the result on stdout and nothing else there."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show tracebacks."""
-    train: Annotated[TrainOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=TrainOptions
-    )
-    run: Annotated[RunOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=RunOptions
-    )
-    load: Annotated[LoadOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=LoadOptions
-    )
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    train: tyro.conf.OmitArgPrefixes[TrainOptions] = dataclasses.field(default_factory=TrainOptions)
+    run: tyro.conf.OmitArgPrefixes[RunOptions] = dataclasses.field(default_factory=RunOptions)
+    load: tyro.conf.OmitArgPrefixes[LoadOptions] = dataclasses.field(default_factory=LoadOptions)
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(
         default_factory=ProcessOptions
     )
 

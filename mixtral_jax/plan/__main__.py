@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -389,5 +389,10 @@ def _print_sweep(options: Options, bills: list[Bill]) -> int:
     return OK
 
 
+def run(argv: Sequence[str]) -> int:
+    """The command with these arguments; gives its exit code."""
+    return cli.run_verb("plan", main, Options, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.plan"))
+    sys.exit(run(sys.argv[1:]))

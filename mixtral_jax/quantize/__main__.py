@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from mixtral_jax import cli
@@ -72,13 +73,18 @@ def _text(report: QuantizeReport) -> str:
     return "\n".join([*parts, f"digest       {made.digest}"])
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str]) -> int:
+    """The command with these arguments; gives its exit code."""
     import jax
 
-    def _run(options: Options) -> int:
+    def run_main(options: Options) -> int:
         if not options.is_calibrated:
             # Data-free schemes need no accelerator, and must not take one from a job that does.
             jax.config.update("jax_platforms", "cpu")
         return main(options)
 
-    sys.exit(cli.run(_run, Options, "python -m mixtral_jax.quantize"))
+    return cli.run_verb("quantize", run_main, Options, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

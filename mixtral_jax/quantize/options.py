@@ -84,7 +84,7 @@ class Options:
     """Print one JSON line on stdout and nothing else there."""
     debug: bool = False
     """Show tracebacks."""
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(
         default_factory=ProcessOptions
     )
 

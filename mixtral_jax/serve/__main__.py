@@ -14,8 +14,6 @@ from mixtral_jax.serve.options import ServeOptions
 from mixtral_jax.sharding import hosts
 from mixtral_jax.terminal import note
 
-PROG = "python -m mixtral_jax.serve"
-
 
 def main(options: ServeOptions) -> int:
     """Loads, listens, serves until a signal."""
@@ -58,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
         return error.code
     for line in notes:
         note(line)
-    return cli.run(main, ServeOptions, PROG, words)
+    return cli.run_verb("serve", main, ServeOptions, words)
 
 
 if __name__ == "__main__":

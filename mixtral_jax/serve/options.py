@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -175,22 +175,14 @@ class ServeOptions:
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     debug: bool = False
     """Show tracebacks."""
-    model: Annotated[ModelFlags, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=ModelFlags
-    )
-    batch: Annotated[BatchFlags, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=BatchFlags
-    )
-    request: Annotated[RequestFlags, tyro.conf.arg(name="")] = dataclasses.field(
+    model: tyro.conf.OmitArgPrefixes[ModelFlags] = dataclasses.field(default_factory=ModelFlags)
+    batch: tyro.conf.OmitArgPrefixes[BatchFlags] = dataclasses.field(default_factory=BatchFlags)
+    request: tyro.conf.OmitArgPrefixes[RequestFlags] = dataclasses.field(
         default_factory=RequestFlags
     )
-    http: Annotated[HttpFlags, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=HttpFlags
-    )
-    watch: Annotated[WatchFlags, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=WatchFlags
-    )
-    processes: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(
+    http: tyro.conf.OmitArgPrefixes[HttpFlags] = dataclasses.field(default_factory=HttpFlags)
+    watch: tyro.conf.OmitArgPrefixes[WatchFlags] = dataclasses.field(default_factory=WatchFlags)
+    processes: tyro.conf.OmitArgPrefixes[ProcessOptions] = dataclasses.field(
         default_factory=ProcessOptions
     )
 

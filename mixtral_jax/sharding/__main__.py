@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import tyro
@@ -52,5 +53,10 @@ def main(options: Options) -> int:
     return OK
 
 
+def run(argv: Sequence[str]) -> int:
+    """The command with these arguments; gives its exit code."""
+    return cli.run_verb("sharding", main, Options, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.sharding"))
+    sys.exit(run(sys.argv[1:]))

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from mixtral_jax import cli
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OK, OUTPUT_EXISTS, USAGE
-from mixtral_jax.finetune.__main__ import PROG, _read_data, main, run
+from mixtral_jax.finetune.__main__ import _read_data, main, run
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.metrics import NAME, read_lines
@@ -45,7 +45,7 @@ def words(folder, out, *more: str) -> list[str]:
 
 def command(*argv: str) -> int:
     """In this process, whose programs are compiled once."""
-    return cli.run(main, FinetuneOptions, PROG, arguments(argv), markers=())
+    return cli.run(main, FinetuneOptions, "finetune", arguments(argv), markers=())
 
 
 @pytest.fixture(scope="module")

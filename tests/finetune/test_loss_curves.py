@@ -9,7 +9,7 @@ import pytest
 from examples.tiny import data
 from mixtral_jax import cli
 from mixtral_jax.errors import OK
-from mixtral_jax.finetune.__main__ import PROG, main
+from mixtral_jax.finetune.__main__ import main
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.metrics import NAME, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions
@@ -65,7 +65,7 @@ def curve(folder, out, how: str, case: str | None) -> np.ndarray:
         ended = processes.finish(processes.start(command, timeout=60), seconds=600)
         assert [one.code for one in ended] == [OK, OK], [one.stderr for one in ended]
     else:
-        assert cli.run(main, FinetuneOptions, PROG, arguments(argv), markers=()) == OK
+        assert cli.run(main, FinetuneOptions, "finetune", arguments(argv), markers=()) == OK
     return losses(out)
 
 
