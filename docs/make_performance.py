@@ -25,6 +25,8 @@ HEADINGS = {
     "speculation": "Speculation",
     "serve": "Serving",
     "finetune": "Fine-tuning beside transformers and peft",
+    "finetune_qlora_tiny": "QLoRA with factors on experts",
+    "finetune_qlora_tiny_before": "The same with the gradients of kernels/experts.py as of 0e80c41",
     "capacity_factor": "The capacity factor",
     "offload_tiny": "Offloading, embedded model",
     "offload_bench": "Offloading, 0.79 G parameters",
