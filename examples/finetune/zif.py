@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from examples.tiny.data import as_json, check_counts, for_calibration, write_lines
+from examples.tiny.data import as_json, as_row, check_counts, write_lines
 from examples.tiny.text import Conversation, documents, held_out
 from mixtral_jax import cli
 from mixtral_jax.errors import OK
@@ -82,7 +82,7 @@ def questions(count: int, *, held_out: bool, seed: int) -> list[dict[str, str]]:
 def training(count: int, *, seed: int) -> list[dict[str, Any]]:
     """The new task and as many conversations of the old ones, shuffled."""
     known = (each for each in documents(seed + 1000) if isinstance(each, Conversation))
-    rows = [for_calibration(each) for each in itertools.islice(known, count)]
+    rows = [as_row(each) for each in itertools.islice(known, count)]
     for each in questions(count, held_out=False, seed=seed):
         user = {"role": "user", "content": each["prompt"]}
         rows.append({"messages": [user, {"role": "assistant", "content": each["answer"]}]})

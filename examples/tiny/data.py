@@ -72,8 +72,8 @@ def as_json(rows: Iterable[Any]) -> list[str]:
     return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
-def for_calibration(document: Conversation | Plain) -> dict[str, Any]:
-    """A document as a line of a calibration file (mixtral_jax/quantize/calibration.py)."""
+def as_row(document: Conversation | Plain) -> dict[str, Any]:
+    """A document as a line of JSONL that finetune and quantize --calibration read."""
     if isinstance(document, Plain):
         return {"text": document.text}
     messages = [{"role": "system", "content": document.system}] if document.system else []
@@ -86,11 +86,11 @@ def for_calibration(document: Conversation | Plain) -> dict[str, Any]:
 def calibration(conversations: int, *, seed: int) -> list[dict[str, Any]]:
     """Conversations, and a quarter as many documents of lines."""
     found = (each for each in documents(seed) if isinstance(each, Conversation))
-    rows = [for_calibration(each) for each in itertools.islice(found, conversations)]
+    rows = [as_row(each) for each in itertools.islice(found, conversations)]
     draw = random.Random(f"calibration {seed}")
     for _ in range(-(-conversations // 4)):
         text = "".join(f"{plain(draw)}\n" for _ in range(LINES))
-        rows.append(for_calibration(Plain(text)))
+        rows.append(as_row(Plain(text)))
     draw.shuffle(rows)
     return rows
 

@@ -17,7 +17,7 @@ import jax
 from mixtral_jax import cli
 from mixtral_jax.config import ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
-from mixtral_jax.convert.hub import resolve
+from mixtral_jax.convert.hub import Source, resolve
 from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
 from mixtral_jax.finetune.binding import binding_facts, check_bound
 from mixtral_jax.finetune.checkpoints import Checkpoints
@@ -33,6 +33,7 @@ from mixtral_jax.finetune.options import FinetuneOptions, RunOptions, TrainOptio
 from mixtral_jax.finetune.output_folder import OutputFolder
 from mixtral_jax.finetune.progress import Machine
 from mixtral_jax.finetune.rows import check_pairs, num_rows, share_of
+from mixtral_jax.finetune.scratch import fresh_model, scratch_folder
 from mixtral_jax.finetune.stop import Stop
 from mixtral_jax.finetune.trainer import Trainer
 from mixtral_jax.language_model import LanguageModel, load
@@ -64,14 +65,14 @@ def main(options: FinetuneOptions) -> int:
         hosts.barrier("the output folder is ours", may_wait_for_first=True)
         stop = stack.enter_context(Stop())
         checkpoints = Checkpoints(options.output_dir, limit=options.run.save_total_limit, note=note)
-        source = resolve(options.model, note)
+        source = _source(options)
         folder = source.folder
         _check_early(checkpoints, binding_facts(options, folder=folder))
         config = read_config(folder, sliding_window=options.load.sliding_window)
         check_pairs(options, _spec(options, config))
         first = _first_factors(options, folder, config)
         examples, evaluated = _read_data(options, folder)
-        lm = load(options.model, note=note, **_fields(options))
+        lm = _model(options, folder)
         per_device = options.train.per_device_train_batch_size
         batches = _batches(options, lm, examples)
         total_steps = options.run.total_steps(batches.steps_per_epoch)
@@ -100,10 +101,20 @@ def main(options: FinetuneOptions) -> int:
     return OK
 
 
-def _fields(options: FinetuneOptions) -> dict[str, Any]:
-    """Keyword arguments of ``load``; what ``--adapter`` names is no part of the base."""
+def _source(options: FinetuneOptions) -> Source:
+    if options.from_scratch:
+        return Source(scratch_folder(options.model))
+    return resolve(options.model, note)
+
+
+def _model(options: FinetuneOptions, folder: Path) -> LanguageModel:
+    """What training begins with; what ``--adapter`` names is no part of it."""
     asked = dataclasses.replace(options.load_options(), adapter=None)
-    return {name: getattr(asked, name) for name in asked.__dataclass_fields__}
+    if options.from_scratch:
+        seed, fsdp = options.train.seed, options.train.fsdp
+        return fresh_model(folder, asked, seed=seed, fsdp=fsdp, note=note)
+    fields = {name: getattr(asked, name) for name in asked.__dataclass_fields__}
+    return load(options.model, note=note, **fields)
 
 
 def _check_early(checkpoints: Checkpoints, bound: Facts) -> None:
@@ -174,6 +185,7 @@ def _batches(
         length=options.train.max_length,
         packing=options.train.packing,
         seed=options.train.seed,
+        prompt_weight=options.train.prompt_loss_weight if each is None else 0.0,
         part_id=share.part_id,
         num_parts=share.num_parts,
     )

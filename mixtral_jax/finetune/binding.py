@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.finetune.options import FinetuneOptions, RunOptions
+from mixtral_jax.finetune.scratch import scratch_facts
 from mixtral_jax.sharding.agreement import Facts, file_facts, option_facts
 
 # Every option binds but these. How long and where a run goes on, and what it tells on the way:
@@ -66,7 +67,9 @@ def binding_facts(
         found = {name: fact for name, fact in found.items() if name not in _OF_DPO}
     if rows is not None:
         found["--per-device-train-batch-size x devices"] = str(rows)
-    if folder is not None:
+    if folder is not None and options.from_scratch:
+        found |= {f"MODEL: {name}": fact for name, fact in scratch_facts(folder).items()}
+    elif folder is not None:
         found |= _content("MODEL", folder)
     if options.load.adapter is not None:
         found |= _content("--adapter", Path(options.load.adapter))

@@ -17,7 +17,8 @@ from mixtral_jax.finetune.options import TrainOptions
 def make_schedule(options: TrainOptions, total_steps: int) -> optax.Schedule:
     """The learning rate of each update, counted from 0, as ``get_scheduler`` of transformers.
 
-    The first update of a warm-up has a rate of 0 there too.
+    The first update of a warm-up has a rate of 0 there too. Where warm-up and decay take more than
+    all steps, the decay is what is left.
     """
     warmup = options.warmup_steps or math.ceil(options.warmup_ratio * total_steps)
     warmup = min(warmup, total_steps)
@@ -29,10 +30,17 @@ def make_schedule(options: TrainOptions, total_steps: int) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(rate, 0.0, rest),
         "cosine": lambda: optax.cosine_decay_schedule(rate, rest),
         "constant_with_warmup": lambda: optax.constant_schedule(rate),
+        "warmup_stable_decay": lambda: _stable(rate, rest, options.num_decay_steps or 0),
     }[kind]()
     if not warmup:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+
+
+def _stable(rate: float, steps: int, decay: int) -> optax.Schedule:
+    """Constant, then linear to 0 in the last ``decay`` of so many steps."""
+    decay = min(decay, steps)
+    return optax.linear_schedule(rate, 0.0, decay, transition_begin=steps - decay)
 
 
 def make_optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:

@@ -19,7 +19,7 @@ from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.sharding.cluster import ProcessOptions
 
 Method = Literal["sft", "dpo"]
-Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"]
 Optimizer = Literal["adamw", "adamw_8bit", "adafactor", "muon"]
 ReportTo = Literal["tensorboard", "jsonl", "none"]
 
@@ -43,8 +43,11 @@ class TrainOptions:
     """Tokens of a row."""
     packing: bool = False
     """Put several examples into a row; none attends to another."""
+    prompt_loss_weight: float = 0.0
+    """What a token of a prompt counts in the loss, beside 1 for one of an answer. In evaluation it
+    is always 0."""
     seed: int = 42
-    """Of the order of the data, the first factors and dropout."""
+    """Of the order of the data, the first weights or factors, and dropout."""
 
     use_peft: bool = False
     """Train low-rank factors (LoRA) beside frozen weights, not the weights themselves."""
@@ -68,7 +71,10 @@ class TrainOptions:
     learning_rate: float = 2e-5
     """At its highest. 2e-4 is usual for LoRA, 1e-6 for dpo of all weights."""
     lr_scheduler_type: Schedule = "linear"
-    """How the learning rate falls after the warm-up, to 0 at the last step or not at all."""
+    """How the learning rate falls after the warm-up, to 0 at the last step or not at all.
+    warmup_stable_decay: it stays, and falls in the last --num-decay-steps (arXiv 2404.06395)."""
+    num_decay_steps: int | None = None
+    """Of warmup_stable_decay: last steps, in which the learning rate falls linearly."""
     warmup_ratio: float = 0.0
     """Share of all steps in which the learning rate rises from 0."""
     warmup_steps: int = 0
@@ -115,12 +121,16 @@ class TrainOptions:
             _check(self, name, "0 or more", 0 <= getattr(self, name) < math.inf)
         for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
             _check(self, name, "from 0 to below 1", 0 <= getattr(self, name) < 1)
-        _check(self, "warmup_ratio", "from 0 to 1", 0 <= self.warmup_ratio <= 1)
+        for name in ("warmup_ratio", "prompt_loss_weight"):
+            _check(self, name, "from 0 to 1", 0 <= getattr(self, name) <= 1)
         _check(self, "label_smoothing", "from 0 to below 0.5", 0 <= self.label_smoothing < 0.5)
         coef = self.router_aux_loss_coef
         _check(self, "router_aux_loss_coef", "0 or more", coef is None or 0 <= coef < math.inf)
         if self.warmup_ratio and self.warmup_steps:
             _refuse("--warmup-ratio with --warmup-steps", fix="choose one")
+        self._check_decay()
+        if self.prompt_loss_weight and self.method == "dpo":
+            _refuse("--prompt-loss-weight is not for dpo", fix="leave it out")
         if self.packing and self.method == "dpo":
             _refuse("--packing is not for dpo: pairs have rows of their own", fix="leave it out")
         if self.use_peft:
@@ -130,6 +140,13 @@ class TrainOptions:
                 "--fsdp shares weights that train, and with --use-peft they are frozen",
                 fix="leave it out; a larger expert or tensor axis of --mesh shares them",
             )
+
+    def _check_decay(self) -> None:
+        decay = self.num_decay_steps
+        _check(self, "num_decay_steps", "at least 1", decay is None or decay >= 1)
+        if (self.lr_scheduler_type == "warmup_stable_decay") != (decay is not None):
+            what = "--lr-scheduler-type warmup_stable_decay and --num-decay-steps need each other"
+            _refuse(what, fix="give both, or neither")
 
     @property
     def dropout(self) -> float:
@@ -219,6 +236,9 @@ class FinetuneOptions:
     """Data that is not trained on, for the mean loss and the perplexity on the way."""
     config: Path | None = None
     """A TOML or JSON file with any of these options by their names; the command line wins."""
+    from_scratch: bool = False
+    """Train from random weights, drawn from --seed: of MODEL the config and the tokenizer alone are
+    read."""
     load_in_4bit: bool = False
     """Freeze the weights in NF4 (QLoRA): --quantize nf4."""
     load_in_8bit: bool = False
@@ -241,6 +261,8 @@ class FinetuneOptions:
             _refuse("--eval-steps needs --eval-dataset", fix="leave it out, or give both")
         self.load.refuse_offload("finetune")
         asked = [name for name, is_asked in self._quantized().items() if is_asked]
+        if self.from_scratch:
+            self._check_scratch(asked)
         if len(asked) > 1:
             _refuse(" with ".join(asked), fix="choose one")
         if asked and not self.train.use_peft:
@@ -248,6 +270,17 @@ class FinetuneOptions:
         if self.load.adapter is not None and not self.train.use_peft:
             fix = "--use-peft, or merge it first (python -m mixtral_jax.convert --adapter)"
             _refuse("--adapter goes on training factors", fix=fix)
+
+    def _check_scratch(self, quantized: list[str]) -> None:
+        """Random weights have nothing to hold on to: all of them train."""
+        others = {
+            "--use-peft": self.train.use_peft,
+            "--adapter": self.load.adapter is not None,
+            "--freeze-router": self.train.freeze_router,
+            "--method dpo": self.train.method == "dpo",
+        }
+        for name in [*quantized, *(name for name, is_asked in others.items() if is_asked)]:
+            _refuse(f"--from-scratch with {name}, which needs a trained model", fix="leave one out")
 
     def _quantized(self) -> dict[str, bool]:
         return {

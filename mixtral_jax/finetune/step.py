@@ -67,9 +67,9 @@ class Measures(NamedTuple):
 
     Attributes:
         loss: without the losses of the router. Cross-entropy in nats per scored token, or DPO's
-            per pair.
-        tokens: scored.
-        accuracy: share of scored tokens that were the likeliest.
+            per pair; tokens count as ``Batch.weights`` says.
+        tokens: that count anything.
+        accuracy: share of tokens that were the likeliest; they count as in the loss.
         aux_loss: load balancing, before its coefficient.
         z_loss: of the router's logits, before its coefficient.
         grad_norm: before clipping; 0 in evaluation.
@@ -212,15 +212,20 @@ def _sums(
     )
 
 
+def _or_one(count: jax.Array) -> jax.Array:
+    """What to divide by: of nothing, 1."""
+    return jnp.where(count > 0, count, 1.0)
+
+
 def _whole(sums: _Sums, batch: Rows, is_dpo: bool) -> Measures:
     """Means over the batch, from sums ``[A, ...]`` over accumulation steps."""
-    tokens = batch.weights.sum()
+    counted = _or_one(batch.weights.sum())
     pairs = jnp.maximum(batch.num_pairs, 1)
     zero = jnp.float32(0)
     return Measures(
-        loss=sums.loss.sum() / (pairs if is_dpo else jnp.maximum(tokens, 1)),
-        tokens=tokens,
-        accuracy=sums.right.sum() / jnp.maximum(tokens, 1),
+        loss=sums.loss.sum() / (pairs if is_dpo else counted),
+        tokens=(batch.weights > 0).sum().astype(jnp.float32),
+        accuracy=sums.right.sum() / counted,
         aux_loss=sums.aux_loss.mean(),
         z_loss=sums.z_loss.mean(),
         grad_norm=zero,
@@ -289,7 +294,7 @@ def update(
     """
     num_steps = batch.tokens.shape[0]
     count = batch.num_pairs if objective.is_dpo else batch.weights.sum()
-    count = jnp.maximum(count, 1)
+    count = _or_one(count)
     key = jax.random.fold_in(key, state.step)
 
     def loss_of(trained: Any, rows: Rows, key: Any) -> tuple[jax.Array, _Sums]:

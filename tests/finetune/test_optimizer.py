@@ -65,6 +65,24 @@ def test_a_warm_up_is_rounded_up_as_in_transformers(ratio, total, steps):
     assert max(rates) == 1.0
 
 
+def test_warmup_stable_decay_rises_stays_and_falls_to_zero():
+    """As ``get_wsd_schedule`` of transformers with linear warm-up and decay."""
+    options = TrainOptions(
+        lr_scheduler_type="warmup_stable_decay",
+        warmup_steps=2,
+        num_decay_steps=4,
+        learning_rate=1.0,
+    )
+    schedule = make_schedule(options, 10)
+    rates = [float(np.asarray(schedule(step))) for step in range(11)]
+    assert rates == [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+    short = make_schedule(options, 5)  # no room for all of the decay: what the warm-up leaves
+    rates = [float(np.asarray(short(step))) for step in range(6)]
+    np.testing.assert_allclose(rates, [0, 0.5, 1, 2 / 3, 1 / 3, 0], rtol=1e-6)
+    cold = make_schedule(dataclasses.replace(options, warmup_steps=0, num_decay_steps=2), 4)
+    assert [float(np.asarray(cold(step))) for step in range(5)] == [1, 1, 1, 0.5, 0]
+
+
 CASES = [f"{optim} {how}" for optim in OPTIMIZERS for how in ("lora", "fsdp")]
 
 

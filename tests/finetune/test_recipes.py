@@ -1,4 +1,4 @@
-"""The recipes under examples/finetune are runs that the command takes."""
+"""The recipes under examples are runs that the command takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import tyro
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.options import FinetuneOptions
 
-RECIPES = sorted((Path(__file__).parents[2] / "examples" / "finetune").glob("*.toml"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = [
+    path for name in ("finetune", "tiny") for path in sorted((EXAMPLES / name).glob("*.toml"))
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -21,4 +24,4 @@ def test_a_recipe_is_taken(recipe):
 
 
 def test_each_published_case_has_one():
-    assert {path.stem for path in RECIPES} >= {"qlora", "full", "dpo"}
+    assert {path.stem for path in RECIPES} >= {"qlora", "full", "dpo", "recipe"}

@@ -162,6 +162,31 @@ def test_packed_and_padded_rows_give_the_same_update(config):
     np.testing.assert_allclose(flat(one.state.trained), flat(two.state.trained), atol=1e-4)
 
 
+def test_a_prompt_counts_in_the_loss_what_it_is_given(config):
+    """The loss is the mean of what answers and prompts lose by themselves, so weighted."""
+    trainer = Trainer(on_mesh(config), FULL, total_steps=5)
+    answers = batch_of([[[text] for text in texts(8)]], LENGTH)
+    is_text = (answers.segments > 0) & (np.roll(answers.segments, -1, axis=-1) > 0)
+    is_prompt = is_text & (answers.weights == 0)
+    is_prompt[..., -1] = False
+    prompts = answers._replace(weights=is_prompt.astype(np.float32))
+    weighted = answers._replace(weights=answers.weights + np.float32(0.1) * is_prompt)
+    a, p, both = (trainer.evaluate(batch) for batch in (answers, prompts, weighted))
+    assert float(p.tokens) > 2
+    assert float(both.tokens) == float(a.tokens + p.tokens)
+    for name in ("loss", "accuracy"):
+        of_answers, of_prompts = getattr(a, name), getattr(p, name)
+        mean = (a.tokens * of_answers + 0.1 * p.tokens * of_prompts) / (a.tokens + 0.1 * p.tokens)
+        np.testing.assert_allclose(getattr(both, name), mean, rtol=1e-5, err_msg=name)
+    # However little all of it weighs, it is a mean.
+    little = answers._replace(weights=answers.weights * np.float32(1e-3))
+    np.testing.assert_allclose(trainer.evaluate(little).loss, a.loss, rtol=1e-5)
+    stepped = trainer.step(little)
+    np.testing.assert_allclose(stepped.loss, a.loss, rtol=1e-5)
+    again = Trainer(on_mesh(config), FULL, total_steps=5)
+    np.testing.assert_allclose(stepped.grad_norm, again.step(answers).grad_norm, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_accumulated_rows_give_the_update_of_all_at_once(config):
     options = dataclasses.replace(LORA, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)

@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-from examples.tiny.data import for_calibration
+from examples.tiny.data import as_row
 from examples.tiny.text import documents
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from tests.convert import checkpoints
@@ -15,7 +15,7 @@ from tests.convert import checkpoints
 
 def write_text(path: Path, count: int, *, seed: int) -> Path:
     """``count`` documents as .jsonl, some with messages and some with text."""
-    rows = map(for_calibration, itertools.islice(documents(seed), count))
+    rows = map(as_row, itertools.islice(documents(seed), count))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

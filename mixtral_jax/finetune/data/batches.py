@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # int32 [A, B, T], 0 in padding
     targets: np.ndarray  # int32 [A, B, T]: the token behind each of a sequence, 0 where none is
-    weights: np.ndarray  # float32 [A, B, T]: 1 where the target is scored, else 0
+    weights: np.ndarray  # float32 [A, B, T]: what the target counts in the loss; 1 if scored
     segments: np.ndarray  # int32 [A, B, T]: 1, 2, ... the sequences of a row, 0 padding
 
 
@@ -54,6 +54,7 @@ class Batches:
         length: T; no sequence is longer.
         packing: fills rows with several examples; pairs are never packed.
         seed: in [0, 2^32), of the order.
+        prompt_weight: what a token counts that is not scored, as one of a prompt; padding is 0.
         part_id: which part of every batch is given. All parts, one behind the other, are the batch
             that a single process with all rows would get (of pairs: the same pairs, each part
             having its chosen ones first).
@@ -78,13 +79,14 @@ class Batches:
         length: int,
         packing: bool,
         seed: int,
+        prompt_weight: float = 0.0,
         part_id: int = 0,
         num_parts: int = 1,
     ):
         _check_fits(examples, rows, length)
         self._examples, self._shape = examples, (accumulation, rows, length)
         self._part_id, self._num_parts = part_id, num_parts
-        self._seed = seed
+        self._seed, self._prompt_weight = seed, prompt_weight
         self._packing = alone(len(examples))
         self._is_packed = packing and not examples.is_pairs
         if self._is_packed:
@@ -187,17 +189,17 @@ class Batches:
                 sequences = one if isinstance(one, Pair) else (one,)
                 for answer, sequence in enumerate(sequences):
                     free = Batch(*(view[a, answer, unit, used:] for view in views))
-                    _write(sequence, segment, free)
+                    _write(sequence, segment, free, self._prompt_weight)
                 used += len(sequences[0].ids)
         return batch
 
 
-def _write(sequence: Example, segment: int, free: Batch) -> None:
+def _write(sequence: Example, segment: int, free: Batch, prompt_weight: float) -> None:
     """Puts a sequence at the beginning of what is free of a row, of each part ``[t]``."""
     count = len(sequence.ids)
     free.tokens[:count] = sequence.ids
     free.targets[: count - 1] = sequence.ids[1:]
-    free.weights[: count - 1] = sequence.is_target[1:]
+    free.weights[: count - 1] = np.where(sequence.is_target[1:], 1.0, prompt_weight)
     free.segments[:count] = segment
 
 

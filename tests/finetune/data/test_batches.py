@@ -60,6 +60,15 @@ def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
     return found
 
 
+def test_tokens_of_a_prompt_count_what_they_are_given_and_padding_nothing():
+    one = [example(0, num_tokens=6, num_prompt=3), example(1, num_tokens=4, num_prompt=2)]
+    batch = next(batches(one, rows=1, prompt_weight=0.25))
+    weights = [0.25, 0.25, 1, 1, 1, 0, 0.25, 1, 1, 0, 0, 0]
+    np.testing.assert_array_equal(batch.weights[0, 0], weights)
+    plain = next(batches(one, rows=1))
+    np.testing.assert_array_equal(plain.weights[0, 0], [w == 1 for w in weights])
+
+
 def as_sequences(encoded: list[Example]) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
     return [(tuple(one.ids.tolist()), tuple(one.is_target.tolist())) for one in encoded]
 

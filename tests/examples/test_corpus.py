@@ -1,0 +1,66 @@
+"""What the embedded model is trained from: the text, as the trainer reads it, and no weights."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+
+import pytest
+
+from examples.tiny import corpus
+from examples.tiny.data import as_row
+from examples.tiny.text import Conversation, documents
+from examples.tiny.tokens import encode
+from mixtral_jax import cli
+from mixtral_jax.config import PRESETS, read_config
+from mixtral_jax.finetune.data.encode import encode_sft
+from mixtral_jax.language_model import EMBEDDED_FOLDER
+from mixtral_jax.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def no_tokenizer(monkeypatch):
+    """That of the embedded model in place of one that takes seconds to make."""
+    made = (EMBEDDED_FOLDER / "tokenizer.model").read_bytes()
+    monkeypatch.setattr(corpus, "make_tokenizer", lambda seed: made)
+
+
+def run(folder, *arguments: str) -> int:
+    return cli.run(corpus.main, corpus.Options, "corpus", [str(folder), *arguments])
+
+
+def test_files(tmp_path, no_tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(corpus, "BESIDE_LONG", 7)
+    count, folder = 3000, tmp_path / "a"
+    assert run(folder, "--documents", str(count)) == 0
+    rows = [as_row(document) for document in itertools.islice(documents(0), count)]
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == rows
+    long = (folder / "long.jsonl").read_text(encoding="utf-8").splitlines()
+    assert long[:7] == lines[:7]
+    assert 1 <= len(long[7:]) < count / 100
+    assert set(long[7:]) < set(lines)
+    assert min(len(json.loads(line)["messages"]) for line in long[7:]) > 2 * 8
+    assert read_config(folder / "model") == PRESETS["tiny"]
+    assert sorted(path.name for path in (folder / "model").iterdir()) == [
+        "config.json",
+        "tokenizer.model",
+    ]
+    capsys.readouterr()
+    assert run(folder) == 73
+    assert "exists; fix: name another folder" in capsys.readouterr().err
+
+
+def test_the_trainer_reads_the_ids_that_sampling_has():
+    """And scores the answers: all of a conversation of which a token weighs 1 there."""
+    tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
+    seen = collections.Counter()
+    for document in itertools.islice(documents(2), 300):
+        ids, is_target = encode_sft(as_row(document), tokenizer)
+        wanted = encode(document, tokenizer)
+        assert ids.tolist() == wanted.token_ids
+        if isinstance(document, Conversation):
+            assert is_target.tolist() == [weight == 1 for weight in wanted.weights]
+            seen[bool(document.system), len(document.turns) > 1] += 1
+    assert len(seen) == 4, "with and without a system text, one turn and more"
