@@ -34,8 +34,8 @@ from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.weights import ExpertSlots
 
-# What a platform's programs may call although JAX does not promise to keep it: Pallas-Triton.
-UNSTABLE = {"cuda": ("__gpu$xla.gpu.triton",)}
+# What programs of a row of the kernels table may call although JAX does not promise to keep it.
+UNSTABLE = {"gpu": ("__gpu$xla.gpu.triton",)}
 _NAMES = {"budget": "max_new_tokens"}  # options that people know by another name
 _RENAMED = {name: field for field, name in _NAMES.items()}
 _NOT_ZERO = {"cache.positions": EMPTY}  # arrays of the state that do not begin as zeros
@@ -254,7 +254,7 @@ class Programs:
         # Without out_shardings the second call would meet a state that lies elsewhere, and compile
         # again.
         jitted = jax.jit(function, donate_argnums=1, out_shardings=where)
-        calls = UNSTABLE.get(platform, ())
+        calls = UNSTABLE.get(self.placement.kernels, ())
         exported = jax.export.export(
             jitted,
             platforms=[platform],
