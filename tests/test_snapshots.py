@@ -33,6 +33,7 @@ COMMANDS = [
     "evaluate routing",
     "serve",
     "finetune",
+    "export",
 ]
 
 

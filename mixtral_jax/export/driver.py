@@ -38,7 +38,7 @@ from mixtral_jax.export.weights import Form, Reading, WeightFiles
 from mixtral_jax.json_file import read_json
 from mixtral_jax.kernels.table import cache_dtype, kernels_for
 from mixtral_jax.model.transformer import leaf_specs
-from mixtral_jax.quantize.load import quantizing
+from mixtral_jax.quantize.load import quantizing, report
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import AXES, MeshSpec, simulate_on_cpu
 from mixtral_jax.sharding.placement import MeshPlacement
@@ -92,7 +92,7 @@ def export(
         memory = stack.enter_context(PeakMemory())
         if is_addition:
             stack.enter_context(_locked(dst))
-        work = _Work(checkpoint, folder, options, note)
+        work = Work(checkpoint, folder, options, note)
         stack.callback(work.leaves.close)
         about = work.read_existing(dst) if is_addition else None
         made = work.programs.serialize(options.platform)
@@ -119,8 +119,12 @@ def export(
     )
 
 
-class _Work:
-    """An export under way: an open checkpoint, and what will be made of it."""
+class Work:
+    """An export under way: an open checkpoint, and what will be made of it.
+
+    Raises:
+        MixtralError: as ``export``.
+    """
 
     def __init__(self, checkpoint: str | Path, folder: Path, options: ExportOptions, note: Note):
         self.options, self.folder, self.note = options, folder, note
@@ -144,6 +148,8 @@ class _Work:
                 cache_dtype=cache_dtype(self.kernels, options.kv_dtype, jnp.dtype(self.dtype)),
                 placement=placement,
             )
+            plain = {p: jax.ShapeDtypeStruct(s.shape, self.dtype) for p, s in specs.items()}
+            report(plain | self.programs.quantized, specs, options.quantize, note)
         except BaseException:
             opened.close()
             raise
@@ -187,24 +193,32 @@ class _Work:
                 fix="choose another folder, or add --overwrite",
                 code=OUTPUT_EXISTS,
             )
-        for name in {*self.files.groups, *filter(None, [about["tokenizer"]])}:
+        self._check_same_config(about, dst)
+        for name in {*self.files.groups, *filter(None, [about["tokenizer"]])} & {*about["sha256"]}:
             path = dst / name
-            if not path.is_file() or _sha256(path) != about["sha256"].get(name):
-                raise MixtralError(
-                    f"{path} is missing, was altered, or is of other weights",
-                    fix="export to another folder",
-                    code=BAD_DATA if name in about["sha256"] else OUTPUT_EXISTS,
-                )
+            if not path.is_file() or _sha256(path) != about["sha256"][name]:
+                fix = "export to another folder"
+                raise MixtralError(f"{path} is missing or was altered", fix=fix, code=BAD_DATA)
         return about
 
-    def check_same_weights(self, about: dict[str, Any], dst: Path) -> None:
-        """Refuses to add programs to weights that are not those of the checkpoint."""
-        expected, got = about["weights"]["digest"], fold(self.reading.records)
-        config = {"model": about["model"], "eos": about["eos_token_ids"]}
-        own = {"model": config_to_dict(self.config), "eos": list(self.config.eos_token_ids)}
-        if expected != got or config != json.loads(json.dumps(own)):
+    def _check_same_config(self, about: dict[str, Any], dst: Path) -> None:
+        had, own = about["model"], json.loads(json.dumps(config_to_dict(self.config)))
+        fields = sorted(k for k in {*had, *own} if had.get(k) != own.get(k))
+        if fields:
             raise MixtralError(
-                f"{dst} holds another model, or the same in another form: its digest",
+                f"{dst} holds a model of another config",
+                expected={name: had.get(name) for name in fields},
+                got={name: own.get(name) for name in fields},
+                fix="choose another folder",
+                code=OUTPUT_EXISTS,
+            )
+
+    def check_same_weights(self, about: dict[str, Any], dst: Path) -> None:
+        """Refuses to add programs to weights that are not those that were read."""
+        expected, got = about["weights"]["digest"], fold(self.reading.records)
+        if expected != got:
+            raise MixtralError(
+                f"{dst} holds other weights, or the same in another form: digest",
                 expected=expected,
                 got=got,
                 fix="choose another folder, or the --dtype and --quantize of that export",
@@ -278,7 +292,7 @@ def _watched(
         progress(done, files.num_bytes)
 
 
-def _write(dst: Path, about: dict[str, Any], work: _Work, made: dict[str, Program]) -> None:
+def _write(dst: Path, about: dict[str, Any], work: Work, made: dict[str, Program]) -> None:
     """Writes all but the weights, export.json last; each file appears whole."""
     contents = {work.file_name(name): program.content for name, program in made.items()}
     if not about["programs"]:
@@ -290,8 +304,11 @@ def _write(dst: Path, about: dict[str, Any], work: _Work, made: dict[str, Progra
     contents[NAME] = json.dumps(about, indent=1).encode()
     for name, content in contents.items():
         partial = dst / f".{name}.partial"
-        write_durably(partial, content)
-        os.replace(partial, dst / name)
+        try:
+            write_durably(partial, content)
+            os.replace(partial, dst / name)
+        finally:
+            partial.unlink(missing_ok=True)
     sync_folder(dst)
 
 
@@ -305,11 +322,11 @@ def _locked(dst: Path) -> Iterator[None]:
     """Lets one process at a time add to a folder."""
     lock = os.open(dst, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"{dst} is being written by another export"
+            raise MixtralError(what, fix="wait for it", code=OUTPUT_EXISTS) from None
         yield
-    except BlockingIOError:
-        fix = "wait for it"
-        what = f"{dst} is being written by another export"
-        raise MixtralError(what, fix=fix, code=OUTPUT_EXISTS) from None
     finally:
         os.close(lock)

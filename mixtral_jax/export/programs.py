@@ -96,7 +96,7 @@ class Programs:
     placement: MeshPlacement
 
     def __post_init__(self):
-        if self._quantized and self.placement.mesh.shape["tensor"] > 1:
+        if self.quantized and self.placement.mesh.shape["tensor"] > 1:
             raise MixtralError(
                 "export of quantized weights",
                 expected="a mesh that splits no matrix",
@@ -106,7 +106,8 @@ class Programs:
             )
 
     @functools.cached_property
-    def _quantized(self) -> dict[str, QTensor]:
+    def quantized(self) -> dict[str, QTensor]:
+        """The quantized weights by path, with shapes in place of arrays."""
         return quantized_weights(self.specs, jnp.dtype(self.dtype))
 
     @functools.cached_property
@@ -114,7 +115,7 @@ class Programs:
         """Weights in the order of the arguments, laid out as ``mj.load`` lays them."""
         specs, mesh = leaf_specs(self.config), self.placement.mesh
         at_rest = weight_shardings(specs, mesh, self.placement.strategy)
-        shardings = part_shardings(specs, self._quantized, at_rest.__getitem__)
+        shardings = part_shardings(specs, self.quantized, at_rest.__getitem__)
         in_slots = KERNELS[self.placement.kernels].layout == "slots"
         found: list[WeightArgument] = []
         for leaf, spec in self.specs.items():
@@ -186,7 +187,7 @@ class Programs:
             else:
                 slots = found.get(argument.leaf, ExpertSlots(())).slots
                 found[argument.leaf] = ExpertSlots((*slots, array))
-        for leaf, shapes in self._quantized.items():
+        for leaf, shapes in self.quantized.items():
             parts = {name: found.pop(str(path)) for name, path in parts_of(leaf, found).items()}
             if "scale_offset" in parts:
                 parts["scale_offset"] = parts["scale_offset"][..., 0]  # [..., 1] as it is stored

@@ -51,13 +51,14 @@ class Loader:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         self._monkeypatch, self._capsys = monkeypatch, capsys
         self.err = ""
+        self.names: dict[str, Any] = {}  # the script's variables, after its run
 
     def __call__(self, folder: Path, prompts: Prompts, **given: Any) -> list[list[int]]:
         script = str(folder / "run.py")
         self._monkeypatch.setattr(sys, "argv", [script, *arguments(prompts, **given)])
         self._capsys.readouterr()
         try:
-            runpy.run_path(script, run_name="__main__")
+            self.names = runpy.run_path(script, run_name="__main__")
         finally:
             out, self.err = self._capsys.readouterr()
         return parse(out)

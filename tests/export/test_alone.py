@@ -40,8 +40,9 @@ def alone(tmp_path_factory) -> list[str]:
     links = tmp_path_factory.mktemp("packages")
     for name in (*NEEDED, *OF_JAX):
         spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.submodule_search_locations, name
-        for found in (folder := Path(spec.submodule_search_locations[0])), Path(f"{folder}.libs"):
+        assert spec is not None, name
+        (place,) = spec.submodule_search_locations or ()
+        for found in Path(place), Path(f"{place}.libs"):
             if found.exists():
                 (links / found.name).symlink_to(found, target_is_directory=True)
     kept = ("JAX_PLATFORMS", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "PATH", "HOME")

@@ -12,7 +12,7 @@ import mixtral_jax as mj
 from mixtral_jax.config import read_config
 from mixtral_jax.convert.hub import EMBEDDED_FOLDER
 from mixtral_jax.decode import steps
-from mixtral_jax.export.driver import _Work
+from mixtral_jax.export.driver import Work
 from mixtral_jax.export.options import ExportOptions
 from tests.export.exported import generated, write_checkpoint, write_export
 
@@ -49,6 +49,19 @@ def test_a_row_ends_at_the_end_of_text_and_its_text_is_shown(tiny, run_py):
     assert completion.token_ids == ids
     assert "42" in str(completion.generated_text)
     assert "42" in run_py.err
+
+
+def test_the_state_is_donated(tiny, run_py):
+    _, dst = tiny
+    run_py(dst, [[1]], max_new_tokens=1)
+    names = run_py.names
+    before = names["state"]
+    names["decode_step"](names["weights"], before, names["options"])
+    # The keys and values are most of the state: two of them at a time would be felt.
+    caches = [array for name, array in before.items() if name.startswith("cache.")]
+    assert len(caches) > 2
+    assert all(array.is_deleted() for array in caches)
+    assert not any(array.is_deleted() for array in names["weights"])
 
 
 def compare(run_py, folder, dst, *, prompts=None, load=None, **options):
@@ -107,7 +120,7 @@ def test_a_quantized_checkpoint_on_a_mesh_that_splits_experts(tmp_path, small_co
 
 def test_the_state_begins_as_the_package_has_it():
     options = ExportOptions(platform="cpu", context=64, kv_dtype="int8")
-    work = _Work("tiny", EMBEDDED_FOLDER, options, lambda line: None)
+    work = Work("tiny", EMBEDDED_FOLDER, options, lambda line: None)
     work.leaves.close()
     programs = work.programs
     made = steps.empty_state(
