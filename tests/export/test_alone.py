@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import mixtral_jax as mj
 from mixtral_jax.export.driver import LOADER
 from tests.environ import without_devices
-from tests.export.exported import arguments, generated, parse, write_export
+from tests.export.exported import arguments, generated, parse
 
 # jax, flatbuffers, safetensors, and what jax itself depends on.
 NEEDED = ("jax", "jaxlib", "flatbuffers", "safetensors")
@@ -24,14 +23,6 @@ OF_JAX = ("numpy", "ml_dtypes", "scipy", "opt_einsum")
 ABSENT = ("mixtral_jax", "flax", "orbax", "sentencepiece", "jaxtyping", "tyro", "tests")
 MAX_LINES = 40
 PROMPTS = [[1, 733, 16, 289], [1, 5]]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory) -> Path:
-    """The embedded model's export."""
-    dst = tmp_path_factory.mktemp("export") / "tiny"
-    write_export("tiny", dst)
-    return dst
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +47,15 @@ def python(alone: list[str], *words: str, cwd: Path) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
-def test_it_writes_the_tokens_of_sample(exported, alone, tmp_path):
+def test_it_writes_the_tokens_of_sample(tiny, exported_tiny, alone, tmp_path):
     look = f"import importlib.util as u; print([n for n in {ABSENT + NEEDED} if u.find_spec(n)])"
     assert ast.literal_eval(python(alone, "-c", look, cwd=tmp_path).stdout) == list(NEEDED)
     done = python(
-        alone, str(exported / "run.py"), *arguments(PROMPTS, max_new_tokens=20), cwd=tmp_path
+        alone, str(exported_tiny / "run.py"), *arguments(PROMPTS, max_new_tokens=20), cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert parse(done.stdout) == generated(mj.load("tiny", mesh="1x1"), PROMPTS, max_new_tokens=20)
+    assert parse(done.stdout) == generated(tiny, PROMPTS, max_new_tokens=20)
 
 
 def code_lines(source: str) -> int:
@@ -91,12 +82,12 @@ def test_the_loader_is_short_and_imports_what_it_says():
     assert others == {"jax", "numpy", "safetensors", "sentencepiece"}
 
 
-def test_all_that_it_reads_is_proved(exported, tmp_path, run_py):
-    plan = json.loads((exported / "export.json").read_text())["programs"]["cpu"]
-    assert {*plan["sha256"]} == {*os.listdir(exported)} - {"run.py", "export.json"}
+def test_all_that_it_reads_is_proved(exported_tiny, tmp_path, run_py):
+    plan = json.loads((exported_tiny / "export.json").read_text())["programs"]["cpu"]
+    assert {*plan["sha256"]} == {*os.listdir(exported_tiny)} - {"run.py", "export.json"}
     for name in plan["sha256"]:
         copy = tmp_path / name
-        shutil.copytree(exported, copy)
+        shutil.copytree(exported_tiny, copy)
         content = bytearray((copy / name).read_bytes())
         content[-1] ^= 1
         (copy / name).write_bytes(content)
@@ -115,8 +106,8 @@ def test_all_that_it_reads_is_proved(exported, tmp_path, run_py):
         ([[1]], {"seed": "x"}),
     ],
 )
-def test_it_refuses_what_the_programs_cannot_take(exported, run_py, prompts, given):
+def test_it_refuses_what_the_programs_cannot_take(exported_tiny, run_py, prompts, given):
     with pytest.raises(SystemExit) as refused:
-        run_py(exported, prompts, **given)
+        run_py(exported_tiny, prompts, **given)
     assert refused.value.code == 2
     assert run_py.err.splitlines()[-1].startswith("run.py: error: ")
