@@ -53,6 +53,16 @@ VERBS = {
             "mixtral-orbax/ --hostname 0.0.0.0 --api-key-file keys.txt --json-output",
         ),
     ),
+    "export": Verb(
+        group="use a model",
+        line="serialized programs, and a loader without this package",
+        module="mixtral_jax.export.__main__",
+        options="mixtral_jax.export.__main__:Options",
+        examples=(
+            "tiny deploy/ --platform cpu",
+            "mixtral-orbax/ deploy/ --platform cuda --rows 8 --context 4096",
+        ),
+    ),
     "convert": Verb(
         group="make a checkpoint",
         line="any published layout to Orbax or safetensors; resumes",

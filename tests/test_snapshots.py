@@ -34,6 +34,7 @@ COMMANDS = [
     "evaluate routing",
     "serve",
     "finetune",
+    "export",
 ]
 SHORT_LINES = (
     110  # of -h, of which finetune takes 104: one per option; two columns (61) where it is wide

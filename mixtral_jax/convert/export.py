@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from mixtral_jax.convert.manifest import LeafRecord, write_durably
 from mixtral_jax.convert.names import PUBLISHED, Chunk, pieces
 from mixtral_jax.convert.reader import INDEX_NAME, SINGLE_NAME
-from mixtral_jax.convert.safetensors_file import FLOATS, bytes_of, read_exactly
+from mixtral_jax.convert.safetensors_file import FLOATS, bytes_of, encode_header, read_exactly
 from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
 from mixtral_jax.model.transformer import LeafSpec
@@ -228,9 +227,7 @@ def _lay_out(
                 "data_offsets": [end, end + size],
             }
             end += size
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        header = struct.pack("<Q", len(text)) + text
+        header = encode_header(entries)
         shards[name] = Shard(header=header, size=len(header) + end)
         for piece, size in group:
             start = len(header) + entries[piece.rows.tensor]["data_offsets"][0]

@@ -106,20 +106,19 @@ def load_weights(
     if verify and isinstance(leaves, OrbaxLeaves):
         check_companions(leaves.folder, leaves.manifest.companions)
     leaves = source(leaves)
-    dtype = dtype or _one_dtype(leaves, specs, config.dtype, note)
+    dtype = dtype or one_dtype(leaves, specs, config.dtype, note)
     loader = _Loader(leaves, dtype=dtype, verify=verify, progress=progress, reads=reads)
 
     def load(path: str) -> Weight:
         laid: Layout = layout if path in specs or layout == "apart" else "stacked"
         how: dict[str, Any] = {"expert_shards": expert_shards, "layout": laid}
-        return loader.leaf(path, leaves.specs[path].shape, part_shardings[path], **how)
+        shape = leaves.specs[path].shape
+        return loader.leaf(path, shape, shardings_of_parts[path], **how)
 
     try:
         quantized = quantized_weights(leaves.specs, jnp.dtype(dtype))
-        part_shardings, order = (
-            _part_shardings(specs, quantized, sharding_of),
-            _in_order(leaves.specs),
-        )
+        shardings_of_parts = part_shardings(specs, quantized, sharding_of)
+        order = _in_order(leaves.specs)
         with ThreadPoolExecutor(THREADS) as pool:
             loaded = pool.map(lambda paths: [load(path) for path in paths], order)
             found = dict(zip(itertools.chain(*order), itertools.chain(*loaded), strict=True))
@@ -148,7 +147,7 @@ def _in_order(specs: Mapping[str, LeafSpec]) -> list[list[str]]:
     return sorted(found.values(), key=lambda paths: -max(math.prod(specs[p].shape) for p in paths))
 
 
-def _part_shardings(
+def part_shardings(
     specs: Mapping[str, LeafSpec], quantized: Mapping[str, QTensor], sharding_of: ShardingOf
 ) -> dict[str, jax.sharding.Sharding]:
     """The sharding of every stored leaf; refuses parts that the mesh cannot split."""
@@ -201,7 +200,7 @@ def _last_of_one(offset: jax.Array) -> jax.Array:
     return offset[..., 0]
 
 
-def _one_dtype(
+def one_dtype(
     leaves: Leaves, specs: Mapping[str, LeafSpec], preferred: str, note: Callable[[str], None]
 ) -> str:
     """The dtype to load in where none is asked for, with a note if tensors must be cast."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import stat
@@ -187,6 +188,13 @@ def read_exactly(fd: int, out: memoryview, offset: int, path: Path) -> None:
         if got == 0:
             raise bad_file(path, f"truncated: it ends at byte {offset + done}")
         done += got
+
+
+def encode_header(entries: Mapping[str, Any]) -> bytes:
+    """What precedes the data of a file: the length, and the JSON filled up to whole 8 bytes."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def bad_file(path: Path | str, why: str) -> MixtralError:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from mixtral_jax.convert.preflight import check_absent
 from mixtral_jax.convert.quantized.form import DTYPES, Note
 from mixtral_jax.convert.quantized.gptq import WORD_BITS, encode
 from mixtral_jax.convert.reader import INDEX_NAME, SINGLE_NAME
-from mixtral_jax.convert.safetensors_file import bytes_of
+from mixtral_jax.convert.safetensors_file import bytes_of, encode_header
 from mixtral_jax.convert.transfer import sha256
 from mixtral_jax.errors import BAD_DATA, MixtralError, interrupted
 from mixtral_jax.model.transformer import LeafSpec, leaf_specs
@@ -329,9 +328,7 @@ def _header(tensors: list[_Tensor]) -> bytes:
             "data_offsets": [end, end + tensor.size],
         }
         end += tensor.size
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return encode_header(entries)
 
 
 def _describe(
