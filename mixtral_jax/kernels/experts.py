@@ -34,6 +34,7 @@ RUNG_ROWS = 8  # a multiple that matrix libraries like
 # Up to so many rows the experts' outputs are summed at the end, so that experts may run side by
 # side; beyond, one after another, so that no more than one output is held.
 SIDE_BY_SIDE_ROWS = 64
+_LEFT_OUT = (0,)  # the shape of what stands where a leaf is kept elsewhere
 
 
 class ExpertWeights(NamedTuple):
@@ -192,21 +193,27 @@ def _rung(order: jax.Array, size: int) -> tuple[Callable[..., jax.Array], Callab
 
 def _forward(sizes: tuple[int, ...], product: Product, *primals: Any) -> tuple[Any, Any]:
     """Keeps what came in, and nothing that a branch made: experts' leaves as two trees, those that
-    are trained and the others, each with None for the other's."""
+    are trained and the others, each with an empty array for the other's.
+
+    Not None, which is no leaf: a trace of one shape serves all that is asked for at that shape, and
+    JAX reads what it kept as the tree of whoever asked last.
+    """
 
     def leaves(keep: Callable[[Any], Any], tree: Any) -> Any:
         return jax.tree.map(keep, tree, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
 
     operands = leaves(lambda leaf: leaf.value, primals)
-    trained = leaves(lambda leaf: leaf.value if leaf.perturbed else None, primals[-1])
-    frozen = leaves(lambda leaf: None if leaf.perturbed else leaf.value, primals[-1])
+    left_out = jnp.zeros(_LEFT_OUT)
+    trained = leaves(lambda leaf: leaf.value if leaf.perturbed else left_out, primals[-1])
+    frozen = leaves(lambda leaf: left_out if leaf.perturbed else leaf.value, primals[-1])
     return _visit_all(sizes, product, *operands), (*operands[1:-1], trained, frozen)
 
 
 def _backward(sizes: tuple[int, ...], product: Product, kept: Any, ct: Any) -> tuple:
     """The branches that ran, run again for their gradients: left to JAX, each branch would keep
     what its gradient needs, and fill with zeros what the gradients of all others need."""
-    x, shares, orders, branch, trained, frozen = kept
+    x, shares, orders, branch, *both = kept
+    trained, frozen = jax.tree.map(lambda leaf: None if leaf.shape == _LEFT_OUT else leaf, both)
     ct = jnp.zeros(x.shape, jnp.float32) if isinstance(ct, SymbolicZero) else ct
 
     def none(e: int, dx: jax.Array, share: jax.Array, order: jax.Array) -> tuple:

@@ -80,6 +80,22 @@ def test_gradients_equal_those_of_the_reference(layout, size, dtype):
         assert_close(got(*given), want(*given), 1e-5 if dtype == "float32" else 2e-2)
 
 
+def test_what_is_asked_for_in_between_changes_nothing():
+    """Gradients of all, of rows alone, of one matrix, and of all again, at one shape."""
+    out, x, ids, shares, valid, experts = operands("random", 17, D, F, "float32")
+
+    def gradients(run: Any, *argnums: int) -> Any:
+        def loss(x, gate, up, down):
+            weights = ExpertWeights(gate, up, down)
+            return (run(out, x, ids, shares, valid, weights, expected=17 * A / E) ** 2).sum()
+
+        return jax.jit(jax.grad(loss, argnums=argnums))(x, *experts)
+
+    for argnums in ((0, 1, 2, 3), (0,), (0, 1, 2, 3), (2,), (0, 3), (0, 1, 2, 3)):
+        got, want = (gradients(run, *argnums) for run in (visit_experts, dense_experts))
+        assert_close(got, want, 1e-5)
+
+
 def test_several_experts_in_a_slot():
     """As where one device holds slots of several shards: expert e is row e // n of slot e % n."""
     out, x, ids, shares, valid, experts = operands("random", 40, D, F, "float32")
