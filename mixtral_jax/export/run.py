@@ -33,9 +33,9 @@ is_known = {i for ids in prompts for i in ids} <= {*range(plan["vocab_size"])}
 if not is_known or len(prompts) > plan["rows"] or longest > plan["max_tokens"]:
     parser.error("at most {rows} prompts, {max_tokens} tokens, ids < {vocab_size}".format(**plan))
 for name, digest in plan["sha256"].items():
-    if hashlib.sha256(np.memmap(here / name, mode="r")).hexdigest() != digest:
+    if hashlib.sha256(np.memmap(here / name, mode="r").data).hexdigest() != digest:
         sys.exit(f"error: {here / name} was altered; fix: copy or export it again")
-mesh = jax.make_mesh(**plan["mesh"], axis_types=(jax.sharding.AxisType.Auto,) * 3)
+mesh = jax.make_mesh(plan["mesh_shape"], plan["mesh_axes"], (jax.sharding.AxisType.Auto,) * 3)
 exported = [jax.export.deserialize((here / name).read_bytes()) for name in plan["files"]]
 prefill, decode_step = (jax.jit(program.call, donate_argnums=1) for program in exported)
 (places, state_places, *_), _ = exported[0].in_tree.unflatten(exported[0].in_shardings_jax(mesh))

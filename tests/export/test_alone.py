@@ -32,7 +32,7 @@ def alone(tmp_path_factory) -> list[str]:
     for name in (*NEEDED, *OF_JAX):
         spec = importlib.util.find_spec(name)
         assert spec is not None, name
-        (place,) = spec.submodule_search_locations or ()
+        (place,) = list(spec.submodule_search_locations or [])
         for found in Path(place), Path(f"{place}.libs"):
             if found.exists():
                 (links / found.name).symlink_to(found, target_is_directory=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -58,7 +59,8 @@ def test_the_state_is_donated(exported_tiny, run_py):
 def compare(run_py, folder, dst, *, prompts=None, load=None, **options):
     """Exports a checkpoint and compares seeded tokens; gives the plan of the CPU."""
     write_export(folder, dst, **options)
-    lm = mj.load(folder, **({"mesh": "1x1"} | (load or {})))
+    fields: dict[str, Any] = {"mesh": "1x1"} | (load or {})
+    lm = mj.load(folder, **fields)
     prompts = prompts or [[1, 5, 9, 3, 7], [2, 4]]
     written = run_py(dst, prompts, **NEW, **SEEDED)
     assert written == generated(lm, prompts, **NEW, **SEEDED)
@@ -107,7 +109,7 @@ def test_a_quantized_checkpoint_on_a_mesh_that_splits_experts(tmp_path, small_co
     config = small_config(num_local_experts=4, intermediate_size=64)
     folder = write_checkpoint(tmp_path / "hf", config)
     plan = compare(run_py, folder, tmp_path / "dst", mesh="1x8", load={"mesh": "1x8"})
-    assert plan["mesh"] == {"axis_shapes": [1, 4, 2], "axis_names": ["data", "expert", "tensor"]}
+    assert (plan["mesh_shape"], plan["mesh_axes"]) == ([1, 4, 2], ["data", "expert", "tensor"])
 
 
 def test_the_state_begins_as_the_package_has_it():
