@@ -58,7 +58,7 @@ def save_model(
     num_bytes = sum(math.prod(w.shape) * np.dtype(w.dtype).itemsize for w in leaves.values())
     names = () if companions is None else find_companions(companions, note)
     with new_folder(dst, num_bytes) if is_first else contextlib.nullcontext() as own:
-        work = Path(hosts.text_of_first(str(own)))
+        work = Path(hosts.text_of_first("" if own is None else str(own)))
         return _write(model, leaves, work, companions, names)
 
 

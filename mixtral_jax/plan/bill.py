@@ -60,6 +60,12 @@ class Memory:
         """All of them."""
         return sum(dataclasses.astuple(self))
 
+    @property
+    def update_bytes(self) -> int:
+        """Of what an update reads and writes: what trains, its gradients (as many bytes) and the
+        optimizer's state."""
+        return 2 * self.gradient_bytes + self.optimizer_bytes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bill:
@@ -108,6 +114,7 @@ class Bill:
             "kv_dtype": work.kv_dtype,
             "quantize": self.quantize,
             "train": work.train,
+            "optim": work.optim if work.train else None,
             "batch": work.batch,
             "context": work.context,
             "parameters": self.parameters,
@@ -196,9 +203,8 @@ def make_bill(
     if work.train:
         # "exact" has both branches of every layer in its text.
         common = compiled(one_branch(in_f32, work.context))["train"]
-        state = memory.gradient_bytes + memory.optimizer_bytes
         traffic = between_devices(common)
-        steps = {"train": train_step(work, found, weights, state, traffic)}
+        steps = {"train": train_step(work, found, weights, memory.update_bytes, traffic)}
     else:
         unlike = differences(work, programs) if whole else {}
         lengths = {"prefill": work.chunk, "decode": 1}

@@ -20,7 +20,7 @@ from mixtral_jax.finetune.lora import is_pair
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import Optimizer, TrainOptions
 from mixtral_jax.finetune.step import Rows, TrainState, update
-from mixtral_jax.finetune.trained import abstract_state, objective_of
+from mixtral_jax.finetune.trained import abstract_state, objective_of, published_coef
 from mixtral_jax.kernels.scaled_kv import KVDtype, storage_dtype
 from mixtral_jax.kernels.table import KERNELS
 from mixtral_jax.model.transformer import assemble, leaf_specs
@@ -33,7 +33,6 @@ from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import ExpertSlots
 
 Train = Literal["full", "lora", "qlora"]
-AUX_COEF = 0.02  # of the published configs
 # The CPU's compiler drops the barriers that make it compute layers again, and then finds that it
 # need not: its programs of training keep what those of accelerators do not.
 _AS_ACCELERATORS: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander,cse"}
@@ -231,7 +230,11 @@ def _train(work: Workload) -> dict[str, Any]:
         Rows(tokens=ids, targets=ids, weights=rows(jnp.float32), segments=ids),
         jax.random.key(0),
         objective=objective_of(
-            work.config, options, placement, dtype=jnp.dtype(work.dtype), aux_coef=AUX_COEF
+            work.config,
+            options,
+            placement,
+            dtype=jnp.dtype(work.dtype),
+            aux_coef=published_coef(work.config, None),
         ),
         optimizer=make_optimizer(options, total_steps=1),
         schedule=make_schedule(options, total_steps=1),

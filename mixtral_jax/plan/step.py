@@ -186,7 +186,7 @@ def train_step(
     state_bytes: int,
     collectives: list[Collective],
 ) -> Step:
-    """Forward and backward; the weight gradients of frozen weights are not computed.
+    """Forward, layers again and backward; frozen weights get no gradients of their own.
 
     Traffic is that of the compiled program, whose floats are all f32: an upper bound.
 
@@ -194,7 +194,7 @@ def train_step(
         work: with ``train``.
         device: to run on.
         weights: on it.
-        state_bytes: of gradients and optimizer on it, read and written once.
+        state_bytes: of what trains, its gradients and its optimizer on it, read and written once.
         collectives: of the compiled program of ``one_branch``.
     """
     one_pass = step_work(
@@ -205,11 +205,11 @@ def train_step(
         cache_bytes=0,
         heads=True,
     )
-    passes = 3 if work.train == "full" else 2
+    useful_passes = 3 if work.train == "full" else 2
     done = Work(
-        flops=passes * one_pass.flops,
-        useful_flops=passes * one_pass.useful_flops,
-        bytes_read=2 * (weights.total + state_bytes),  # weights: forward and backward
+        flops=(useful_passes + 1) * one_pass.flops,  # layers are computed again
+        useful_flops=useful_passes * one_pass.useful_flops,
+        bytes_read=3 * weights.total + 2 * state_bytes,
     )
     step = _step(device, work.batch * work.context, done, collectives)
     return dataclasses.replace(step, branch=branch_of(work, work.context))

@@ -99,8 +99,7 @@ def _candidates(
         if memory.total_bytes > usable:
             continue
         if work.train:
-            state = memory.gradient_bytes + memory.optimizer_bytes
-            step = train_step(here, found, weights, state, [])
+            step = train_step(here, found, weights, memory.update_bytes, [])
         else:
             step = generation_steps(here, found, weights, memory.cache_bytes)["decode"]
         yield here, step.tokens_per_second

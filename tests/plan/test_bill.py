@@ -20,7 +20,7 @@ from mixtral_jax.plan import devices
 from mixtral_jax.plan.bill import active_parameters, make_bill, memory_of
 from mixtral_jax.plan.programs import Workload, compile_programs
 from mixtral_jax.plan.schemes import weight_bytes
-from mixtral_jax.plan.step import generation_steps, traffic_of
+from mixtral_jax.plan.step import generation_steps, traffic_of, train_step
 from mixtral_jax.sharding.collectives import read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
@@ -205,6 +205,30 @@ def test_a_training_step_is_compiled(small_config):
     kinds = {each.kind for each in bill.steps["train"].collectives}
     assert "all-to-all" in kinds
     assert "reduce-scatter" not in kinds  # of the branch for an overflow
+
+
+def test_a_training_step_computes_layers_again_and_reads_what_it_updates(small_config):
+    found = {}
+    for train in ("full", "lora"):
+        work = Workload(
+            config=small_config(),
+            mesh=MeshSpec(),
+            batch=4,
+            context=8,
+            train=train,
+            dtype="bfloat16",
+        )
+        weights = weight_bytes(work.config, work.mesh, work.strategy, dtype=work.dtype, scheme=None)
+        memory = memory_of(work, weights, 0)
+        step = train_step(work, devices.DEVICES["h100"], weights, memory.update_bytes, [])
+        trained = memory.gradient_bytes  # f32, as what trains and each of Adam's moments
+        assert memory.optimizer_bytes == pytest.approx(2 * trained, rel=1e-3)
+        assert step.bytes_read == 3 * weights.total + 2 * (2 * trained + memory.optimizer_bytes)
+        found[train] = step, trained, weights.total
+    (full, trained, held), (lora, _, _) = found.values()
+    assert trained == 2 * held  # all of them, in f32 for bfloat16
+    assert full.flops / lora.flops == pytest.approx(4 / 3)  # forward, again, and one or two back
+    assert full.useful_flops / lora.useful_flops == pytest.approx(3 / 2)
 
 
 @pytest.mark.slow
