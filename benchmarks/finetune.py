@@ -51,7 +51,7 @@ class Options:
     remat: bool = False
     """Gradient checkpointing, in both."""
     targets: tuple[str, ...] = ATTENTION
-    """What gets factors. Experts too, in ours alone."""
+    """What gets factors. Others than projections of attention: ours alone."""
     scheme: str | None = None
     """Ours alone, with the base in int8, int4, nf4 or fp8."""
     peer: bool = True
@@ -120,7 +120,9 @@ def their_step(config: ModelConfig, options: Options, leaves: Any) -> Callable[[
     if options.remat:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    lora = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(ATTENTION))
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=0.0, target_modules=list(options.targets)
+    )
     adapted = peft.get_peft_model(model, lora).train()
     factors = [p for p in adapted.parameters() if p.requires_grad]
     for factor in factors:
@@ -182,7 +184,7 @@ def main(options: Options) -> int:
     if options.alone is not None:
         return run_alone(options.alone, config, options)
     calls: dict[Side, Callable[[], float]] = {}
-    has_peer = options.peer and options.scheme is None and options.targets == ATTENTION
+    has_peer = options.peer and options.scheme is None and {*options.targets} <= {*ATTENTION}
     leaves = None
     if has_peer:
         import _peer

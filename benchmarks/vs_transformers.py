@@ -148,6 +148,7 @@ def row_of(
         "ratio": round(medians[best] / medians["ours"], 3),
         "share of limit": round(limit / medians["ours"], 3),
         "spread": spread(seconds["ours"]),
+        "their spread": spread(seconds[best]),
         **{name: round(value, 4) for name, value in more.items()},
     }
 
