@@ -61,7 +61,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 
 def by_text(found: Study, kind: str) -> list[str]:
     """Where most of each text goes, and how far apart they are."""
-    assert found.divergence is not None and found.by_chance is not None
+    assert found.divergence is not None
+    assert found.by_chance is not None
     names = [text.dataset.file.split("-")[1].split(".")[0] for text in found.texts]
     tokens = ", ".join(
         f"{name} {text.counts.tokens:,}" for name, text in zip(names, found.texts, strict=True)

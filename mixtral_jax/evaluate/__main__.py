@@ -1,4 +1,4 @@
-"""``python -m mixtral_jax.evaluate perplexity|exact|routing``: what a checkpoint is worth."""
+"""``python -m mixtral_jax.evaluate perplexity|exact|routing|lm-eval``: what a model is worth."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from mixtral_jax.config import DTYPES, ModelConfig
 from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.convert.terminal import Stop
 from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
-from mixtral_jax.evaluate import report
+from mixtral_jax.evaluate import harness, report
 from mixtral_jax.evaluate.exact import ask, read_questions, score_of
 from mixtral_jax.evaluate.options import (
     ExactOptions,
+    HarnessOptions,
     PerplexityOptions,
     RoutingOptions,
     Shared,
@@ -45,11 +46,16 @@ Options: TypeAlias = (
     Annotated[PerplexityOptions, tyro.conf.subcommand("perplexity")]
     | Annotated[ExactOptions, tyro.conf.subcommand("exact")]
     | Annotated[RoutingOptions, tyro.conf.subcommand("routing")]
+    | Annotated[HarnessOptions, tyro.conf.subcommand("lm-eval")]
 )
 
 
-def main(options: PerplexityOptions | ExactOptions | RoutingOptions) -> int:
-    """Runs one of the three; process 0 prints."""
+def main(
+    options: PerplexityOptions | ExactOptions | RoutingOptions | HarnessOptions,
+) -> int:
+    """Runs one of the commands; process 0 prints."""
+    if isinstance(options, HarnessOptions):
+        return harness.run(options.arguments)
     hosts.join(options.processes, options)
     if isinstance(options, PerplexityOptions):
         return _perplexity(options)
@@ -350,5 +356,12 @@ class _Bar:
         return wrapped
 
 
+def passed_on(arguments: Sequence[str]) -> list[str]:
+    """Arguments, those of lm-eval behind a -- that leaves them to it."""
+    first, rest = list(arguments[:1]), list(arguments[1:])
+    return [*first, "--", *rest] if first == ["lm-eval"] and rest else [*first, *rest]
+
+
 if __name__ == "__main__":
-    sys.exit(cli.run(main, Options, "python -m mixtral_jax.evaluate"))
+    argv = passed_on(sys.argv[1:])
+    sys.exit(cli.run(main, Options, "python -m mixtral_jax.evaluate", argv))

@@ -184,10 +184,14 @@ class RoutingOptions(OnText):
         super().__post_init__()
         if not self.text:
             raise MixtralError("--text: expected a file", fix="--text FILE.txt", code=USAGE)
-        for name, got, least in (("html-tokens", self.html_tokens, len(self.text)),):
-            if got < least:
-                expected, fix = f"at least {least}", f"--{name} {DEFAULT_TOKENS}"
-                raise MixtralError(f"--{name}", expected=expected, got=got, fix=fix, code=USAGE)
+        if self.html_tokens < len(self.text):
+            raise MixtralError(
+                "--html-tokens",
+                expected=f"at least {len(self.text)}, one of each text",
+                got=self.html_tokens,
+                fix=f"--html-tokens {DEFAULT_TOKENS}",
+                code=USAGE,
+            )
         if self.other_scheme is None:
             return
         if self.load.quantize is not None:
@@ -214,6 +218,18 @@ class RoutingOptions(OnText):
             return None
         scheme = None if self.other_scheme == NO_SCHEME else self.other_scheme
         return Entry(checkpoint=self.other or self.checkpoint, scheme=scheme or self.load.quantize)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """lm-eval's own command line, with models of this package: --model_args
+    pretrained=FOLDER,mesh=1x8,dtype=float32 --tasks arc_easy --batch_size 8.
+
+    lm-eval must be installed; 'lm-eval run --help' lists its options.
+    """
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of lm-eval, passed on as they are."""
 
 
 def _check_batch(batch: int) -> None:

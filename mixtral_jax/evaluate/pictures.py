@@ -15,7 +15,7 @@ from mixtral_jax.evaluate.table import Row
 from mixtral_jax.evaluate.token_classes import CLASSES
 from mixtral_jax.plots import figure_file
 
-_MOST_NUMBERS = 16 * 40  # cells of a heat map that have room for their share
+_MOST_NUMBERS = 16 * 32  # cells of heat maps, all together, that have room for their share
 _PANELS = 4  # heat maps side by side
 
 
@@ -90,9 +90,7 @@ def draw_routing(study: Study, title: str, path: Path) -> None:
         MixtralError: as ``check_plot``.
     """
     names = names_of([each.dataset for each in study.texts])
-    panels = [
-        (name, each.counts.shares) for name, each in zip(names, study.texts, strict=True)
-    ]
+    panels = [(name, each.counts.shares) for name, each in zip(names, study.texts, strict=True)]
     for i, count in enumerate(class_tokens(study.total)):
         if count:
             by_class = study.total.by_class[:, i]
@@ -108,6 +106,8 @@ def draw_routing(study: Study, title: str, path: Path) -> None:
         image = None
         for axes, (name, shares) in zip(grid, panels, strict=False):
             image = _heat(axes, shares, most)
+            if shares.size * len(panels) <= _MOST_NUMBERS:
+                _write_shares(axes, shares, most)
             axes.set_title(name, fontsize=9)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
@@ -121,13 +121,13 @@ def _heat(axes: Any, shares: Float[np.ndarray, "L E"], most: float) -> Any:
     axes.set(xlabel="expert", ylabel="layer")
     axes.set_xticks(range(experts)) if experts <= 16 else None
     axes.set_yticks(range(layers)) if layers <= 40 else None
-    if shares.size <= _MOST_NUMBERS:
-        for layer in range(layers):
-            for expert in range(experts):
-                share = shares[layer, expert]
-                color = "white" if share < 0.6 * most else "black"
-                axes.text(
-                    expert, layer, f"{share:.0%}", ha="center", va="center", color=color,
-                    fontsize=7,
-                )  # fmt: skip
     return image
+
+
+def _write_shares(axes: Any, shares: Float[np.ndarray, "L E"], most: float) -> None:
+    for layer, row in enumerate(shares):
+        for expert, share in enumerate(row):
+            color = "white" if share < 0.6 * most else "black"
+            axes.text(
+                expert, layer, f"{share:.0%}", ha="center", va="center", color=color, fontsize=7
+            )

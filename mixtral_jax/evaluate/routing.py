@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.evaluate import scores
 from mixtral_jax.evaluate.perplexity import DEFAULT_BATCH, batches_of
 from mixtral_jax.evaluate.windows import Windowing, windows
@@ -88,15 +89,17 @@ class RoutingCounter:
     """Adds choices up.
 
     Args:
-        lm: whose choices they are.
+        config: of the model whose choices they are.
         classes: of each token id, numbers below ``num_classes``; None counts no classes.
         num_classes: how many there are.
     """
 
     def __init__(
-        self, lm: LanguageModel, classes: Int[np.ndarray, " V"] | None = None, num_classes: int = 0
+        self,
+        config: ModelConfig,
+        classes: Int[np.ndarray, " V"] | None = None,
+        num_classes: int = 0,
     ):
-        config = lm.config
         L, E, A = config.num_hidden_layers, config.num_local_experts, config.num_experts_per_tok
         self._classes = classes
         self._by_choice = np.zeros((L, A, E), np.int64)
@@ -184,7 +187,7 @@ def expert_load(
 ) -> RoutingCounts:
     """Counts the experts that a text's tokens are sent to; see ``choices_of``."""
     context, stride = (windowing or Windowing()).fit([lm.config])
-    counter = RoutingCounter(lm)
+    counter = RoutingCounter(lm.config)
     for (choices,) in choices_of([lm], [token_ids], windowing=windowing, batch=batch):
         counter.add(choices)
     return counter.result(context, stride)

@@ -147,7 +147,8 @@ def class_table(counts: RoutingCounts) -> Table:
 
 def text_table(study: Study) -> Table:
     """Per layer and text, the expert that gets most of it, and how far apart the texts are."""
-    assert study.divergence is not None and study.by_chance is not None
+    assert study.divergence is not None
+    assert study.by_chance is not None
     names = names_of([each.dataset for each in study.texts])
     table = Table("layer", *names, f"divergence, bits ({study.by_chance:.4f} by chance)")
     for layer, divergence in enumerate(study.divergence):

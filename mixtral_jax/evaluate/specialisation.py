@@ -41,9 +41,7 @@ def jensen_shannon(loads: Float[np.ndarray, "groups L E"]) -> Float[np.ndarray, 
     return _entropy(loads.mean(axis=0)) - _entropy(loads).mean(axis=0)
 
 
-def expected_by_chance(
-    tokens: Int[np.ndarray, " groups"], num_experts: int, top_k: int
-) -> float:
+def expected_by_chance(tokens: Int[np.ndarray, " groups"], num_experts: int, top_k: int) -> float:
     """``jensen_shannon`` of samples of one distribution, to first order in 1 / tokens, in bits.
 
     The bias of an entropy's estimate (G. Miller, "Note on the bias of information estimates",

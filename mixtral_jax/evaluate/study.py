@@ -113,7 +113,7 @@ def study(
     agreement = AgreementCounter(models[0].config.num_hidden_layers)
     found = []
     for text in texts:
-        counter, kept = RoutingCounter(models[0], classes, len(CLASSES)), _Kept(keep)
+        counter, kept = RoutingCounter(models[0].config, classes, len(CLASSES)), _Kept(keep)
         documents = documents_of(text, tokenizer, watch(text) if watch else None)
         for ours, *theirs in choices_of(models, documents, windowing=windowing, batch=batch):
             counter.add(ours)
