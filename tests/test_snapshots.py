@@ -31,6 +31,7 @@ COMMANDS = [
     "evaluate perplexity",
     "evaluate exact",
     "evaluate routing",
+    "evaluate lm-eval",
     "serve",
     "finetune",
 ]

@@ -2,7 +2,7 @@
 
 Writes routing-tiny.md into that folder, with routing-languages.svg and routing-families.svg, from
 conversations of ``examples.tiny.data``. Every number there comes from this command, so run it again
-whenever the embedded model changes.
+whenever the embedded model changes: ``make routing``.
 """
 
 from __future__ import annotations

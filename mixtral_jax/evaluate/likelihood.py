@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def likelihoods(
     cut: Sequence[Window],
     *,
     batch: int,
-    watch: Callable[[int], None] | None = None,
+    watch: Callable[[int], Any] | None = None,
 ) -> list[Likelihood]:
     """Likelihoods of the scored tokens of windows that are independent of each other.
 

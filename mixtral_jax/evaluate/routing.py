@@ -173,8 +173,8 @@ def choices_of(
         for lm in models:
             read = scores.read(lm, rows)
             ids, weights = hosts.fetch((read.expert_ids, read.expert_weights))
-            here = ids[:, rows.is_scored], np.asarray(weights, np.float32)[:, rows.is_scored]
-            found.append(Choices(tokens, positions, *here))
+            ids, weights = (np.asarray(each)[:, rows.is_scored] for each in (ids, weights))
+            found.append(Choices(tokens, positions, ids, weights))
         yield tuple(found)
 
 

@@ -73,7 +73,10 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
             "doc_to_target": "{{end}}",
             "generation_kwargs": {"until": ["\n", ". "], "max_gen_toks": 12, "temperature": 0.0},
             "filter_list": [
-                {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+                {
+                    "name": "stripped",
+                    "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+                }
             ],
             "metric_list": [{"metric": "exact_match", **MEAN}],
         },
@@ -86,7 +89,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     for name, (rows, fields) in TASKS.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        data = {"dataset_path": "json", "test_split": "test", "target_delimiter": ""}
+        data: dict[str, Any] = {"dataset_path": "json", "test_split": "test", "target_delimiter": ""}
         data["dataset_kwargs"] = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | data | fields))
     return folder

@@ -92,6 +92,7 @@ def test_counts(torch, transformers, lm, texts):
         loads.append(by_choice.sum(axis=1) / by_choice.sum(axis=(1, 2))[:, None])
     p, q = loads
     kl = [(each * np.log2(np.where(each > 0, each / ((p + q) / 2), 1))).sum(-1) for each in loads]
+    assert found.divergence is not None
     np.testing.assert_allclose(found.divergence, np.mean(kl, axis=0), atol=1e-12)
     assert (by_choice[:, 0] != by_choice[:, 1]).any(), "the order of choices matters"
 
