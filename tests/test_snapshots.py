@@ -31,7 +31,6 @@ COMMANDS = [
     "evaluate perplexity",
     "evaluate exact",
     "evaluate routing",
-    "evaluate lm-eval",
     "serve",
     "finetune",
 ]

@@ -89,8 +89,12 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     for name, (rows, fields) in TASKS.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        data: dict[str, Any] = {"dataset_path": "json", "test_split": "test", "target_delimiter": ""}
-        data["dataset_kwargs"] = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
+        data = {
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+            "test_split": "test",
+            "target_delimiter": "",
+        }
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name} | data | fields))
     return folder
 
