@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTEST := $(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: help demo test check docs parity fault slow browser score evaluate bench clean
+.PHONY: help demo test check docs parity fault slow browser score evaluate routing bench clean
 
 help:
 	@echo "make demo    install, and answer five questions with the embedded model on eight devices"
@@ -22,6 +22,7 @@ help:
 	@echo "make browser  the chat page in chromium (apt-get install chromium)"
 	@echo "make score   exact answers of the embedded model on held-out prompts, f32 and bf16"
 	@echo "make evaluate  perplexity, exact answers and expert loads of the embedded model, in the quick schemes"
+	@echo "make routing what the embedded model's experts are for: writes docs/routing-tiny.md"
 	@echo "make bench   the quick benchmarks"
 	@echo "make clean   remove $(VENV) and the caches"
 	@echo "PYTHON=python3.12 picks the interpreter, VENV=folder the environment"
@@ -70,6 +71,9 @@ evaluate: $(STAMP)-test
 	$(PY) -m mixtral_jax.evaluate perplexity --text "$$folder/text.txt" --context 256 \
 	  --schemes float32,bfloat16,int8,fp8,int4,nf4,fp4 --data "$$folder/questions.jsonl" --chat; \
 	$(PY) -m mixtral_jax.evaluate routing --text "$$folder/text.txt" --context 256
+
+routing: $(STAMP)-test
+	$(PY) -m examples.tiny.routing docs
 
 bench: $(STAMP)-parity
 	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \

@@ -98,13 +98,14 @@ VERBS = {
     ),
     "evaluate": Verb(
         group="measure",
-        line="perplexity, exact answers, expert loads",
+        line="perplexity, exact answers, routing; lm-eval's tasks",
         module="mixtral_jax.evaluate.__main__",
         options="mixtral_jax.evaluate.__main__:Options",
         examples=(
             "perplexity mixtral-orbax/ tuned/ --text wiki.test.raw --mesh 1x8",
             "exact mixtral-orbax/ --data questions.jsonl --chat",
-            "routing mixtral-orbax/ --text wiki.test.raw",
+            "routing mixtral-orbax/ --text wiki.test.raw --html page.html",
+            "lm-eval --model_args pretrained=mixtral-orbax/,mesh=1x8 --tasks arc_easy",
         ),
     ),
     "plan": Verb(

@@ -3,7 +3,9 @@
 ``questions.jsonl`` holds held-out questions with their answers, ``text.txt`` lines of the kinds
 that the model saw without the chat format, drawn anew (their sums and counts are not held out), and
 ``calibration.jsonl`` text of both kinds to quantize with: conversations of the kind that the model
-was trained on, none of them held out, and other lines like those of the text.
+was trained on, none of them held out, and other lines like those of the text. Conversations of one
+turn lie in a file for each language and for each family of questions, none of them held out, to
+compare how they are routed.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from examples.tiny.text import Conversation, Plain, documents, held_out, plain
+from examples.tiny.families import FAMILIES
+from examples.tiny.language import CODES
+from examples.tiny.text import Conversation, Plain, documents, example, held_out, plain
 from mixtral_jax import cli
 from mixtral_jax.errors import OK, OUTPUT_EXISTS, USAGE, MixtralError
 
@@ -29,7 +33,7 @@ LINES = 20  # of text in one document of the calibration file
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Writes questions.jsonl, text.txt and calibration.jsonl."""
+    """Writes questions.jsonl, text.txt, calibration.jsonl, language-*.jsonl and family-*.jsonl."""
 
     folder: tyro.conf.Positional[Path]
     """Made if it is not there."""
@@ -39,13 +43,16 @@ class Options:
     """Of the text."""
     conversations: int = 200
     """Of the calibration file, which has a quarter as many documents of 20 lines of text."""
+    per_group: Annotated[int, tyro.conf.arg(metavar="N")] = 100
+    """Conversations of each language, and of each family."""
     seed: int = 0
     """Chooses all."""
     debug: bool = False
     """Show tracebacks."""
 
     def __post_init__(self):
-        check_counts(per_family=self.per_family, lines=self.lines, conversations=self.conversations)
+        names = ("per_family", "lines", "conversations", "per_group")
+        check_counts(**{name: getattr(self, name) for name in names})
 
 
 def check_counts(**counts: int) -> None:
@@ -95,6 +102,18 @@ def calibration(conversations: int, *, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def groups(per_group: int, *, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Conversations of one turn by the name of their file: of each language, of each family."""
+    kinds = [("language", code) for code in CODES] + [("family", name) for name in FAMILIES]
+    found = {}
+    for kind, name in kinds:
+        draw = random.Random(f"{kind} {name} {seed}")
+        turns = (example(draw, split="train", **{kind: name}) for _ in range(per_group))
+        rows = [as_row(Conversation((turn,))) for turn in turns]
+        found[f"{kind}-{name}.jsonl"] = rows
+    return found
+
+
 def main(options: Options) -> int:
     """Writes the files."""
     examples = held_out(options.per_family, seed=options.seed)
@@ -102,9 +121,12 @@ def main(options: Options) -> int:
     texts = [plain(draw) for _ in range(options.lines)]
     rows = calibration(options.conversations, seed=options.seed)
     questions = as_json(example._asdict() for example in examples)
-    write_lines(options.folder, {QUESTIONS: questions, TEXT: texts, CALIBRATION: as_json(rows)})
+    found = groups(options.per_group, seed=options.seed)
+    files = {QUESTIONS: questions, TEXT: texts, CALIBRATION: as_json(rows)}
+    write_lines(options.folder, files | {name: as_json(each) for name, each in found.items()})
     counts = f"{len(examples)} questions, {len(texts)} lines of text, {len(rows)} documents"
-    print(f"{counts} for calibration in {options.folder}")
+    counts += f" for calibration, {len(found)} files to compare"
+    print(f"{counts} in {options.folder}")
     return OK
 
 

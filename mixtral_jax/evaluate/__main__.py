@@ -1,4 +1,4 @@
-"""``python -m mixtral_jax.evaluate perplexity|exact|routing``: what a checkpoint is worth."""
+"""``python -m mixtral_jax.evaluate perplexity|exact|routing|lm-eval``: what a model is worth."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from mixtral_jax.config import DTYPES, ModelConfig
 from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.convert.terminal import Stop
 from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
-from mixtral_jax.evaluate import report
+from mixtral_jax.evaluate import harness, report
 from mixtral_jax.evaluate.exact import ask, read_questions, score_of
 from mixtral_jax.evaluate.options import (
     ExactOptions,
-    OnText,
+    HarnessOptions,
     PerplexityOptions,
     RoutingOptions,
     Shared,
 )
-from mixtral_jax.evaluate.pictures import draw_load, draw_table
+from mixtral_jax.evaluate.pictures import draw_routing, draw_table
 from mixtral_jax.evaluate.quantized import Made, check_calibration
-from mixtral_jax.evaluate.routing import expert_load
+from mixtral_jax.evaluate.routing_page import check_page, page
+from mixtral_jax.evaluate.routing_report import names_of, study_json, tables
+from mixtral_jax.evaluate.study import study
 from mixtral_jax.evaluate.table import Entry, Row, entries, read_configs, tabulate
 from mixtral_jax.evaluate.text import TextFile
 from mixtral_jax.language_model import LanguageModel, load
@@ -44,11 +46,16 @@ Options: TypeAlias = (
     Annotated[PerplexityOptions, tyro.conf.subcommand("perplexity")]
     | Annotated[ExactOptions, tyro.conf.subcommand("exact")]
     | Annotated[RoutingOptions, tyro.conf.subcommand("routing")]
+    | Annotated[HarnessOptions, tyro.conf.subcommand("lm-eval")]
 )
 
 
-def main(options: PerplexityOptions | ExactOptions | RoutingOptions) -> int:
-    """Runs one of the three; process 0 prints."""
+def main(
+    options: PerplexityOptions | ExactOptions | RoutingOptions | HarnessOptions,
+) -> int:
+    """Runs one of the commands; process 0 prints."""
+    if isinstance(options, HarnessOptions):
+        return harness.run(options.arguments)
     hosts.join(options.processes, options)
     if isinstance(options, PerplexityOptions):
         return _perplexity(options)
@@ -202,42 +209,59 @@ def _exact(options: ExactOptions) -> int:
 
 
 def _routing(options: RoutingOptions) -> int:
-    text = _check_text(options)
-    window = options.load.sliding_window
-    options.windowing.fit(read_configs([options.checkpoint], terminal.note, window))
+    if options.plot is not None:
+        check_plot(options.plot)
+    if options.html is not None:
+        check_page(options.html)
+    texts = [TextFile(path) for path in options.text]
+    wanted = [entry for entry in (options.entry, options.other_entry) if entry is not None]
+    names = [entry.checkpoint for entry in wanted]
+    options.windowing.fit(read_configs(names, terminal.note, options.load.sliding_window))
     with _Bar() as bar:
-        lm = _load(options, options.checkpoint, None, bar)
-        tokenizer = _tokenizer(lm)
-        with bar.task("reading", text.dataset.bytes, 1) as advance:
-            found = expert_load(
-                lm,
-                text.token_ids(tokenizer, advance),
+        models = [_load(options, entry.checkpoint, entry.scheme, bar) for entry in wanted]
+        tokenizer = _tokenizer(models[0])
+        with contextlib.ExitStack() as stack:
+            found = study(
+                models,
+                texts,
+                tokenizer=tokenizer,
                 windowing=options.windowing,
                 batch=options.batch,
+                keep=0 if options.html is None else options.html_tokens // len(texts),
+                watch=lambda text: stack.enter_context(
+                    bar.task(f"reading {text.dataset.file}", text.dataset.bytes, 1)
+                ),
             )
     if not hosts.is_first():
         return OK
+    title = f"{options.entry.name} on {', '.join(names_of([text.dataset for text in texts]))}"
     if options.plot is not None:
-        draw_load(found, f"{options.checkpoint} on {text.dataset.file}", options.plot)
+        draw_routing(found, title, options.plot)
+    if options.html is not None:
+        options.html.write_text(page(found, title, tokenizer), encoding="utf-8")
+    mesh = str(models[0].spec)
     if options.json:
-        line = report.load_json(found, options.checkpoint, text.dataset, tokenizer, str(lm.spec))
-        print(json.dumps(line))
+        print(json.dumps(study_json(found, options.entry, options.other_entry, tokenizer, mesh)))
         return OK
-    lines = report.facts(
-        text.dataset,
-        tokenizer,
-        context=found.context,
-        stride=found.stride,
-        tokens=found.tokens + 1,
-        mesh=str(lm.spec),
-    )
-    print(report.aligned(lines))
-    _print_table(report.load_table(found))
-    print(terminal.expert_load(found.counts), end="")
+    total = found.total
+    for each in found.texts:
+        lines = report.facts(
+            each.dataset,
+            tokenizer,
+            context=total.context,
+            stride=total.stride,
+            tokens=each.counts.tokens,
+            mesh=mesh,
+        )
+        print(report.aligned(lines))
+    for about, table in tables(found, options.entry, options.other_entry):
+        print(f"\n{about}")
+        _print_table(table)
+    print(terminal.expert_load(total.counts), end="")
     return OK
 
 
-def _check_text(options: OnText) -> TextFile:
+def _check_text(options: PerplexityOptions) -> TextFile:
     """The text; and nothing is loaded for a picture that could not be drawn."""
     if options.plot is not None:
         check_plot(options.plot)
@@ -334,7 +358,13 @@ class _Bar:
 
 def run(argv: Sequence[str]) -> int:
     """The command with these arguments; gives its exit code."""
-    return cli.run_verb("evaluate", main, Options, argv)
+    return cli.run_verb("evaluate", main, Options, passed_on(argv))
+
+
+def passed_on(arguments: Sequence[str]) -> list[str]:
+    """Arguments, those of lm-eval behind a -- that leaves them to it."""
+    first, rest = list(arguments[:1]), list(arguments[1:])
+    return [*first, "--", *rest] if first == ["lm-eval"] and rest else [*first, *rest]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.evaluate import exact, perplexity
 from mixtral_jax.evaluate.quantized import Workplace
-from mixtral_jax.evaluate.table import is_made, parse_schemes
+from mixtral_jax.evaluate.routing_page import DEFAULT_TOKENS
+from mixtral_jax.evaluate.table import NO_SCHEME, Entry, is_made, parse_schemes
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.load_options import LoadOptions
 from mixtral_jax.quantize.driver import Calibration
@@ -36,10 +37,8 @@ class Shared:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnText(Shared):
-    """Options of what reads a text."""
+    """Options of what reads text."""
 
-    text: Path
-    """A UTF-8 text file."""
     windowing: tyro.conf.OmitArgPrefixes[Windowing] = dataclasses.field(default_factory=Windowing)
     batch: int = perplexity.DEFAULT_BATCH
     """Windows read at a time: speed and memory."""
@@ -61,6 +60,8 @@ class PerplexityOptions(OnText):
     loaded beside one other at a time.
     """
 
+    text: Path
+    """A UTF-8 text file."""
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CKPT ...]")
     ] = (EMBEDDED,)
@@ -155,10 +156,76 @@ class ExactOptions(Shared):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingOptions(OnText):
-    """How a text is spread over the experts of every layer."""
+    """How texts are spread over the experts of every layer, and what the experts are for.
+
+    Loads, their evenness, first choices, repetition between consecutive tokens, where each class of
+    tokens goes, how far apart several texts are, and how often another checkpoint chooses alike.
+    """
 
     checkpoint: tyro.conf.Positional[str] = EMBEDDED
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
+    text: tuple[Path, ...]
+    """A UTF-8 text file, or a .jsonl file with {"text": ...} or {"messages": [...]} in each line,
+    read apart from each other; repeat it to compare texts."""
+    other: str | None = None
+    """Compare the choices with those of this checkpoint, loaded beside the first."""
+    other_scheme: str | None = None
+    """Load the other (the same one, unless --other names it) in this dtype or scheme, as int8."""
+    html: Path | None = None
+    """Write FILE.html: the texts' first tokens in the colours of their experts."""
+    html_tokens: int = DEFAULT_TOKENS
+    """On that page at most, over all texts."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.text:
+            raise MixtralError("--text: expected a file", fix="--text FILE.txt", code=USAGE)
+        if self.html_tokens < len(self.text):
+            raise MixtralError(
+                "--html-tokens",
+                expected=f"at least {len(self.text)}, one of each text",
+                got=self.html_tokens,
+                fix=f"--html-tokens {DEFAULT_TOKENS}",
+                code=USAGE,
+            )
+        if self.other_scheme is None:
+            return
+        if self.load.quantize is not None:
+            what, fix = "--other-scheme and --quantize", "leave --quantize out"
+            raise MixtralError(what, fix=fix, code=USAGE)
+        if len(parse_schemes(self.other_scheme)) != 1 or is_made(self.other_scheme, has_text=False):
+            raise MixtralError(
+                "--other-scheme",
+                expected="one scheme that is made while a checkpoint loads",
+                got=repr(self.other_scheme),
+                fix="python -m mixtral_jax.quantize, and --other with its folder",
+                code=USAGE,
+            )
+
+    @property
+    def entry(self) -> Entry:
+        """The checkpoint."""
+        return Entry(checkpoint=self.checkpoint, scheme=self.load.quantize)
+
+    @property
+    def other_entry(self) -> Entry | None:
+        """What it is compared with, if anything."""
+        if self.other is None and self.other_scheme is None:
+            return None
+        scheme = None if self.other_scheme == NO_SCHEME else self.other_scheme
+        return Entry(checkpoint=self.other or self.checkpoint, scheme=scheme or self.load.quantize)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """lm-eval's own command line, with models of this package: --model_args
+    pretrained=FOLDER,mesh=1x8,dtype=float32 --tasks arc_easy --batch_size 8.
+
+    lm-eval must be installed; 'lm-eval run --help' lists its options.
+    """
+
+    arguments: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of lm-eval, passed on as they are."""
 
 
 def _check_batch(batch: int) -> None:

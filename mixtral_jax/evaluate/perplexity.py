@@ -126,7 +126,7 @@ def compare(
     context, stride = (windowing or Windowing()).fit([first.config, other.config])
     hosts.agree("compare", lambda: {"context, stride, batch": short((context, stride, batch))})
     totals = _Total(first), _Total(other)
-    between = _Between(can_route=_routes_alike(first, other))
+    between = _Between(can_route=routes_alike(first, other))
     for rows, taken in batches(first, token_ids, context, stride, batch):
         reads = scores.read(first, rows), scores.read(other, rows)
         for total, read in zip(totals, reads, strict=True):
@@ -176,13 +176,21 @@ def name_of(lm: LanguageModel) -> str:
     return "the model" if lm.folder is None else str(lm.folder)
 
 
-def _routes_alike(first: LanguageModel, other: LanguageModel) -> bool:
+def routes_alike(first: LanguageModel, other: LanguageModel) -> bool:
+    """Whether the routing of two models can be compared: layers, experts, experts per token."""
     fields = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")
     return all(getattr(first.config, name) == getattr(other.config, name) for name in fields)
 
 
 def batches(
     lm: LanguageModel, token_ids: Iterable[int], context: int, stride: int, batch: int
+) -> Iterator[tuple[Rows, list[Window]]]:
+    """The windows of a text as rows; see ``batches_of``."""
+    return batches_of(lm, windows(token_ids, context, stride), batch)
+
+
+def batches_of(
+    lm: LanguageModel, cut: Iterable[Window], batch: int
 ) -> Iterator[tuple[Rows, list[Window]]]:
     """Windows as rows, with the windows themselves; a shape is kept once it has been needed.
 
@@ -192,8 +200,8 @@ def batches(
     """
     if batch < 1:
         raise MixtralError("--batch", expected="at least 1", got=batch, fix="--batch 8", code=USAGE)
-    cut, num_rows, length = windows(token_ids, context, stride), 0, 0
-    while taken := list(islice(cut, batch)):
+    source, num_rows, length = iter(cut), 0, 0
+    while taken := list(islice(source, batch)):
         _check_ids(taken, lm.config.vocab_size)
         num_rows = max(num_rows, row_bucket(len(taken), lm.spec.data))
         longest = max(len(window.token_ids) for window in taken) - 1
@@ -263,7 +271,8 @@ class _Between:
 
     def route(self, first: scores.Read, other: scores.Read, rows: Rows) -> None:
         if self._can_route:
-            ours, theirs = hosts.fetch((first.expert_ids, other.expert_ids))
+            chosen = hosts.fetch((first.expert_ids, other.expert_ids))
+            ours, theirs = (np.sort(ids, axis=-1) for ids in chosen)
             self._layers = len(ours)
             self._routed += int((ours == theirs).all(axis=-1)[:, rows.is_scored].sum())
 

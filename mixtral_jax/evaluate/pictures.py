@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.evaluate.routing import ExpertLoad
+import numpy as np
+from jaxtyping import Float
+
+from mixtral_jax.evaluate.routing_report import class_tokens, names_of
+from mixtral_jax.evaluate.study import Study
 from mixtral_jax.evaluate.table import Row
+from mixtral_jax.evaluate.token_classes import CLASSES
 from mixtral_jax.plots import figure_file
 
-_MOST_NUMBERS = 16 * 40  # cells of a heat map that have room for their share
+_MOST_NUMBERS = 16 * 32  # cells of heat maps, all together, that have room for their share
+_PANELS = 4  # heat maps side by side
 
 
 def draw_table(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -75,29 +81,53 @@ def _label_points(
         )  # fmt: skip
 
 
-def draw_load(load: ExpertLoad, title: str, path: Path) -> None:
-    """A heat map: the share of each layer's assignments that each expert got.
+def draw_routing(study: Study, title: str, path: Path) -> None:
+    """Heat maps of the share of each layer's assignments that each expert got.
+
+    One of each text, then one of each class of tokens that occurs.
 
     Raises:
         MixtralError: as ``check_plot``.
     """
-    shares = load.shares
-    layers, experts = shares.shape
-    size = (3 + 0.6 * min(experts, 16), 2 + 0.3 * min(layers, 40))
-    with figure_file(path, size=size) as figure:
-        axes = figure.subplots()
-        image = axes.imshow(shares, aspect="auto", vmin=0.0, cmap="viridis")
-        axes.set(xlabel="expert", ylabel="layer")
-        axes.set_xticks(range(experts)) if experts <= 16 else None
-        axes.set_yticks(range(layers)) if layers <= 40 else None
-        if shares.size <= _MOST_NUMBERS:
-            for layer in range(layers):
-                for expert in range(experts):
-                    share = shares[layer, expert]
-                    color = "white" if share < 0.6 * shares.max() else "black"
-                    axes.text(
-                        expert, layer, f"{share:.0%}", ha="center", va="center", color=color,
-                        fontsize=7,
-                    )  # fmt: skip
-        figure.colorbar(image, ax=axes, label="share of the layer's assignments")
+    names = names_of([each.dataset for each in study.texts])
+    panels = [(name, each.counts.shares) for name, each in zip(names, study.texts, strict=True)]
+    for i, count in enumerate(class_tokens(study.total)):
+        if count:
+            by_class = study.total.by_class[:, i]
+            shares = by_class / by_class.sum(axis=1, keepdims=True)
+            panels.append((f"{CLASSES[i]} ({count:,} tokens)", shares))
+    layers, experts = panels[0][1].shape
+    columns = min(len(panels), _PANELS)
+    rows = -(-len(panels) // columns)
+    panel = (1.6 + 0.4 * min(experts, 16), 1.2 + 0.25 * min(layers, 40))
+    most = max(float(shares.max()) for _, shares in panels)
+    with figure_file(path, size=(panel[0] * columns, panel[1] * rows + 0.5)) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        image = None
+        for axes, (name, shares) in zip(grid, panels, strict=False):
+            image = _heat(axes, shares, most)
+            if shares.size * len(panels) <= _MOST_NUMBERS:
+                _write_shares(axes, shares, most)
+            axes.set_title(name, fontsize=9)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        figure.colorbar(image, ax=list(grid), label="share of the layer's assignments")
         figure.suptitle(title, fontsize=10)
+
+
+def _heat(axes: Any, shares: Float[np.ndarray, "L E"], most: float) -> Any:
+    layers, experts = shares.shape
+    image = axes.imshow(shares, aspect="auto", vmin=0.0, vmax=most, cmap="viridis")
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_xticks(range(experts)) if experts <= 16 else None
+    axes.set_yticks(range(layers)) if layers <= 40 else None
+    return image
+
+
+def _write_shares(axes: Any, shares: Float[np.ndarray, "L E"], most: float) -> None:
+    for layer, row in enumerate(shares):
+        for expert, share in enumerate(row):
+            color = "white" if share < 0.6 * most else "black"
+            axes.text(
+                expert, layer, f"{share:.0%}", ha="center", va="center", color=color, fontsize=7
+            )

@@ -8,11 +8,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from mixtral_jax.evaluate.quantized import Made
-from mixtral_jax.evaluate.routing import ExpertLoad
 from mixtral_jax.evaluate.table import NO_SCHEME, Row
 from mixtral_jax.evaluate.text import Dataset
 from mixtral_jax.tokenizer import Tokenizer
@@ -167,38 +165,6 @@ def comparison(rows: Sequence[Row]) -> Table:
         if with_exact and row.exact is not None:
             cells.append(f"{row.exact.right}/{row.exact.asked}")
         table.add_row(*cells)
-    return table
-
-
-def load_json(
-    load: ExpertLoad, checkpoint: str, dataset: Dataset, tokenizer: Tokenizer, mesh: str
-) -> dict[str, Any]:
-    """One line for the whole text."""
-    return {
-        "checkpoint": checkpoint,
-        "counts": load.counts.tolist(),
-        "shares": np.round(load.shares, 6).tolist(),
-        "entropy": np.round(load.entropy, 6).tolist(),
-        "tokens": load.tokens,
-        "context": load.context,
-        "stride": load.stride,
-        "mesh": mesh,
-        "text": dataclasses.asdict(dataset),
-        "tokenizer": tokenizer_line(tokenizer),
-    }
-
-
-def load_table(load: ExpertLoad) -> Table:
-    """For people: every layer's least and most used expert, and how even its load is."""
-    table = Table("layer", "least", "most", "evenness")
-    for layer, (shares, entropy) in enumerate(zip(load.shares, load.entropy, strict=True)):
-        least, most = int(shares.argmin()), int(shares.argmax())
-        table.add_row(
-            str(layer),
-            f"{shares[least]:.1%} (expert {least})",
-            f"{shares[most]:.1%} (expert {most})",
-            f"{entropy:.3f}",
-        )
     return table
 
 

@@ -28,12 +28,13 @@ ROWS_OF_LOGITS = 1024  # places of all rows together whose logits are held at a 
 class Read(NamedTuple):
     """What a model makes of a batch of windows.
 
-    ``expert_ids`` are those chosen by every layer, in ascending order; ``dropped`` counts the
-    expert assignments left out, per layer.
+    ``expert_ids`` are those chosen by every layer, the first choice first, and ``expert_weights``
+    what they count; ``dropped`` counts the expert assignments left out, per layer.
     """
 
     x: Float[Array, "B T D"]
     expert_ids: Int[Array, "L B T A"]
+    expert_weights: Float[Array, "L B T A"]
     dropped: Int[Array, " L"]
 
 
@@ -50,9 +51,10 @@ def _read(
     model: Mixtral, tokens: Int[Array, "B T"], valid: Bool[Array, "B T"], *, placement: Placement
 ) -> Read:
     hidden = model.hidden(tokens, valid, placement=placement)
-    chosen = jnp.stack([layer.expert_ids for layer in hidden.routing])
-    expert_ids = jnp.sort(chosen, axis=-1).reshape(len(hidden.routing), *tokens.shape, -1)
-    return Read(hidden.x, expert_ids, hidden.dropped)
+    shape = (len(hidden.routing), *tokens.shape, -1)
+    expert_ids = jnp.stack([layer.expert_ids for layer in hidden.routing]).reshape(shape)
+    weights = jnp.stack([layer.expert_weights for layer in hidden.routing]).reshape(shape)
+    return Read(hidden.x, expert_ids, weights, hidden.dropped)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "placement"))

@@ -53,7 +53,8 @@ def read_windows(
     if path.suffix not in SUFFIXES:
         expected = " or ".join(SUFFIXES)
         raise MixtralError("--calibration", expected=expected, got=repr(path.name), code=USAGE)
-    documents = _jsonl(path, tokenizer) if path.suffix == ".jsonl" else _text(path, tokenizer)
+    read = jsonl_documents if path.suffix == ".jsonl" else _text
+    documents = read(path, tokenizer)
     found: list[np.ndarray] = []
     for window in _cut(documents, tokenizer.bos_id, length):
         found.append(np.asarray(window, np.int32))
@@ -116,7 +117,8 @@ def _text(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[int]]:
     yield tokens()
 
 
-def _jsonl(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[int]]:
+def jsonl_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[int]]:
+    """Token ids without <s> of each line of a .jsonl file, read as by ``read_windows``."""
     for number, line in _lines(path):
         if line.strip():
             yield iter(_document(path, number, line, tokenizer))

@@ -169,19 +169,49 @@ def test_exact(tmp_path, capsys):
 
 
 def test_routing(text, tmp_path, capsys):
-    plot = tmp_path / "load.svg"
+    plot, page = tmp_path / "load.svg", tmp_path / "page.html"
     shared = ["routing", "--text", text, "--mesh", "1x1", "--context", 32]
-    code, out, err = here(capsys, *shared, "--plot", plot, "--json")
+    code, out, err = here(capsys, *shared, "--plot", plot, "--html", page, "--json")
     assert code == 0, err
     found = json.loads(out)
     num_tokens = len(mj.load("tiny", mesh="1x1").encode(TEXT)) - 1
     assert [sum(layer) for layer in found["counts"]] == [2 * num_tokens] * 4
     assert found["tokens"] == num_tokens
+    assert found["text"]["file"] == "text.txt"
     assert all(0 < evenness <= 1 for evenness in found["entropy"])
-    assert "share of the layer" in plot.read_text()
+    assert (found["divergence"], found["other"]) == (None, None)
+    drawn = plot.read_text()
+    assert "share of the layer" in drawn
+    assert "text.txt" in drawn
+    assert "digits (" in drawn
+    assert f"The first {num_tokens} tokens of {num_tokens}." in page.read_text()
     code, out, _ = here(capsys, *shared)
     assert code == 0
     assert "evenness" in out
+    assert "divergence" not in out
+
+
+def test_routing_of_two_texts_and_two_checkpoints(text, noisy, tmp_path, capsys):
+    talk = tmp_path / "talk.jsonl"
+    turns = [{"role": "user", "content": "12+30="}, {"role": "assistant", "content": "42"}]
+    talk.write_text(json.dumps({"messages": turns}) + '\n{"text": "Montag, Dienstag"}\n')
+    shared = ["routing", "--text", text, "--text", talk, "--mesh", "1x1", "--context", 32]
+    page = tmp_path / "page.html"
+    more = ["--other", noisy, "--dtype", "float32", "--html", page, "--html-tokens", 8]
+    code, out, err = here(capsys, *shared, *more, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [each["file"] for each in found["texts"]] == ["text.txt", "talk.jsonl"]
+    assert np.sum([each["counts"] for each in found["texts"]], axis=0).tolist() == found["counts"]
+    assert found["texts"][1]["classes"]["control"]["tokens"] == 4, "<s> twice, [INST], [/INST]"
+    assert found["other"]["same_set"] == [1.0] * 4, "the head alone differs"
+    assert found["other"]["tokens"] == found["tokens"]
+    assert all(0 < bits < 1 for bits in found["divergence"]["per_layer"])
+    assert f"The first 8 tokens of {found['tokens']}, 2 texts." in page.read_text()
+    code, out, err = here(capsys, *shared, "--other-scheme", "int4")
+    assert code == 0, err
+    assert "tokens for which tiny int4 chooses as tiny" in out
+    assert "Jensen-Shannon" in out
 
 
 @pytest.mark.parametrize(
@@ -224,6 +254,16 @@ def test_routing(text, tmp_path, capsys):
         ("exact --data EMPTY --max-new-tokens 0", 64, "--max-new-tokens: expected at least 1"),
         ("exact --data TEXT", 65, "line 1: expected JSON"),
         ("routing --text EMPTY", 65, "got 0 bytes"),
+        ("routing", 64, "--text"),
+        ("routing --text TEXT --text nowhere.txt", 66, "--text nowhere.txt: no such file"),
+        ("routing --text TEXT --html page.txt", 64, "--html: expected a name that ends in .html"),
+        ("routing --text TEXT --html no/page.html", 66, "no folder no"),
+        ("routing --text TEXT --html-tokens 0", 64, "--html-tokens: expected at least 1"),
+        ("routing --text TEXT --other nowhere", 66, "no such folder: nowhere"),
+        ("routing --text TEXT --other-scheme gptq4", 64, "gptq4"),
+        ("routing --text TEXT --other-scheme rtn3", 64, "--other-scheme: expected one scheme"),
+        ("routing --text TEXT --other-scheme int8 --quantize int8", 64, "leave --quantize out"),
+        ("routing --text TEXT --other OTHER", 65, "expected the vocabulary of"),
     ],
 )
 def test_refusals(arguments, code, line, text, others, capsys):
@@ -268,3 +308,19 @@ def test_two_processes_find_the_same(text):
     for ours, wanted in zip(first.stdout.splitlines(), alone.stdout.splitlines(), strict=True):
         found = json.loads(ours)["perplexity"]
         assert found == pytest.approx(json.loads(wanted)["perplexity"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_count_the_same(text, tmp_path):
+    arguments = ["routing", "tiny", "--text", str(text), "--text", str(text), "--other", "tiny"]
+    arguments += ["--context", "32", "--json", "--html"]
+    page = [str(tmp_path / f"{name}.html") for name in ("two", "one")]
+    command = ["-m", "mixtral_jax.evaluate", *arguments, page[0], "--mesh", "1x8"]
+    first, second = processes.run(command)
+    assert second.stdout == ""
+    alone = run(*arguments, page[1], "--mesh", "1x1")
+    found, wanted = json.loads(first.stdout), json.loads(alone.stdout)
+    assert found.pop("mesh") != wanted.pop("mesh")
+    assert found == wanted
+    assert "same_set" in found["other"]
+    assert Path(page[0]).read_text().count("<span") == Path(page[1]).read_text().count("<span")

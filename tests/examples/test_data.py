@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 from examples.tiny.data import CALIBRATION, QUESTIONS, TEXT, Options, main
+from examples.tiny.families import FAMILIES
+from examples.tiny.language import CODES
 from examples.tiny.text import held_out, normalised
 from mixtral_jax import cli
 from mixtral_jax.evaluate.exact import read_questions
 
 
 def run(folder, *arguments: str) -> int:
-    given = [str(folder), "--per-family", "2", "--lines", "30", "--conversations", "12", *arguments]
+    given = [str(folder), "--per-family", "2", "--lines", "30", "--conversations", "12"]
+    given += ["--per-group", "3", *arguments]
     return cli.run(main, Options, "data", given)
 
 
@@ -27,6 +30,13 @@ def test_files(tmp_path, capsys):
     talks = [row["messages"] for row in rows if "messages" in row]
     asked = {normalised(m["content"]) for talk in talks for m in talk if m["role"] == "user"}
     assert (len(talks), len(rows)) == (12, 15)
+    assert not asked & {normalised(prompt) for prompt, _ in wanted}, "held out from training"
+    assert len(list((tmp_path / "a").glob("language-*.jsonl"))) == len(CODES)
+    for name in FAMILIES:
+        rows = (tmp_path / "a" / f"family-{name}.jsonl").read_text("utf-8").splitlines()
+        talks = [json.loads(row)["messages"] for row in rows]
+        assert [[m["role"] for m in talk] for talk in talks] == [["user", "assistant"]] * 3
+        asked |= {normalised(talk[0]["content"]) for talk in talks}
     assert not asked & {normalised(prompt) for prompt, _ in wanted}, "held out from training"
     capsys.readouterr()
     assert run(tmp_path / "a") == 73
