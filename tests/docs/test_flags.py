@@ -123,6 +123,7 @@ OTHERS = {
     "--nodes --ntasks-per-node --gpus-per-node --kill-on-bad-exit": "srun",
     "--worker --zone --command": "gcloud",
     "--beta --model-name-or-path --dataset-name --resume-from-checkpoint": "TRL",
+    "--config-name": "run_clm.py of transformers",
     "--device-driver --logdir --continuous-batching": "docker, tensorboard, transformers serve",
     "--long --reduced": "scripts of ours",
 }
