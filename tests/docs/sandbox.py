@@ -172,7 +172,7 @@ def _run(
 
 
 def _remove(path: Path) -> None:
-    """What lies there, if anything; of a link the link alone, since others read what it leads to."""
+    """What lies there; of a link the link alone, since others read what it leads to."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():

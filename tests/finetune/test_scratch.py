@@ -12,7 +12,7 @@ import pytest
 
 from mixtral_jax import cli
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OK, USAGE, MixtralError
-from mixtral_jax.finetune.__main__ import PROG, main
+from mixtral_jax.finetune.__main__ import main
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.options import FinetuneOptions, TrainOptions
@@ -45,7 +45,7 @@ def words(folder: Path, out: Path, *more: str, model: str = "bare") -> list[str]
 
 
 def command(*argv: str) -> int:
-    return cli.run(main, FinetuneOptions, PROG, arguments(argv), markers=())
+    return cli.run(main, FinetuneOptions, "finetune", arguments(argv), markers=())
 
 
 def digest(out: Path) -> str:
