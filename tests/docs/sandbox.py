@@ -161,7 +161,7 @@ def _run(
         out, err = capfd.readouterr()
         assert code in (0, None), f"{command}\n{err[-2000:]}"
         return out
-    if words[0] == "python" and Path(words[1]).parts[0] in made:  # a script that the block made
+    if words[0] == "python" and words[1].split("/")[0] in made:  # a script that the block made
         done = subprocess.run(
             [sys.executable, *words[1:]], env=without_devices(), check=False, capture_output=True
         )
@@ -172,7 +172,7 @@ def _run(
 
 
 def _remove(path: Path) -> None:
-    """What lies there, if anything; of a link the link alone, since others read what it leads to."""
+    """What lies there, if anything; of a link, the link alone: other blocks read what is behind."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -187,13 +187,22 @@ def is_of_the_house(words: Sequence[str]) -> bool:
         return all(re.search(rf"^{each}:", makefile, flags=re.MULTILINE) for each in targets)
     if words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-        asked = [found[1] for w in words if (found := re.search(r"\[(.*)\]", w))]
-        extras = {extra for each in asked for extra in each.split(",")}
-        return extras <= {*project["optional-dependencies"]}
+        optional = project["optional-dependencies"]
+        known = {".", project["name"], *map(_name, project["dependencies"])}
+        known |= {_name(each) for extra in optional.values() for each in extra}
+        asked = [word for word in words[2:] if not word.startswith("-")]
+        found = [re.search(r"\[(.*)\]", word) for word in asked]
+        extras = {extra for each in found if each for extra in each[1].split(",")}
+        return extras <= {*optional} and {*map(_name, asked)} <= known
     if words[0] == ".ci/run" or words[0].startswith(".venv/bin/"):
         paths = [word for word in words if word.startswith(("tests/", ".ci/", "docs/"))]
         return all((ROOT / path).exists() for path in paths)
     return False
+
+
+def _name(requirement: str) -> str:
+    """Of a package, without its extras and versions."""
+    return re.split(r"[\[<>=~; ]", requirement)[0]
 
 
 def _script(target: str, words: Sequence[str]) -> int:
