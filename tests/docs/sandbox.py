@@ -49,6 +49,7 @@ class Sandbox:
             "lora": _adapter,
             "small": _untrained,
             "FOLDER": _data,
+            "text.jsonl": self._few,
             "chat.jsonl": _chats,
             "ultrachat_200k": lambda at: _chats(at / "data" / "train_sft-00000.jsonl"),
             "pairs": lambda at: _pairs(at / "pairs.jsonl"),
@@ -57,8 +58,8 @@ class Sandbox:
             ),
         }
         files = {"questions.jsonl": "questions.jsonl", "text.txt": "text.txt"}
-        files |= {"wiki.test.raw": "text.txt", "text.jsonl": "calibration.jsonl"}
-        for name, source in (files | {"other.jsonl": "calibration.jsonl"}).items():
+        files |= {"wiki.test.raw": "text.txt", "other.jsonl": "calibration.jsonl"}
+        for name, source in files.items():
             self._makers[name] = lambda at, source=source: shutil.copy(
                 self.kept("FOLDER") / source, at
             )
@@ -72,6 +73,11 @@ class Sandbox:
             assert code == 0, words
 
         return make
+
+    def _few(self, at: Path) -> None:
+        """Sixteen documents: training takes two updates for an epoch of them."""
+        lines = (self.kept("FOLDER") / "calibration.jsonl").read_text("utf-8").splitlines(True)
+        at.write_text("".join(lines[:16]), encoding="utf-8")
 
     def kept(self, name: str) -> Path:
         """Where it lies; made now if it was not yet."""
@@ -157,11 +163,12 @@ def _run(
             with serving(rest, dict(assignments)):
                 return ""
         capfd.readouterr()
-        code = _script(target, rest) if call.is_script else in_process([target, *rest])
+        is_apart = call.is_script or target == "finetune"
+        code = _apart(target, rest) if is_apart else in_process([target, *rest])
         out, err = capfd.readouterr()
         assert code in (0, None), f"{command}\n{err[-2000:]}"
         return out
-    if words[0] == "python" and Path(words[1]).parts[0] in made:  # a script that the block made
+    if words[0] == "python" and words[1].split("/")[0] in made:  # a script that the block made
         done = subprocess.run(
             [sys.executable, *words[1:]], env=without_devices(), check=False, capture_output=True
         )
@@ -172,7 +179,7 @@ def _run(
 
 
 def _remove(path: Path) -> None:
-    """What lies there; of a link the link alone, since others read what it leads to."""
+    """What lies there, if anything; of a link, the link alone: other blocks read what is behind."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -187,17 +194,30 @@ def is_of_the_house(words: Sequence[str]) -> bool:
         return all(re.search(rf"^{each}:", makefile, flags=re.MULTILINE) for each in targets)
     if words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-        asked = [found[1] for w in words if (found := re.search(r"\[(.*)\]", w))]
-        extras = {extra for each in asked for extra in each.split(",")}
-        return extras <= {*project["optional-dependencies"]}
+        optional = project["optional-dependencies"]
+        known = {".", project["name"], *map(_name, project["dependencies"])}
+        known |= {_name(each) for extra in optional.values() for each in extra}
+        asked = [word for word in words[2:] if not word.startswith("-")]
+        found = [re.search(r"\[(.*)\]", word) for word in asked]
+        extras = {extra for each in found if each for extra in each[1].split(",")}
+        return extras <= {*optional} and {*map(_name, asked)} <= known
     if words[0] == ".ci/run" or words[0].startswith(".venv/bin/"):
         paths = [word for word in words if word.startswith(("tests/", ".ci/", "docs/"))]
         return all((ROOT / path).exists() for path in paths)
     return False
 
 
-def _script(target: str, words: Sequence[str]) -> int:
-    argv = ["-m", target] if not target.endswith(".py") else [str(ROOT / target)]
+def _name(requirement: str) -> str:
+    """Of a package, without its extras and versions."""
+    return re.split(r"[\[<>=~; ]", requirement)[0]
+
+
+def _apart(target: str, words: Sequence[str]) -> int:
+    """A script; or a verb on one device, as a CPU is to users: for eight, updates compile long."""
+    if target.endswith(".py"):
+        argv = [str(ROOT / target)]
+    else:
+        argv = ["-m", target if target.startswith("examples.") else f"mixtral_jax.{target}"]
     environment = without_devices() | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *argv, *words], env=environment, check=False).returncode
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +80,23 @@ def test_a_command_that_fails_is_found(sandbox, capfd, tmp_path):
         run_block(code.commands(), sandbox, capfd)
 
 
+def test_a_script_that_a_block_made_has_to_run(sandbox, capfd, tmp_path):
+    makes = "python -m mixtral_jax.convert tiny out/"
+    for script, error in (("out/none.py", "can.t open file"), ("else/none.py", "needs a mark")):
+        code = planted(f"```sh\n{makes}\npython {script} 1,2\n```\n")
+        with inside(tmp_path), pytest.raises(AssertionError, match=error):
+            run_block(code.commands(), sandbox, capfd)
+
+
+def test_what_a_command_makes_takes_the_place_of_a_link_alone(sandbox, capfd, tmp_path):
+    text = "```sh\nmixtral-jax sharding small/\nmixtral-jax convert tiny small/\n```\n"
+    with inside(tmp_path):
+        run_block(planted(text).commands(), sandbox, capfd)
+        assert not Path("small").is_symlink()
+    names = [path.name for path in sandbox.kept("small").iterdir()]
+    assert sorted(names) == ["config.json", "tokenizer.model"]
+
+
 def test_output_that_is_not_printed_is_found(sandbox, capfd, tmp_path):
     code = planted("text\n\n    $ mixtral-jax sharding tiny\n    total  no such line\n")
     assert code.output() == ["total  no such line"]
@@ -140,6 +158,8 @@ and
         ("make no-such", False),
         ('pip install "mixtral-jax[serve,hub]"', True),
         ('pip install "mixtral-jax[servers]"', False),
+        ("pip install jax flatbuffers safetensors", True),
+        ("pip install jax flatbufers", False),
         (".venv/bin/python -m pytest tests/test_config.py", True),
         (".venv/bin/python -m pytest tests/test_no_such.py", False),
         ("rm -rf /tmp/x", False),

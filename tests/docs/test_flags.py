@@ -19,7 +19,7 @@ from mixtral_jax.__main__ import main
 from mixtral_jax.commands import VERBS
 from mixtral_jax.errors import OK, USAGE
 from mixtral_jax.serve.launcher import _ALIASES, REFUSED, WITHOUT_EFFECT
-from tests.docs.blocks import PAGES, ROOT, Call, calls, codes
+from tests.docs.blocks import PAGES, ROOT, Call, call_of, calls, codes
 
 NOT_INSTALLED = ("torch", "transformers", "peft")  # of benchmarks; parsing needs none of them
 CALLS = [call for page in PAGES for call in calls(page)]
@@ -27,6 +27,12 @@ EXAMPLES = [
     Call("commands.py", verb, tuple(shlex.split(each)))
     for verb, found in VERBS.items()
     for each in found.examples
+]
+RECIPES = [  # what a file of options under examples says of itself
+    call
+    for path in sorted(ROOT.glob("examples/*/*.toml"))
+    for line in path.read_text("utf-8").splitlines()
+    if line.startswith("# python") and (call := call_of(line, path.name))
 ]
 
 
@@ -84,7 +90,7 @@ def _script(call: Call, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize(
-    "call", [*CALLS, *EXAMPLES], ids=lambda call: f"{call.where} {call.target}"
+    "call", [*CALLS, *EXAMPLES, *RECIPES], ids=lambda call: f"{call.where} {call.target}"
 )
 def test_command_parses(call, parse):
     error = parse(call)
@@ -97,6 +103,8 @@ def test_there_are_commands_of_every_verb():
     """So that a parser of Markdown that finds nothing does not pass."""
     assert {call.target for call in CALLS} >= {*VERBS, "examples.finetune.zif"}
     assert len(CALLS) > 60
+    assert {call.where for call in RECIPES} == {p.name for p in ROOT.glob("examples/*/*.toml")}
+    assert "examples.tiny.corpus" in {call.target for call in RECIPES}
 
 
 @pytest.mark.parametrize(
