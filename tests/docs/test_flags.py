@@ -58,6 +58,7 @@ def parse(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tyro, "cli", only_parse)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "docs").mkdir()  # where pictures go
     (tmp_path / "run.toml").write_text(option_file(), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return parse
@@ -132,6 +133,7 @@ OTHERS = {
     "--worker --zone --command": "gcloud",
     "--beta --model-name-or-path --dataset-name --resume-from-checkpoint": "TRL",
     "--config-name": "run_clm.py of transformers",
+    "--tasks --model-args --batch-size --output-path --apply-chat-template": "lm-eval",
     "--device-driver --logdir --continuous-batching": "docker, tensorboard, transformers serve",
     "--long --reduced": "scripts of ours",
 }
