@@ -103,7 +103,6 @@ VERBS = {
         options="mixtral_jax.evaluate.__main__:Options",
         examples=(
             "perplexity mixtral-orbax/ tuned/ --text wiki.test.raw --mesh 1x8",
-            "exact mixtral-orbax/ --data questions.jsonl --chat",
             "routing mixtral-orbax/ --text wiki.test.raw --html page.html",
             "lm-eval --model_args pretrained=mixtral-orbax/,mesh=1x8 --tasks arc_easy",
         ),

@@ -164,7 +164,7 @@ def test_what_needs_the_experts_on_the_device_refuses(lm, tmp_path):
     text.write_text("Hello. " * 200)
     load = LoadOptions(offload="experts", device_memory=BUDGET)
     with refused(USAGE, "evaluate does not run with --offload"):
-        evaluate(RoutingOptions(text=text, load=load))
+        evaluate(RoutingOptions(text=(text,), load=load))
     with pytest.raises((TypeError, AttributeError)):  # nobody uses experts that are not there
         lm.model(np.ones((1, 4), np.int32))
 
