@@ -111,7 +111,7 @@ def test_200_prompts_get_the_same_greedy_text(small_config, window):
 def test_sampled_text_is_the_same_too(small_config):
     model = random_model(small_config(**SMALL))
     mixed = [
-        SamplingOptions(max_new_tokens=30, temperature=0.5, top_p=0.9, seed=1),
+        SamplingOptions(max_new_tokens=50, temperature=0.1, top_p=0.9, seed=1, ignore_eos=True),
         SamplingOptions(max_new_tokens=50, temperature=0.8, repetition_penalty=1.2, seed=2),
         SamplingOptions(max_new_tokens=7, repetition_penalty=1.1, ignore_eos=True),
         SamplingOptions(max_new_tokens=1, temperature=1.0, top_k=5),
