@@ -32,7 +32,7 @@ from mixtral_jax.offload.load import offloading, resident
 from mixtral_jax.quantize.load import quantizing, report
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import short
-from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
+from mixtral_jax.sharding.mesh import MeshSpec, fitted_spec
 from mixtral_jax.sharding.place import weight_shardings
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.strategy import Strategy
@@ -79,10 +79,9 @@ def load(
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
     hosts.agree("load", lambda: load_facts(asked, folder))
     dtype = asked.dtype or ("float32" if str(checkpoint) == EMBEDDED else None)
-    if spec is not None:
-        spec = spec.fit(config)
-        simulate_on_cpu(spec, note)
-    spec = MeshSpec() if asked.offload else spec or default_spec(config, note)
+    if asked.offload and spec is None:
+        spec = MeshSpec()
+    spec = fitted_spec(spec, config, note)
     strategy = Strategy(attention=asked.attention)
     strategy.check(config, spec)
     mesh = spec.build()
@@ -278,6 +277,7 @@ class LanguageModel:
         *,
         prompts: Sequence[str] | None = None,
         is_answer: bool = False,
+        first_samples: Sequence[int] | None = None,
     ) -> Batch:
         """Prompts ready to run; arguments as for ``Batch``."""
         check_token_ids(ids, self.config)
@@ -288,6 +288,7 @@ class LanguageModel:
             prompts=prompts,
             tokenizer=self.tokenizer,
             is_answer=is_answer,
+            first_samples=first_samples,
         )
 
     def stream(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,24 @@ def check_plot(path: Path) -> None:
         MixtralError: exit code 64 without matplotlib or for another kind of file, 66 for a folder
             that is not there.
     """
-    if path.suffix not in (".svg", ".png"):
-        expected, fix = "a name that ends in .svg or .png", "--plot plot.svg"
-        raise MixtralError("--plot", expected=expected, got=str(path), fix=fix, code=USAGE)
-    if not path.parent.is_dir():
-        what = f"--plot {path}: no folder {path.parent}"
-        raise MixtralError(what, fix="make it first", code=INPUT_NOT_FOUND)
+    check_file("--plot", path, (".svg", ".png"))
     if importlib.util.find_spec("matplotlib") is None:
         fix = "pip install 'mixtral-jax[plots]'"
         raise MixtralError("--plot needs matplotlib", fix=fix, code=USAGE)
+
+
+def check_file(flag: str, path: Path, suffixes: Sequence[str]) -> None:
+    """Refuses a name that a file could not be written under, before anything is computed.
+
+    Raises:
+        MixtralError: exit code 64 for another kind of file, 66 for a folder that is not there.
+    """
+    if path.suffix not in suffixes:
+        expected, fix = f"a name that ends in {' or '.join(suffixes)}", f"{flag} file{suffixes[0]}"
+        raise MixtralError(flag, expected=expected, got=str(path), fix=fix, code=USAGE)
+    if not path.parent.is_dir():
+        what = f"{flag} {path}: no folder {path.parent}"
+        raise MixtralError(what, fix="make it first", code=INPUT_NOT_FOUND)
 
 
 @contextlib.contextmanager

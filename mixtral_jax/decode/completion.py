@@ -68,6 +68,7 @@ class Batch:
         prompts: the texts that the ids came from, if any.
         tokenizer: None leaves the rows without text (then there can be no stop strings).
         is_answer: rows are answers of a chat, which start without a space.
+        first_samples: the number of each prompt's first sample; 0, if None.
 
     Raises:
         MixtralError: exit code 64 for stop strings without a tokenizer.
@@ -82,16 +83,18 @@ class Batch:
         prompts: Sequence[str] | None = None,
         tokenizer: Tokenizer | None = None,
         is_answer: bool = False,
+        first_samples: Sequence[int] | None = None,
     ):
         if options.stop and tokenizer is None:
             raise MixtralError(
                 "--stop needs text, and this checkpoint has no tokenizer", code=USAGE
             )
         self.options, self._eos_ids = options, frozenset(eos_ids)
+        firsts = [0] * len(prompt_ids) if first_samples is None else first_samples
         self.requests = [
-            Request(prompt_ids=tuple(ids), options=options, sample_id=sample, prompt_index=index)
-            for index, ids in enumerate(prompt_ids)
-            for sample in range(options.num_samples)
+            Request(prompt_ids=tuple(ids), options=options, sample_id=first + k, prompt_index=index)
+            for index, (ids, first) in enumerate(zip(prompt_ids, firsts, strict=True))
+            for k in range(options.num_samples)
         ]
         texts = prompts if prompts is not None else [None] * len(prompt_ids)
         self.prompts = [text for text in texts for _ in range(options.num_samples)]

@@ -199,12 +199,9 @@ class HarnessModel(TemplateLM):
                 for start in range(0, len(places), self.batch_size):
                     taken = places[start : start + self.batch_size]
                     # As ``hf``, an answer is decoded on its own: a space before it is lost.
-                    batch = self.lm.batch([ids[i] for i in taken], options, is_answer=True)
                     # A repeated request is another sample, in batches of any size.
-                    batch.requests = [
-                        dataclasses.replace(row, sample_id=i)
-                        for row, i in zip(batch.requests, taken, strict=True)
-                    ]
+                    rows = [ids[i] for i in taken]
+                    batch = self.lm.batch(rows, options, is_answer=True, first_samples=taken)
                     for i, done in zip(taken, self.lm.complete(batch), strict=True):
                         if done.error:
                             raise MixtralError(done.error, code=BAD_DATA)

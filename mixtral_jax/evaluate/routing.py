@@ -31,6 +31,12 @@ class Choices(NamedTuple):
     weights: Float[np.ndarray, "L N A"]
 
 
+def entropy_bits(shares: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"]:
+    """Of distributions over the last axis."""
+    logs = np.log2(np.where(shares > 0, shares, 1.0))
+    return -(shares * logs).sum(axis=-1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutingCounts:
     """Assignments of tokens to experts.
@@ -75,8 +81,7 @@ class RoutingCounts:
     def entropy(self) -> Float[np.ndarray, " L"]:
         """Of each layer's shares, as a share of ln E: 1 is an even load, 0 one expert for all."""
         shares = self.shares
-        logs = np.log(np.where(shares > 0, shares, 1.0))
-        return -(shares * logs).sum(axis=1) / np.log(max(shares.shape[1], 2))
+        return entropy_bits(shares) / np.log2(max(shares.shape[1], 2))
 
     def __add__(self, other: RoutingCounts) -> RoutingCounts:
         """Of two texts together."""

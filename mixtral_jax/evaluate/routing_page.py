@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from mixtral_jax.errors import INPUT_NOT_FOUND, USAGE, MixtralError
 from mixtral_jax.evaluate.routing import Choices
 from mixtral_jax.evaluate.routing_report import names_of
 from mixtral_jax.evaluate.study import Study
+from mixtral_jax.plots import check_file
 from mixtral_jax.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 2000
@@ -28,12 +28,7 @@ def check_page(path: Path) -> None:
     Raises:
         MixtralError: exit code 64 for another kind of file, 66 for a folder that is not there.
     """
-    if path.suffix not in (".html", ".htm"):
-        expected, fix = "a name that ends in .html", "--html routing.html"
-        raise MixtralError("--html", expected=expected, got=str(path), fix=fix, code=USAGE)
-    if not path.parent.is_dir():
-        what = f"--html {path}: no folder {path.parent}"
-        raise MixtralError(what, fix="make it first", code=INPUT_NOT_FOUND)
+    check_file("--html", path, (".html", ".htm"))
 
 
 def page(study: Study, title: str, tokenizer: Tokenizer) -> str:

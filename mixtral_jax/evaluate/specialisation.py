@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from mixtral_jax.evaluate.routing import Choices
+from mixtral_jax.evaluate.routing import Choices, entropy_bits
 
 
 class Repetition(NamedTuple):
@@ -38,7 +38,7 @@ def jensen_shannon(loads: Float[np.ndarray, "groups L E"]) -> Float[np.ndarray, 
     Args:
         loads: shares, which add up to one over the experts.
     """
-    return _entropy(loads.mean(axis=0)) - _entropy(loads).mean(axis=0)
+    return entropy_bits(loads.mean(axis=0)) - entropy_bits(loads).mean(axis=0)
 
 
 def expected_by_chance(tokens: Int[np.ndarray, " groups"], num_experts: int, top_k: int) -> float:
@@ -60,14 +60,8 @@ def mutual_information(counts: Int[np.ndarray, "L groups E"]) -> Float[np.ndarra
     T. Cover and J. Thomas, "Elements of Information Theory", 2nd edition, section 2.4.
     """
     joint = counts / counts.sum(axis=(1, 2), keepdims=True)
-    apart = _entropy(joint.sum(axis=1)) + _entropy(joint.sum(axis=2))
-    return apart - _entropy(joint.reshape(len(joint), -1))
-
-
-def _entropy(shares: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"]:
-    """In bits."""
-    logs = np.log2(np.where(shares > 0, shares, 1.0))
-    return -(shares * logs).sum(axis=-1)
+    apart = entropy_bits(joint.sum(axis=1)) + entropy_bits(joint.sum(axis=2))
+    return apart - entropy_bits(joint.reshape(len(joint), -1))
 
 
 class Agreement(NamedTuple):

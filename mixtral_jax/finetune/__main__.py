@@ -43,7 +43,7 @@ from mixtral_jax.plan.devices import device_of_kind
 from mixtral_jax.plots import check_plot
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import Facts
-from mixtral_jax.sharding.mesh import MeshSpec, default_spec
+from mixtral_jax.sharding.mesh import MeshSpec, fitted_spec
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
@@ -127,10 +127,9 @@ def _check_early(checkpoints: Checkpoints, bound: Facts) -> None:
 
 def _spec(options: FinetuneOptions, config: ModelConfig) -> MeshSpec:
     """The mesh that ``load`` will make."""
-    asked = options.load.mesh
-    if asked is None:
-        return default_spec(config, lambda line: None)
-    return MeshSpec.parse(asked).fit(config)
+    text = options.load.mesh
+    asked = None if text is None else MeshSpec.parse(text)
+    return fitted_spec(asked, config, lambda line: None)
 
 
 def _first_factors(

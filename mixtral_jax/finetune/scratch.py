@@ -16,7 +16,7 @@ from mixtral_jax.model.transformer import assemble, num_parameters
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import Facts, file_facts, option_facts
 from mixtral_jax.sharding.fresh import fresh_leaves
-from mixtral_jax.sharding.mesh import MeshSpec, default_spec, simulate_on_cpu
+from mixtral_jax.sharding.mesh import MeshSpec, fitted_spec
 from mixtral_jax.sharding.placement import MeshPlacement
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
@@ -64,11 +64,8 @@ def fresh_model(
     """
     config = read_config(folder, sliding_window=asked.sliding_window, note=note)
     hosts.agree("from scratch", lambda: {**option_facts(asked), **scratch_facts(folder)})
-    if asked.mesh is None:
-        spec = default_spec(config, note)
-    else:
-        spec = MeshSpec.parse(asked.mesh).fit(config)
-        simulate_on_cpu(spec, note)
+    wanted = None if asked.mesh is None else MeshSpec.parse(asked.mesh)
+    spec = fitted_spec(wanted, config, note)
     strategy = Strategy(attention=asked.attention, fsdp=fsdp)
     strategy.check(config, spec)
     mesh = spec.build()

@@ -171,6 +171,21 @@ def simulate_on_cpu(spec: MeshSpec, note: Callable[[str], None]) -> None:
         note(f"no accelerator: simulating the {spec} mesh with {spec.num_devices} CPU devices")
 
 
+def fitted_spec(
+    asked: MeshSpec | None, config: ModelConfig, note: Callable[[str], None]
+) -> MeshSpec:
+    """The mesh that was asked for, fitted to the model and simulated where need be, or the default.
+
+    Raises:
+        MixtralError: as ``MeshSpec.fit`` and ``simulate_on_cpu``.
+    """
+    if asked is None:
+        return default_spec(config, note)
+    spec = asked.fit(config)
+    simulate_on_cpu(spec, note)
+    return spec
+
+
 def default_spec(config: ModelConfig, note: Callable[[str], None]) -> MeshSpec:
     """All accelerators on the expert axis, else one device.
 
