@@ -14,7 +14,7 @@ import tyro
 from mixtral_jax import cli
 from mixtral_jax.convert.driver import convert
 from mixtral_jax.convert.options import ConvertOptions, ConvertReport
-from mixtral_jax.convert.terminal import Stop
+from mixtral_jax.convert.terminal import shown
 from mixtral_jax.errors import OK
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.cluster import ProcessOptions
@@ -42,44 +42,25 @@ class Options(ConvertOptions):
 
 def main(options: Options) -> int:
     """Converts, with a progress bar on stderr, and prints the report on stdout."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    report = hosts.by_first(options.processes, options, "converted", lambda: _convert(options))
+    if report is not None:
+        print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
+    return OK
 
-    if hosts.join(options.processes, options, with_jax=False) and not hosts.is_first():
-        # One process converts; the others must not run ahead of it.
-        hosts.barrier("converted", may_wait_for_first=True)
-        return OK
+
+def _convert(options: Options) -> ConvertReport:
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
     fields = [field.name for field in dataclasses.fields(ConvertOptions)]
-    console = Console(stderr=True, soft_wrap=True)
-    bar = Progress(
-        TextColumn("converting"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar, Stop(console) as stop:
-        task = bar.add_task("convert", total=None)
-        report = convert(
+    with shown("converting", DownloadColumn(), TransferSpeedColumn()) as at:
+        return convert(
             options.src,
             options.dst,
             ConvertOptions(**{name: getattr(options, name) for name in fields}),
-            note=lambda line: console.print(f"note: {line}", markup=False, highlight=False),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            stop=stop,
+            note=at.note,
+            progress=at.progress,
+            stop=at.stop,
         )
-    hosts.barrier("converted", may_wait_for_first=True)
-    print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
-    return OK
 
 
 def _table(report: ConvertReport) -> str:

@@ -1,10 +1,12 @@
-"""What stops a conversion from the terminal."""
+"""What a conversion shows at the terminal, and what stops it from there."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from mixtral_jax.errors import INTERRUPTED
 
@@ -48,3 +50,49 @@ class Stop:
         # Not through the console, whose locks other threads hold; below its bar, with a cursor.
         below = "\n\x1b[?25h" if self.console.is_terminal else ""
         os.write(_STDERR, f"{below}{line}\n".encode())
+
+
+class Shown(NamedTuple):
+    """What a conversion is given to call.
+
+    Attributes:
+        note: with one line for people.
+        progress: with how much is done, and how much there is.
+        say: with what is being done now.
+        stop: true once the work was asked to end.
+    """
+
+    note: Callable[[str], None]
+    progress: Callable[[int, int], None]
+    say: Callable[[str], None]
+    stop: Stop
+
+
+@contextlib.contextmanager
+def shown(doing: str, *columns: Any) -> Iterator[Shown]:
+    """A progress bar on stderr, and signals that end the work.
+
+    Args:
+        doing: stands before the bar.
+        columns: of rich, between the bar and the time that remains.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, soft_wrap=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar, Stop(console) as stop:
+        task = bar.add_task(doing, total=None)
+        yield Shown(
+            note=lambda line: console.print(f"note: {line}", markup=False, highlight=False),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            say=lambda doing: bar.update(task, description=doing),
+            stop=stop,
+        )

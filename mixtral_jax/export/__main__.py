@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from mixtral_jax import cli
-from mixtral_jax.convert.terminal import Stop
+from mixtral_jax.convert.terminal import shown
 from mixtral_jax.errors import OK
 from mixtral_jax.export.driver import export
 from mixtral_jax.export.options import ExportOptions, ExportReport
@@ -43,36 +43,25 @@ class Options(ExportOptions):
 
 def main(options: Options) -> int:
     """Exports, with a progress bar on stderr, and prints the report on stdout."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    report = hosts.by_first(options.processes, options, "exported", lambda: _export(options))
+    if report is not None:
+        print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
+    return OK
 
-    if hosts.join(options.processes, options, with_jax=False) and not hosts.is_first():
-        # One process exports; the others must not run ahead of it.
-        hosts.barrier("exported", may_wait_for_first=True)
-        return OK
+
+def _export(options: Options) -> ExportReport:
+    from rich.progress import DownloadColumn
+
     fields = [field.name for field in dataclasses.fields(ExportOptions)]
-    console = Console(stderr=True, soft_wrap=True)
-    bar = Progress(
-        TextColumn("exporting"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar, Stop(console) as stop:
-        task = bar.add_task("export", total=None)
-        report = export(
+    with shown("exporting", DownloadColumn()) as at:
+        return export(
             options.checkpoint,
             options.dir,
             ExportOptions(**{name: getattr(options, name) for name in fields}),
-            note=lambda line: console.print(f"note: {line}", markup=False, highlight=False),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            stop=stop,
+            note=at.note,
+            progress=at.progress,
+            stop=at.stop,
         )
-    hosts.barrier("exported", may_wait_for_first=True)
-    print(json.dumps(dataclasses.asdict(report)) if options.json else _table(report))
-    return OK
 
 
 def _table(report: ExportReport) -> str:

@@ -6,10 +6,9 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from mixtral_jax import cli
-from mixtral_jax.convert.terminal import Stop
+from mixtral_jax.convert.terminal import shown
 from mixtral_jax.errors import OK
 from mixtral_jax.quantize import coverage, errors, gptq_report
 from mixtral_jax.quantize.driver import QuantizeReport
@@ -19,33 +18,15 @@ from mixtral_jax.sharding import hosts
 
 def main(options: Options) -> int:
     """Quantizes, with a progress bar on stderr, and prints the reports on stdout."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if hosts.join(options.processes, options, with_jax=False) and not hosts.is_first():
-        # One process quantizes; the others must not run ahead of it.
-        hosts.barrier("quantized", may_wait_for_first=True)
-        return OK
-    console = Console(stderr=True, soft_wrap=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar, Stop(console) as stop:
-        task = bar.add_task("quantizing", total=None)
-        how: dict[str, Any] = {
-            "note": lambda line: console.print(f"note: {line}", markup=False, highlight=False),
-            "progress": lambda done, total: bar.update(task, completed=done, total=total),
-            "say": lambda doing: bar.update(task, description=doing),
-            "stop": stop,
-        }
-        report = quantize(options, **how)
-    hosts.barrier("quantized", may_wait_for_first=True)
-    print(json.dumps(_as_dict(report)) if options.json else _text(report))
+    report = hosts.by_first(options.processes, options, "quantized", lambda: _quantize(options))
+    if report is not None:
+        print(json.dumps(_as_dict(report)) if options.json else _text(report))
     return OK
+
+
+def _quantize(options: Options) -> QuantizeReport:
+    with shown("quantizing") as at:
+        return quantize(options, **at._asdict())
 
 
 def _as_dict(report: QuantizeReport) -> dict:

@@ -26,6 +26,7 @@ JOIN_SECONDS = 300.0
 _VERDICT_SECONDS = 3.0  # a broken collective may be noticed before the peer that broke it
 
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 _peers: Peers | None = None
 
 
@@ -159,6 +160,29 @@ def barrier(name: str, *, may_wait_for_first: bool = False) -> None:
     """
     if _peers is not None:
         _peers.barrier(name, may_wait_for_first=may_wait_for_first)
+
+
+def by_first(
+    options: ProcessOptions, command: object, done: str, work: Callable[[], Result]
+) -> Result | None:
+    """Joins the other processes, if there are any, and works in process 0 alone.
+
+    Args:
+        options: as ``join``.
+        command: as ``join``.
+        done: name of the barrier where the others wait for it, so as not to run ahead.
+        work: what it does, without jax.distributed.
+
+    Returns:
+        What the work gave; None in the others.
+
+    Raises:
+        MixtralError: as ``join``.
+    """
+    join(options, command, with_jax=False)
+    made = work() if is_first() else None
+    barrier(done, may_wait_for_first=True)
+    return made
 
 
 def agree(name: str, facts: Callable[[], Facts]) -> None:
