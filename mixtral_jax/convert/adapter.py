@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,6 +23,7 @@ from mixtral_jax.convert import names
 from mixtral_jax.convert.adapter_config import LoraConfig
 from mixtral_jax.convert.base_identity import check_base
 from mixtral_jax.convert.finite import all_finite
+from mixtral_jax.convert.manifest import file_sha256
 from mixtral_jax.convert.reader import PICKLES, Checkpoint, safe_path
 from mixtral_jax.convert.safetensors_file import FLOATS, Tensor
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError, listing
@@ -106,8 +106,7 @@ class Adapter:
             plan = _Plan(checkpoint.tensors, lora, leaf_specs(config))
             self.parts = plan.parts(self.folder)
             # All of it: adapters are small, and two of one training differ anywhere.
-            with open(self.folder / TENSORS_NAME, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(self.folder / TENSORS_NAME)
             checkpoint.check_unchanged()
         self.fingerprint = {TENSORS_NAME: digest, CONFIG_NAME: lora.digest}
         unknown = ", ".join(repr(name) for name in plan.unknown_targets())

@@ -18,7 +18,7 @@ from mixtral_jax.config import (
 )
 from mixtral_jax.convert.leaves import config_content
 from mixtral_jax.convert.manifest import NAME as MANIFEST
-from mixtral_jax.convert.manifest import write_durably
+from mixtral_jax.convert.manifest import file_sha256, write_durably
 from mixtral_jax.convert.reader import INDEX_NAME, safe_path
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.tokenizer import find_tokenizer
@@ -69,7 +69,7 @@ def _fits(path: Path) -> bool:
 def digests_of(src: Path, names: tuple[str, ...]) -> dict[str, str]:
     """The sha256 (hex) of each file that travels, and of the configuration, as they lie there."""
     paths = [config_path(src), *(safe_path(src, name) for name in names)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return {path.name: file_sha256(path) for path in paths}
 
 
 def copy_companions(

@@ -194,6 +194,12 @@ def _is_sound(manifest: Manifest) -> bool:
     )
 
 
+def file_sha256(path: Path) -> str:
+    """The digest of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a small file so that it survives a crash right after."""
     with open(path, "wb") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from mixtral_jax.convert import orbax
-from mixtral_jax.convert.manifest import LeafRecord, sync_folder
+from mixtral_jax.convert.manifest import LeafRecord, file_sha256, sync_folder
 from mixtral_jax.convert.names import Chunk, chunks_of
 from mixtral_jax.convert.orbax_leaves import WEIGHTS, OrbaxLeaves, check_leaf, chunk_path
 from mixtral_jax.convert.preflight import check_disk
@@ -84,8 +83,7 @@ class OrbaxOutput:
             return False
 
         def digest(chunk: Chunk) -> str:
-            with open(chunk_path(self.folder, chunk, len(record.shape)), "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return file_sha256(chunk_path(self.folder, chunk, len(record.shape)))
 
         return tuple(pool.map(digest, chunks_of(leaf, record.shape))) == tuple(record.chunks)
 

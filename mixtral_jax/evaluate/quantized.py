@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtral_jax.convert.hub import resolve
+from mixtral_jax.convert.manifest import file_sha256
 from mixtral_jax.errors import INPUT_NOT_FOUND, USAGE, MixtralError
 from mixtral_jax.quantize import spelling
 from mixtral_jax.quantize.calibration import read_windows
@@ -124,12 +124,10 @@ def read_calibration(checkpoint: str, calibration: Calibration) -> CalibrationTe
     samples, length = calibration.samples, calibration.length
     windows = read_windows(calibration.path, tokenizer, samples=samples, length=length)
     path = Path(str(calibration.path))
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return CalibrationText(
         file=path.name,
         bytes=path.stat().st_size,
-        sha256=digest,
+        sha256=file_sha256(path),
         windows=len(windows),
         tokens=sum(map(len, windows)),
         samples=samples,
@@ -151,9 +149,7 @@ def check_calibration(path: Path, text: Path, sha256: str) -> None:
     if not path.is_file():
         what, fix = f"--calibration {path}: no such file", "name a .txt or .jsonl file"
         raise MixtralError(what, fix=fix, code=INPUT_NOT_FOUND)
-    with open(path, "rb") as file:
-        is_same = hashlib.file_digest(file, "sha256").hexdigest() == sha256
-    if is_same:
+    if file_sha256(path) == sha256:
         raise MixtralError(
             f"--calibration {path}",
             expected="another text than the one to be evaluated",

@@ -27,7 +27,7 @@ from mixtral_jax.config import config_to_dict, read_config
 from mixtral_jax.convert.hub import EMBEDDED, resolve
 from mixtral_jax.convert.leaves import Leaves, open_leaves
 from mixtral_jax.convert.load import one_dtype
-from mixtral_jax.convert.manifest import fold, sync_folder, write_durably
+from mixtral_jax.convert.manifest import file_sha256, fold, sync_folder, write_durably
 from mixtral_jax.convert.memory import PeakMemory
 from mixtral_jax.convert.output import new_folder
 from mixtral_jax.convert.preflight import check_absent, check_destination
@@ -196,7 +196,7 @@ class Work:
         self._check_same_config(about, dst)
         for name in {*self.files.groups, *filter(None, [about["tokenizer"]])} & {*about["sha256"]}:
             path = dst / name
-            if not path.is_file() or _sha256(path) != about["sha256"][name]:
+            if not path.is_file() or file_sha256(path) != about["sha256"][name]:
                 fix = "export to another folder"
                 raise MixtralError(f"{path} is missing or was altered", fix=fix, code=BAD_DATA)
         return about
@@ -311,11 +311,6 @@ def _write(dst: Path, about: dict[str, Any], work: Work, made: dict[str, Program
         finally:
             partial.unlink(missing_ok=True)
     sync_folder(dst)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ what form a platform takes them, export.json tells.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixtral_jax.convert.leaves import Leaves
-from mixtral_jax.convert.manifest import LeafRecord
+from mixtral_jax.convert.manifest import LeafRecord, file_sha256
 from mixtral_jax.convert.parts import check_codes
 from mixtral_jax.convert.reader import SINGLE_NAME
 from mixtral_jax.convert.safetensors_file import STORED, bytes_of, encode_header
@@ -87,7 +86,7 @@ class WeightFiles:
         digests = {}
         for name, group in self.groups.items():
             header, starts = self._header(group)
-            with open(folder / name, "w+b") as file:
+            with open(folder / name, "wb") as file:
                 file.write(header)
                 for leaf in group:
                     given, value = next(values)
@@ -96,8 +95,7 @@ class WeightFiles:
                     file.write(bytes_of(value))
                 file.flush()
                 os.fsync(file.fileno())
-                file.seek(0)
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[name] = file_sha256(folder / name)
         return digests
 
     def _header(self, group: list[str]) -> tuple[bytes, dict[str, int]]:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mixtral_jax.convert.manifest import write_durably
+from mixtral_jax.convert.manifest import file_sha256, write_durably
 from mixtral_jax.errors import BAD_DATA, IO_ERROR, MixtralError, printable
 from mixtral_jax.json_file import read_json
 
@@ -131,13 +131,8 @@ def problem(folder: Path) -> str | None:
 def digests(folder: Path) -> dict[str, str]:
     """sha256 (hex) of each file in a folder and below, by path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-
-    def digest(path: Path) -> str:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(digest, paths))
+        found = list(pool.map(file_sha256, paths))
     return {str(path.relative_to(folder)): each for path, each in zip(paths, found, strict=True)}
 
 
