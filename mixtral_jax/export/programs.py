@@ -24,6 +24,7 @@ from mixtral_jax.convert.names import EXPERT_LEAF
 from mixtral_jax.convert.parts import join, parts_of, quantized_weights
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.sampling import RowSampling, SamplingOptions, row_sampling
+from mixtral_jax.decode.state_shapes import shapes_of_state
 from mixtral_jax.errors import BAD_CONFIG, MixtralError
 from mixtral_jax.export.options import Sizes
 from mixtral_jax.kernels.attention import EMPTY
@@ -137,20 +138,12 @@ class Programs:
     @functools.cached_property
     def _state(self) -> steps.DecodeState:
         """Shapes of the state, on their devices."""
-        make = functools.partial(
-            steps.empty_state,
+        return shapes_of_state(
             self.config,
+            rows=self.sizes.rows,
             slots=self.sizes.slots,
             dtype=self.cache_dtype,
             placement=self.placement,
-        )
-        row = jax.ShapeDtypeStruct((self.sizes.rows,), jnp.int32)
-        is_row = jax.ShapeDtypeStruct((self.sizes.rows,), jnp.bool_)
-        where = jax.jit(make).lower(row, is_row).compile().output_shardings
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(make, row, is_row),
-            where,
         )
 
     @functools.cached_property

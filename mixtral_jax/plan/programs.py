@@ -16,6 +16,7 @@ from mixtral_jax.config import ModelConfig
 from mixtral_jax.decode import steps
 from mixtral_jax.decode.generate import chunk_bucket, row_bucket, slot_bucket
 from mixtral_jax.decode.sampling import SamplingOptions, row_sampling
+from mixtral_jax.decode.state_shapes import shapes_of_state
 from mixtral_jax.finetune.lora import is_pair
 from mixtral_jax.finetune.optimizer import make_optimizer, make_schedule
 from mixtral_jax.finetune.options import Optimizer, TrainOptions
@@ -135,20 +136,12 @@ def _leaves(work: Workload, placement: MeshPlacement) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)  # asked for its bytes, then to compile with
 def state_shapes(work: Workload) -> steps.DecodeState:
     """The state of generation as shapes, on its devices."""
-    make = functools.partial(
-        steps.empty_state,
+    return shapes_of_state(
         work.config,
+        rows=work.rows,
         slots=work.slots,
         dtype=storage_dtype(work.kv_dtype, work.dtype),
         placement=_placement(work),
-    )
-    row = jax.ShapeDtypeStruct((work.rows,), jnp.int32)
-    is_row = jax.ShapeDtypeStruct((work.rows,), jnp.bool_)
-    where = jax.jit(make).lower(row, is_row).compile().output_shardings
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        jax.eval_shape(make, row, is_row),
-        where,
     )
 
 
