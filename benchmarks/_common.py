@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -17,6 +18,22 @@ from rich.progress import track
 from rich.table import Table
 
 from mixtral_jax import cli
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cases:
+    """A model, and what is decoded and read with it: of ours and of transformers alike."""
+
+    model: str = "bench"
+    """bench (0.79 G parameters), small, or a preset."""
+    layers: int | None = None
+    """Fewer than the model's, to fit."""
+    dtype: str = "bfloat16"
+    """Of weights and activations."""
+    batches: tuple[int, ...] = (1, 8, 32)
+    """Rows decoded at once."""
+    lengths: tuple[int, ...] = (128, 512, 2048)
+    """Tokens of the prompts read."""
 
 
 def run_script(main: Callable[[Any], int], options_type: type) -> int:

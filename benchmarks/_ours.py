@@ -133,6 +133,15 @@ def generation(
     return Generation(model, requests, placement=placement or here())
 
 
+def tokens_of(run: Generation) -> list[list[int]]:
+    """What it writes, by row."""
+    rows: list[list[int]] = [[] for _ in run.requests]
+    for chunk in run.chunks():
+        for row, ids in zip(rows, chunk.token_ids, strict=True):
+            row.extend(ids)
+    return rows
+
+
 def decoder(
     model: Mixtral, prompts: np.ndarray, steps: int
 ) -> Callable[[], tuple[float, np.ndarray]]:
@@ -140,11 +149,8 @@ def decoder(
 
     def call() -> tuple[float, np.ndarray]:
         run = generation(model, prompts, steps)
-        rows: list[list[int]] = [[] for _ in prompts]
-        for chunk in run.chunks():
-            for row, ids in zip(rows, chunk.token_ids, strict=True):
-                row.extend(ids)
-        return run.progress.decode_seconds, np.asarray(rows)
+        rows = np.asarray(tokens_of(run))
+        return run.progress.decode_seconds, rows
 
     return call
 

@@ -16,25 +16,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _common import run_script
+from _common import Cases, run_script
 from rich.console import Console
 from rich.table import Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Cases):
     """Compares with transformers in processes that take turns."""
 
-    model: str = "bench"
-    """bench (0.79 G parameters), small, or a preset."""
-    layers: int | None = None
-    """Fewer than the model's, to fit."""
-    dtype: str = "bfloat16"
-    """Of weights and activations."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    """Rows decoded at once."""
-    lengths: tuple[int, ...] = (128, 512, 2048)
-    """Tokens of the prompts read."""
     turns: int = 2
     """Of each side."""
     rounds: int = 3

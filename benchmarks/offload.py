@@ -108,10 +108,7 @@ def generate(
     asked = SamplingOptions(max_new_tokens=steps, ignore_eos=True)
     requests = [Request(prompt_ids=tuple(ids), options=asked) for ids in prompts]
     run = Generation(model, requests, placement=_ours.here(), executor=executor)
-    rows: list[list[int]] = [[] for _ in prompts]
-    for chunk in run.chunks():
-        for row, ids in zip(rows, chunk.token_ids, strict=True):
-            row.extend(ids)
+    rows = _ours.tokens_of(run)
     return run.progress.prefill_seconds, run.progress.decode_seconds, rows
 
 

@@ -17,25 +17,15 @@ from typing import Any
 import _ours
 import _peer
 import torch
-from _common import report, run_script
+from _common import Cases, report, run_script
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Cases):
     """Times transformers."""
 
-    model: str = "bench"
-    """bench (0.79 G parameters), small, or a preset."""
-    layers: int | None = None
-    """Fewer than the model's, to fit."""
-    dtype: str = "bfloat16"
-    """Of weights and activations."""
-    batches: tuple[int, ...] = (1, 8, 32)
-    """Rows decoded at once."""
-    lengths: tuple[int, ...] = (128, 512, 2048)
-    """Tokens of the prompts read."""
     context: int = 64
     """Prompt tokens before decoding."""
     steps: int = 64
