@@ -45,9 +45,6 @@ class Pair(NamedTuple):
     b: Any
 
 
-Trained = dict[str, Any]  # by leaf path: an array, or a Pair
-
-
 def is_pair(leaf: object) -> bool:
     """Whether a trained leaf is a Pair (a leaf itself where trees are walked by path)."""
     return isinstance(leaf, Pair)

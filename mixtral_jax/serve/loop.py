@@ -86,11 +86,6 @@ class Loop:
         """All admitted requests."""
         return [w for rows in (self._reading, *self._running) for w in rows.values()]
 
-    @property
-    def num_running(self) -> int:
-        """Requests that are being answered."""
-        return sum(map(len, self._running))
-
     def begin(self, places: list[Admitted]) -> None:
         """Starts to read the prompts of requests that were just admitted."""
         if places:
