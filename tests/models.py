@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,12 @@ def random_model(config: ModelConfig, seed: int = 0) -> Mixtral:
 def random_tokens(config: ModelConfig, shape: tuple[int, int], seed: int = 0) -> np.ndarray:
     """Distinct random ids (identical rows would collapse to two experts)."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+def bytes_held(tree: Any, device: Any) -> int:
+    """Bytes of the arrays of a tree that lie on a device."""
+    parts = [part for array in jax.tree.leaves(tree) for part in array.addressable_shards]
+    return sum(part.data.nbytes for part in parts if part.device == device)
 
 
 @functools.partial(jax.jit, static_argnames=("placement",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -50,6 +51,22 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
             }
     dtype = DTYPES[config.dtype]
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def same_layers(config: ModelConfig) -> Tensors:
+    """As ``random_tensors``, but every layer holds the same weights: it is soon made."""
+    one = random_tensors(dataclasses.replace(config, num_hidden_layers=1))
+    return {
+        name.replace("layers.0.", f"layers.{i}."): w
+        for i in range(config.num_hidden_layers)
+        for name, w in one.items()
+    }
+
+
+def mild_tensors(config: ModelConfig) -> Tensors:
+    """Those of the seed, small enough for logits that a tolerance means something for."""
+    drawn = random_tensors(config)
+    return {name: w * np.float32(0.2 if w.ndim > 1 else 1) for name, w in drawn.items()}
 
 
 def fused(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Tensors:

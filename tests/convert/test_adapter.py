@@ -36,9 +36,7 @@ def config(small_config):
 
 @pytest.fixture(scope="module")
 def tensors(config) -> Tensors:
-    """The seed's weights, small enough for logits that a tolerance means something for."""
-    drawn = checkpoints.random_tensors(config)
-    return {name: w * np.float32(0.2 if w.ndim > 1 else 1) for name, w in drawn.items()}
+    return checkpoints.mild_tensors(config)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.finetune.checkpoints import Checkpoints
+from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.loop import Loop
 from mixtral_jax.finetune.metrics import NAME, TIMES, read_lines
 from mixtral_jax.finetune.options import RunOptions
@@ -206,6 +211,22 @@ def assert_same(one: Any, other: Any) -> None:
     for a, b in zip(arrays(one), arrays(other), strict=True):
         assert a.dtype == b.dtype
         assert a.tobytes() == b.tobytes()
+
+
+@contextlib.contextmanager
+def signalled_at_step_three() -> Iterator[None]:
+    """While the third step is made, this process gets a SIGTERM."""
+    take, taken = Batches.__next__, []
+
+    def watched(self):
+        taken.append(1)
+        if len(taken) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "__next__", watched)
+        yield
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import jax
 import numpy as np
@@ -15,13 +13,12 @@ from mixtral_jax import cli
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OK, OUTPUT_EXISTS, USAGE
 from mixtral_jax.finetune.__main__ import _read_data, main, run
 from mixtral_jax.finetune.config_file import arguments
-from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.metrics import NAME, read_lines
 from mixtral_jax.finetune.options import FinetuneOptions
 from mixtral_jax.finetune.output_folder import MARK
 from mixtral_jax.language_model import load
 from mixtral_jax.sharding import hosts
-from tests.finetune.fakes import log_of
+from tests.finetune.fakes import log_of, signalled_at_step_three
 from tests.finetune.models import make_folder
 
 ADAPTER = "adapter_model.safetensors"
@@ -68,19 +65,8 @@ def test_it_leaves_an_adapter_that_loads(folder, whole):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
-def test_a_signal_and_the_same_command_again_make_the_same_adapter(
-    tmp_path, folder, whole, monkeypatch, capsys
-):
-    take, taken = Batches.__next__, []
-
-    def stop_at_three(self):
-        taken.append(1)
-        if len(taken) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__next__", stop_at_three)
+def test_a_signal_and_the_same_command_again_make_the_same_adapter(tmp_path, folder, whole, capsys):
+    with signalled_at_step_three():
         assert command(*words(folder, tmp_path / "out")) == INTERRUPTED
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
     assert command(*words(folder, tmp_path / "out")) == OK

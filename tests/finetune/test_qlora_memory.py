@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -24,6 +24,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 from tests.convert import checkpoints
+from tests.models import bytes_held
 from tests.slow import mostly_slow
 
 ROOT = Path(__file__).parents[2]
@@ -83,14 +84,8 @@ def big(small_config):
 
 
 def folder_of(folder: Path, config) -> Path:
-    """Every layer holds the same weights, so that making them is cheap."""
-    one = checkpoints.random_tensors(dataclasses.replace(config, num_hidden_layers=1))
-    tensors = {
-        name.replace("layers.0.", f"layers.{i}."): w
-        for i in range(config.num_hidden_layers)
-        for name, w in one.items()
-    }
-    checkpoints.write(folder, config, tensors, num_files=10)
+    """A checkpoint with the embedded model's tokenizer."""
+    checkpoints.write(folder, config, checkpoints.same_layers(config), num_files=10)
     tokenizer = find_tokenizer(EMBEDDED_FOLDER)
     assert tokenizer is not None
     (folder / tokenizer.name).write_bytes(tokenizer.read_bytes())
@@ -165,12 +160,7 @@ def test_the_plan_agrees_with_a_live_trainer(tmp_path, small_config, train, mesh
     )
     plain = weight_bytes(config, work.mesh, Strategy(), scheme=scheme)
     bill = memory_of(work, plain, 0)
-    first = jax.devices()[0]
-
-    def held(tree) -> int:
-        parts = [p for leaf in jax.tree.leaves(tree) for p in leaf.addressable_shards]
-        return sum(part.data.nbytes for part in parts if part.device == first)
-
+    held = functools.partial(bytes_held, device=jax.devices()[0])
     assert bill.weight_bytes == held(trainer.frozen) + held(trainer.state.trained)
     assert bill.gradient_bytes == held(trainer.state.trained)
     assert bill.optimizer_bytes == held(trainer.state.optimizer)

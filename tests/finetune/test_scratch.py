@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +12,12 @@ from mixtral_jax import cli
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, INTERRUPTED, OK, USAGE, MixtralError
 from mixtral_jax.finetune.__main__ import main
 from mixtral_jax.finetune.config_file import arguments
-from mixtral_jax.finetune.data.batches import Batches
 from mixtral_jax.finetune.options import FinetuneOptions, TrainOptions
 from mixtral_jax.finetune.scratch import fresh_model
 from mixtral_jax.finetune.trainer import Trainer
 from mixtral_jax.language_model import load
 from mixtral_jax.load_options import LoadOptions
-from tests.finetune.fakes import log_of
+from tests.finetune.fakes import log_of, signalled_at_step_three
 from tests.finetune.models import make_folder
 from tests.finetune.test_trainer import FULL, LENGTH, batch_of, flat, texts
 
@@ -75,19 +72,8 @@ def test_weights_beside_the_config_are_ignored_and_that_is_said(tmp_path, folder
     assert line.endswith(f"; the weights in {folder / 'model'} are not read")
 
 
-def test_a_signal_and_the_same_command_again_make_the_same_model(
-    tmp_path, folder, whole, monkeypatch
-):
-    take, taken = Batches.__next__, []
-
-    def stop_at_three(self):
-        taken.append(1)
-        if len(taken) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return take(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__next__", stop_at_three)
+def test_a_signal_and_the_same_command_again_make_the_same_model(tmp_path, folder, whole):
+    with signalled_at_step_three():
         assert command(*words(folder, tmp_path / "out")) == INTERRUPTED
     assert not (tmp_path / "out" / "model").exists()
     assert command(*words(folder, tmp_path / "out")) == OK

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtral_jax.kernels import attention as kernels
-from mixtral_jax.kernels.attention import attends, attention, blocked_attention
+from mixtral_jax.kernels.attention import attention, blocked_attention
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype, ScaledKV, empty_kv, quantize_kv
 from tests.kernels.routings import DTYPES
-from tests.kernels.test_attention import operands
+from tests.kernels.test_attention import check_blocks, operands
 
 C = 8
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # and of the number: one bf16 step
@@ -100,13 +100,7 @@ def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, kv_dtype, dtyp
     monkeypatch.setattr(kernels, "WIDENED_BYTES", 1)  # the least block, 128 keys
     q, k, v, queries, keys = operands(2, T, S, 4, 2, 16, dtype)
     inputs = (q, *both(kv_dtype, k, v), queries, keys)
-    got = blocked_attention(*inputs, window=window)
-    want = attention(*inputs, window=window)
-    assert got.dtype == want.dtype == jnp.dtype(dtype)
-    got, want = (np.asarray(x, np.float32) for x in (got, want))
-    assert np.isfinite(got).all()
-    sees = np.asarray(attends(queries, keys, window).any(axis=-1))
-    np.testing.assert_allclose(got[sees], want[sees], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    check_blocks(inputs, window, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import pytest
 
 from mixtral_jax.errors import MixtralError
 from mixtral_jax.finetune.data.encode import encode_sft
-from tests.parity.test_mistral_common import SEED, VERSIONS, Generator, ours, path_of
+from tests.parity.test_mistral_common import SEED, VERSIONS, Generator, ours, reference
 
 pytestmark = pytest.mark.parity
 
 CONVERSATIONS = 900
 MIN_ACCEPTED = 150
-
-
-@functools.cache
-def theirs(version: str) -> Any:
-    from mistral_common.protocol.instruct.validator import ValidationMode
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    return MistralTokenizer.from_file(path_of(version), mode=ValidationMode.finetuning)
-
-
-def reference(version: str, messages: Any, tools: Any) -> list[int] | None:
-    """mistral-common's ids, or None where it refuses (with whatever exception)."""
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-
-    try:
-        request = ChatCompletionRequest.from_openai(
-            copy.deepcopy(messages), copy.deepcopy(tools), model="m"
-        )
-        return theirs(version).encode_chat_completion(request).tokens
-    except Exception:
-        return None
 
 
 def native(version: str, messages: Any, tools: Any) -> list[int] | None:
@@ -63,7 +40,7 @@ def test_whole_conversations_have_the_ids_of_mistral_common(version: str):
             continue
         if lacks_an_id(messages[-1].get("tool_calls")):
             continue  # accepted there and left out of the text; here a call always has an id
-        expected = reference(version, messages, tools)
+        expected = reference(version, messages, tools, False, "finetuning")
         assert native(version, messages, tools) == expected, f"seed {SEED}: {messages} {tools}"
         accepted += expected is not None
         with_calls += expected is not None and bool(messages[-1].get("tool_calls"))

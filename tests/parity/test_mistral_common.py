@@ -38,14 +38,16 @@ def ours(version: str) -> Tokenizer:
 
 
 @functools.cache
-def theirs(version: str) -> Any:
+def theirs(version: str, mode: str = "serving") -> Any:
     from mistral_common.protocol.instruct.validator import ValidationMode
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    return MistralTokenizer.from_file(path_of(version), mode=ValidationMode.serving)
+    return MistralTokenizer.from_file(path_of(version), mode=ValidationMode[mode])
 
 
-def reference(version: str, messages: Any, tools: Any, prefix: bool) -> list[int] | None:
+def reference(
+    version: str, messages: Any, tools: Any, prefix: bool, mode: str = "serving"
+) -> list[int] | None:
     """mistral-common's ids, or None where it refuses (with whatever exception)."""
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
@@ -53,7 +55,7 @@ def reference(version: str, messages: Any, tools: Any, prefix: bool) -> list[int
         request = ChatCompletionRequest.from_openai(
             copy.deepcopy(messages), copy.deepcopy(tools), continue_final_message=prefix, model="m"
         )
-        return theirs(version).encode_chat_completion(request).tokens
+        return theirs(version, mode).encode_chat_completion(request).tokens
     except Exception:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,30 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
-def test_f32_logits(fields, torch, transformers, tmp_path):
+def adapt(base: Any, fields: dict[str, Any], folder: Path) -> Any:
+    """peft's model with an adapter that changes it; ``folder`` gets base and adapter."""
     peft = importlib.import_module("peft")
-    base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
-    base.save_pretrained(tmp_path / "base")
+    base.save_pretrained(folder / "base")
     options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | fields
     adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder / "adapter")
+    return adapted
+
+
+def merged(adapted: Any, folder: Path) -> list[dict[str, np.ndarray]]:
+    """The tensors of the base, those that we merge, and those that peft does."""
+    adapted.merge_and_unload().save_pretrained(folder / "peft")
+    ours = ConvertOptions(format="safetensors", adapter=str(folder / "adapter"))
+    convert(folder / "base", folder / "ours", ours)
+    found = [load_file(folder / name / "model.safetensors") for name in ("base", "ours", "peft")]
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    return found
+
+
+@pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
+def test_f32_logits(fields, torch, transformers, tmp_path):
+    base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
+    adapted = adapt(base, fields, tmp_path)
     tokens = np.random.default_rng(0).integers(3, 128, (2, 48))
     with torch.no_grad():
         want = adapted(torch.tensor(tokens)).logits.numpy()
@@ -65,19 +82,8 @@ def test_f32_logits(fields, torch, transformers, tmp_path):
 @pytest.mark.parametrize("fields", ADAPTERS.values(), ids=ADAPTERS)
 def test_merged_weights(fields, torch, transformers, tmp_path):
     """convert --adapter gives the tensors of merge_and_unload, by the names that it saves."""
-    peft = importlib.import_module("peft")
     base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
-    base.save_pretrained(tmp_path / "base")
-    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | fields
-    adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "peft")
-    ours = ConvertOptions(format="safetensors", adapter=str(tmp_path / "adapter"))
-    convert(tmp_path / "base", tmp_path / "ours", ours)
-    plain, got, want = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("base", "ours", "peft")
-    )
-    assert got.keys() == want.keys() == plain.keys()
+    plain, got, want = merged(adapt(base, fields, tmp_path), tmp_path)
     touched = 0
     for name, tensor in want.items():
         scale = np.abs(tensor).max()
@@ -95,20 +101,9 @@ BF16_STEP = 2.0**-8
 
 @pytest.mark.parametrize("kind", ["q, k, v, o", "experts, by the names of transformers 4"])
 def test_merged_onto_bfloat16(kind, torch, transformers, tmp_path):
-    peft = importlib.import_module("peft")
     base = build(torch, transformers, {"num_hidden_layers": 2, "num_local_experts": 4})
-    base = base.to(torch.bfloat16)
-    base.save_pretrained(tmp_path / "base")
-    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | ADAPTERS[kind]
-    adapted = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    adapted.merge_and_unload().save_pretrained(tmp_path / "peft")
-    ours = ConvertOptions(format="safetensors", adapter=str(tmp_path / "adapter"))
-    convert(tmp_path / "base", tmp_path / "ours", ours)
-    plain, got, want = (
-        load_file(tmp_path / name / "model.safetensors") for name in ("base", "ours", "peft")
-    )
-    assert got.keys() == want.keys() == plain.keys()
+    adapted = adapt(base.to(torch.bfloat16), ADAPTERS[kind], tmp_path)
+    plain, got, want = merged(adapted, tmp_path)
     touched = 0
     for name in want:
         before, mine, theirs = (part[name].astype(np.float32) for part in (plain, got, want))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 
@@ -25,6 +26,7 @@ from mixtral_jax.sharding.collectives import read_collectives
 from mixtral_jax.sharding.dispatch import DispatchOptions
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
+from tests.models import bytes_held
 
 MESHES = ["1x1", "1x8", "2x4", "4x8", "8x8x4"]
 
@@ -109,12 +111,7 @@ def test_the_embedded_model_takes_what_the_plan_says(mesh):
     state = live._state()
     work = Workload(config=lm.config, mesh=lm.spec, batch=16, context=128, dtype="float32")
     bill = make_bill(work, "h100")
-    first = jax.devices()[0]
-
-    def held(tree) -> int:
-        parts = [p for leaf in jax.tree.leaves(tree) for p in leaf.addressable_shards]
-        return sum(part.data.nbytes for part in parts if part.device == first)
-
+    held = functools.partial(bytes_held, device=jax.devices()[0])
     cache = (state.cache.keys, state.cache.values, state.cache.positions)
     assert bill.memory.weight_bytes == held(lm.model)
     assert bill.memory.cache_bytes == held(cache)

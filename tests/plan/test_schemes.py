@@ -22,6 +22,7 @@ from mixtral_jax.sharding import __main__ as sharding
 from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 from tests.convert.quantized import published
+from tests.models import bytes_held
 from tests.quantize.gptq_text import small_checkpoint, write_text
 from tests.slow import mostly_slow
 
@@ -92,12 +93,7 @@ def test_a_folder_is_planned_as_it_lies_on_a_device(folders, kind, mesh):
     stored = stored_in(str(folder))
     assert stored is not None
     lm = mj.load(folder, mesh=mesh)
-    held = sum(
-        shard.data.nbytes
-        for array in jax.tree.leaves(nnx.state(lm.model))
-        for shard in array.addressable_shards
-        if shard.device == jax.devices()[0]
-    )
+    held = bytes_held(nnx.state(lm.model), jax.devices()[0])
     dtype = str(lm.model.embed_tokens.get_value().dtype)
     spec = MeshSpec.parse(mesh)
     assert weight_bytes(lm.config, spec, Strategy(), dtype=dtype, scheme=stored).total == held

@@ -35,6 +35,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import ExpertSlots
 from tests.convert import checkpoints
+from tests.models import bytes_held
 from tests.slow import mostly_slow
 
 RECIPES = {
@@ -155,15 +156,7 @@ def test_load_makes_the_same_and_tells_the_bytes_that_are_there(made, scheme):
     assert len([line for line in lines if "experts" in line]) == 1
     mesh = MeshSpec.parse("1x8")
     plan = weight_bytes(lm.config, mesh, Strategy(), dtype="bfloat16", scheme=scheme)
-    device = jax.devices()[3]
-    held = sum(
-        shard.data.nbytes
-        for leaf in leaves_of(lm).values()
-        for array in jax.tree.leaves(leaf)
-        for shard in array.addressable_shards
-        if shard.device == device
-    )
-    assert plan.total == held
+    assert plan.total == bytes_held(leaves_of(lm), jax.devices()[3])
 
 
 def _keyed(shards):
@@ -185,17 +178,9 @@ def test_a_tensor_axis_gives_the_same_logits(made, name, text):
 
 def test_plan_equals_the_arrays_on_a_split_mesh():
     lm = mj.load("tiny", mesh="1x2x2", dtype="bfloat16", quantize="nf4")
-    device = jax.devices()[1]
-    held = sum(
-        shard.data.nbytes
-        for leaf in leaves_of(lm).values()
-        for array in jax.tree.leaves(leaf)
-        for shard in array.addressable_shards
-        if shard.device == device
-    )
     spec = MeshSpec.parse("1x2x2")
     plan = weight_bytes(lm.config, spec, Strategy(), dtype="bfloat16", scheme="nf4")
-    assert plan.total == held
+    assert plan.total == bytes_held(leaves_of(lm), jax.devices()[1])
 
 
 def replace_leaf(folder: Path, leaf: str, parts: list[str], value: np.ndarray) -> None:

@@ -29,6 +29,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.ternary_code import coded_lengths
 from mixtral_jax.weights import QTensor, expert_matrices
+from tests.models import bytes_held
 from tests.quantize.gptq_text import small_checkpoint, write_text
 
 DATA_FREE = Recipe(scheme="qmoe")
@@ -109,12 +110,10 @@ def test_load_makes_what_lies_on_disk_and_plan_knows_its_bytes(small, made):
     assert experts[-1] == "qmoe"
     attention = next(line.split() for line in lines if line.startswith("attention"))
     assert attention[-1] == "float32"
-    device = jax.devices()[3]
-    shards = [s for leaf in mine for s in leaf.addressable_shards if s.device == device]
     plan = weight_bytes(
         direct.config, MeshSpec.parse("1x8"), Strategy(), dtype="float32", scheme="qmoe"
     )
-    assert plan.total == sum(shard.data.nbytes for shard in shards)
+    assert plan.total == bytes_held(mine, jax.devices()[3])
 
 
 def test_it_is_copied_as_it_is_and_dequantized_to_what_it_stands_for(tmp_path, made):
