@@ -17,7 +17,7 @@ from mixtral_jax.errors import OK, USAGE, MixtralError
 SHELLS = ("bash", "zsh", "fish")
 _EXAMPLES = (
     'sample --chat --prompt "12+30="            # the embedded model',
-    "plan --model mixtral-8x7b --device h100    # what it costs",
+    "plan --model mixtral-8x7b --mesh 1x8       # what it costs",
     "sample -h              # options in short; --help explains each",
     "completion bash        # prints shell completion: bash, zsh, fish",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import io
 import re
@@ -148,7 +149,24 @@ def _usage(box: str, prog: str) -> str:
     if "; fix: " in what:  # options that check themselves say it in our own words
         return what
     meant = re.search(r"Perhaps you meant:\n(--[\w-]+)", text)
-    return f"{what}; fix: {meant[1] if meant else f'{prog} --help lists the options'}"
+    fix = meant[1] if meant else f"{prog} --help lists the options"
+    if what.startswith("Missing from"):
+        what = _missing(what)
+    chosen = re.fullmatch(r"(.*'(.*)' for argument '(.*)'\. Expected one of) \((.*)\)", what)
+    if chosen is not None:
+        names = sorted({*re.findall(r"'([^']+)'", chosen[4])} - {"None"})
+        what = f"{chosen[1]} {', '.join(names)}"
+        for near in difflib.get_close_matches(chosen[2], names, n=1):
+            fix = f"{chosen[3]} {near}"
+    return f"{what}; fix: {fix}"
+
+
+def _missing(what: str) -> str:
+    """The options that are missing, each with its choices, without what it is for."""
+    command, _, listed = what.partition(": ")
+    options = [each.strip() for each in listed.split("(required)") if each.strip()]
+    named = (re.match(r"(--\S+|[A-Z_]+\b)(?: \{\S*\})?", option) for option in options)
+    return f"{command}: {', '.join(found[0] for found in named if found)}"
 
 
 def _mendable(error: OSError) -> str:

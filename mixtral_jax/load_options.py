@@ -31,7 +31,7 @@ class LoadOptions:
         overflow: beyond the capacity, ``exact`` falls back to a dropless path, ``drop`` drops and
             reports how many, of the whole batch.
         sliding_window: tokens; asks for a window that the checkpoint's config does not have.
-        verify: check the digests of a converted checkpoint while it loads.
+        verify: digests of a converted checkpoint are checked while it loads.
         adapter: a folder with a PEFT LoRA adapter, applied on top of the weights.
         attention: ``data``: each device of the expert axis has rows of its own; ``tensor``: they
             share the heads of the same rows (latency at small batches).

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
@@ -29,7 +30,9 @@ class Options:
     CHECKPOINT is a folder that convert wrote, a Hugging Face folder, or 'tiny', the embedded model.
     """
 
-    checkpoint: tyro.conf.Positional[str] = EMBEDDED
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[CHECKPOINT]")] = (
+        EMBEDDED
+    )
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     prompt: tuple[str, ...] = ()
     """A text to continue, or with --chat the user's turn of a conversation of its own; repeat it

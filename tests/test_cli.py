@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from mixtral_jax import cli
 from mixtral_jax.errors import (
@@ -58,6 +60,42 @@ def test_options_arrive_and_the_code_comes_back():
 def test_wrong_usage_is_64(argv, capsys):
     assert cli.run(raising(AssertionError()), Options, "verb", argv) == USAGE
     assert capsys.readouterr().out == ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Strict:
+    """Options that must be given, or have few values."""
+
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Where from."""
+    scheme: Literal["int8", "nf4", "gptq"]
+    """How. Several sentences (required) say so."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of what."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([], "Missing from verb: SRC, --scheme {int8,nf4,gptq}; fix: verb --help lists the"),
+        (["x"], "Missing from verb: --scheme {int8,nf4,gptq}; fix: verb --help lists the"),
+        (
+            ["x", "--scheme", "int3"],
+            "argument '--scheme'. Expected one of gptq, int8, nf4; fix: --scheme int8",
+        ),
+        (
+            ["x", "--scheme", "nf4", "--dtype", "bf16"],
+            "Expected one of bfloat16, float16, float32; fix: --dtype bfloat16",
+        ),
+        (["x", "--scheme", "zzz"], "Expected one of gptq, int8, nf4; fix: verb --help lists"),
+    ],
+    ids=str,
+)
+def test_what_is_missing_or_no_choice_is_named(argv, line, capsys):
+    assert cli.run(raising(AssertionError()), Strict, "verb", argv) == USAGE
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1
 
 
 def test_help_is_0(capsys):

@@ -134,7 +134,9 @@ class ExactOptions(Shared):
     before the line of counts.
     """
 
-    checkpoint: tyro.conf.Positional[str] = EMBEDDED
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[CHECKPOINT]")] = (
+        EMBEDDED
+    )
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     data: Path
     """JSON lines: {"prompt": "2+2=", "answer": "4"}."""
@@ -162,7 +164,9 @@ class RoutingOptions(OnText):
     tokens goes, how far apart several texts are, and how often another checkpoint chooses alike.
     """
 
-    checkpoint: tyro.conf.Positional[str] = EMBEDDED
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[CHECKPOINT]")] = (
+        EMBEDDED
+    )
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     text: tuple[Path, ...]
     """A UTF-8 text file, or a .jsonl file with {"text": ...} or {"messages": [...]} in each line,

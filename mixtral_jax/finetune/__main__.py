@@ -18,7 +18,7 @@ from mixtral_jax import cli
 from mixtral_jax.config import ModelConfig, read_config
 from mixtral_jax.convert.adapter import Adapter
 from mixtral_jax.convert.hub import Source, resolve
-from mixtral_jax.errors import INPUT_NOT_FOUND, OK, MixtralError
+from mixtral_jax.errors import INPUT_NOT_FOUND, OK, USAGE, MixtralError
 from mixtral_jax.finetune.binding import binding_facts, check_bound
 from mixtral_jax.finetune.checkpoints import Checkpoints
 from mixtral_jax.finetune.config_file import arguments
@@ -49,6 +49,12 @@ from mixtral_jax.terminal import note
 from mixtral_jax.tokenizer import Tokenizer, find_tokenizer
 
 MODEL = "model"  # in OUTPUT_DIR, where all weights were trained
+OF_TRL = {
+    "--model-name-or-path": "give the model first, without a flag",
+    "--dataset-name": "--dataset and its files",
+    "--resume-from-checkpoint": "leave it out: the same command again resumes",
+    "--eval-strategy": "--eval-dataset and --eval-steps",
+}
 
 
 def main(options: FinetuneOptions) -> int:
@@ -269,9 +275,18 @@ def _tell(options: FinetuneOptions, result: Path, told: dict[str, Any], seconds:
     print(json.dumps({"result": str(result), **line, "seconds": round(seconds, 3)}))
 
 
+def check_names(argv: Sequence[str]) -> None:
+    """Refuses options of TRL's that are spelt in another way here."""
+    for word in argv:
+        fix = OF_TRL.get(word.partition("=")[0].replace("_", "-"))
+        if fix is not None:
+            raise MixtralError(f"{word} is an option of TRL", fix=fix, code=USAGE)
+
+
 def run(argv: Sequence[str]) -> int:
     """Adds what a file of ``--config`` says to the command line, and runs."""
     try:
+        check_names(argv)
         words = arguments(argv)
     except MixtralError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -171,7 +171,9 @@ class ServeOptions:
     NUM_SHARD, MAX_INPUT_TOKENS, PORT, API_KEY, ...
     """
 
-    checkpoint: tyro.conf.Positional[str] = EMBEDDED
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[CHECKPOINT]")] = (
+        EMBEDDED
+    )
     """A checkpoint folder, 'tiny', or org/name[@revision] on the Hugging Face Hub."""
     debug: bool = False
     """Show tracebacks."""
@@ -254,6 +256,8 @@ def _adapters(text: str | None) -> dict[str, str]:
     return found
 
 
+LAST_PORT = 65535
+_PORTS = {"port", "prometheus_port"}
 _MAY_BE_ZERO = {"port", "waiting_served_ratio", "prefix_cache_bytes", "max_waiting_tokens"}
 
 
@@ -262,10 +266,12 @@ def _check_numbers(group: Any) -> None:
         value = getattr(group, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
+        flag = "--" + field.name.replace("_", "-")
         least = 0 if field.name in _MAY_BE_ZERO else 1e-9
         if not least <= value < float("inf"):
-            flag = "--" + field.name.replace("_", "-")
             _refuse(flag, "a positive number", value, "choose another, or leave it out")
+        if field.name in _PORTS and value > LAST_PORT:
+            _refuse(flag, f"at most {LAST_PORT}", value, "choose another, or leave it out")
 
 
 def _refuse(what: str, expected: str, got: object, fix: str) -> None:

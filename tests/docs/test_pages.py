@@ -32,7 +32,7 @@ hooks = script("site_hooks")
 @cache
 def literals() -> str:
     """All texts in the package's code, and what tyro and JAX say."""
-    texts = ["Unrecognized options:", "RESOURCE_EXHAUSTED"]
+    texts = ["Unrecognized options:", "invalid choice", "RESOURCE_EXHAUSTED"]
     for path in (ROOT / "mixtral_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):

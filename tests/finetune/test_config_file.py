@@ -8,6 +8,7 @@ import pytest
 import tyro
 
 from mixtral_jax.errors import BAD_CONFIG, BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.finetune.__main__ import run
 from mixtral_jax.finetune.config_file import arguments
 from mixtral_jax.finetune.options import FinetuneOptions
 
@@ -71,6 +72,12 @@ def test_json_does_as_well(tmp_path, toml):
     path.write_text(json.dumps({**content, "json": False, "packing": False}))
     found = parse(["--config", str(path)])
     assert (found.train.lora_r, found.run.max_steps, found.json) == (4, None, False)
+
+
+@pytest.mark.parametrize("word", ["--dataset_name=d", "--dataset-name", "--model_name_or_path"])
+def test_an_option_of_trl_that_is_spelt_otherwise_here_is_named(word, capsys):
+    assert run(["tiny", word, "x"]) == USAGE
+    assert capsys.readouterr().err.startswith(f"error: {word} is an option of TRL; fix: ")
 
 
 def test_without_a_file_the_command_line_stays_as_it_is():

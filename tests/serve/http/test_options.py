@@ -147,6 +147,8 @@ def test_refusals_of_the_launcher(name):
         ("--body-timeout nan", "--body-timeout"),
         ("--lora-adapters =x", "--lora-adapters"),
         ("--lora-adapters a=1,a=2", "--lora-adapters"),
+        ("--port 65536", "--port: expected at most 65535"),
+        ("--prometheus-port 70000", "--prometheus-port: expected at most 65535"),
     ],
 )
 def test_refusals_of_the_options(argv, message, capsys):
