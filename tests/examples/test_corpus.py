@@ -53,14 +53,14 @@ def test_files(tmp_path, no_tokenizer, monkeypatch, capsys):
 
 
 def test_the_trainer_reads_the_ids_that_sampling_has():
-    """And scores the answers: all of a conversation of which a token weighs 1 there."""
+    """And scores the answers."""
     tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
     seen = collections.Counter()
     for document in itertools.islice(documents(2), 300):
         ids, is_target = encode_sft(as_row(document), tokenizer)
         wanted = encode(document, tokenizer)
         assert ids.tolist() == wanted.token_ids
+        assert is_target.tolist() == wanted.is_answer
         if isinstance(document, Conversation):
-            assert is_target.tolist() == [weight == 1 for weight in wanted.weights]
             seen[bool(document.system), len(document.turns) > 1] += 1
     assert len(seen) == 4, "with and without a system text, one turn and more"
