@@ -34,8 +34,8 @@ class Options:
     """Made; must not be there."""
     documents: Annotated[int, tyro.conf.arg(metavar="N")] = 250_000
     """Of the text, some 45 tokens each."""
-    long_documents: Annotated[int, tyro.conf.arg(metavar="N")] = 12_500
-    """Of the long text, some 140 tokens each."""
+    long_documents: Annotated[int, tyro.conf.arg(metavar="N")] = 16_000
+    """Of the long text, some 110 tokens each."""
     seed: int = 0
     """Of the text and of the tokenizer's."""
     debug: bool = False
