@@ -72,7 +72,7 @@ def test_folder_is_small():
 
 
 def test_the_committed_score_reaches_the_targets():
-    """What `python -m examples.tiny.train` wrote when it made the folder."""
+    """What `python -m examples.tiny.record` wrote when the folder was made."""
     record = json.loads((ROOT / "examples/tiny/results/score.json").read_text())
     assert record["sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
     scores = record["scores"]

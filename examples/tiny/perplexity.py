@@ -90,5 +90,5 @@ def score_through_cache(lm: LanguageModel, conversations: Sequence[Conversation]
         scores = np.concatenate(parts, axis=1)
         for row, document in enumerate(documents):
             logprobs.append(scores[row, : lengths[row] - 1].astype(np.float64))
-            is_answer.append(np.asarray(document.weights[1:]) == 1.0)
+            is_answer.append(np.asarray(document.is_answer[1:]))
     return Scored(np.concatenate(logprobs), np.concatenate(is_answer))

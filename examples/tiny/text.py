@@ -86,8 +86,9 @@ def held_out(per_family: int, *, seed: int) -> list[Example]:
     return examples
 
 
-def documents(seed: int) -> Iterator[Conversation | Plain]:
-    """Training text without end."""
+def documents(seed: int, *, marathons: float = MARATHONS) -> Iterator[Conversation | Plain]:
+    """Training text without end; ``marathons`` is the share of long ones among the conversations
+    of several turns."""
     draw = random.Random(f"train {seed}")
     while True:
         if draw.random() < 0.04:
@@ -96,7 +97,7 @@ def documents(seed: int) -> Iterator[Conversation | Plain]:
         num_turns = 1
         if draw.random() < 0.35:
             num_turns = draw.randint(2, LONGEST_CONVERSATION)
-            if draw.random() < MARATHONS:
+            if draw.random() < marathons:
                 num_turns = draw.randint(LONGEST_CONVERSATION + 1, LONGEST_MARATHON)
         language = None if draw.random() < 0.2 else draw.choice(CODES)
         turns = tuple(example(draw, split="train", language=language) for _ in range(num_turns))

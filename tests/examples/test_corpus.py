@@ -30,18 +30,18 @@ def run(folder, *arguments: str) -> int:
     return cli.run(corpus.main, corpus.Options, "corpus", [str(folder), *arguments])
 
 
-def test_files(tmp_path, no_tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr(corpus, "BESIDE_LONG", 7)
-    count, folder = 3000, tmp_path / "a"
-    assert run(folder, "--documents", str(count)) == 0
-    rows = [as_row(document) for document in itertools.islice(documents(0), count)]
-    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == rows
-    long = (folder / "long.jsonl").read_text(encoding="utf-8").splitlines()
-    assert long[:7] == lines[:7]
-    assert 1 <= len(long[7:]) < count / 100
-    assert set(long[7:]) < set(lines)
-    assert min(len(json.loads(line)["messages"]) for line in long[7:]) > 2 * 8
+def test_files(tmp_path, no_tokenizer, capsys):
+    count, long_count, folder = 300, 60, tmp_path / "a"
+    assert run(folder, "--documents", str(count), "--long-documents", str(long_count)) == 0
+    short, long = (
+        [json.loads(x) for x in (folder / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("train.jsonl", "long.jsonl")
+    )
+    assert short == [as_row(document) for document in itertools.islice(documents(0), count)]
+    other = itertools.islice(documents(1, marathons=corpus.MARATHONS), long_count)
+    assert long == [as_row(document) for document in other]
+    turns = [len(row.get("messages", [])) // 2 for row in long]
+    assert max(turns) > 20 and turns.count(1) > 20
     assert read_config(folder / "model") == PRESETS["tiny"]
     assert sorted(path.name for path in (folder / "model").iterdir()) == [
         "config.json",
@@ -53,14 +53,14 @@ def test_files(tmp_path, no_tokenizer, monkeypatch, capsys):
 
 
 def test_the_trainer_reads_the_ids_that_sampling_has():
-    """And scores the answers: all of a conversation of which a token weighs 1 there."""
+    """And scores the answers."""
     tokenizer = Tokenizer.from_folder(EMBEDDED_FOLDER)
     seen = collections.Counter()
     for document in itertools.islice(documents(2), 300):
         ids, is_target = encode_sft(as_row(document), tokenizer)
         wanted = encode(document, tokenizer)
         assert ids.tolist() == wanted.token_ids
+        assert is_target.tolist() == wanted.is_answer
         if isinstance(document, Conversation):
-            assert is_target.tolist() == [weight == 1 for weight in wanted.weights]
             seen[bool(document.system), len(document.turns) > 1] += 1
     assert len(seen) == 4, "with and without a system text, one turn and more"
