@@ -14,6 +14,7 @@ stages 60 KB of shared memory at 16 rows, 96 KB at 64.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -69,6 +70,18 @@ def _products(
     return jax.lax.fori_loop(0, pl.cdiv(size, step), add, zeros)
 
 
+def store(products: Iterable[jax.Array], out_ref: Any, block: Any, out: Any) -> None:
+    """Writes ``[R, BLOCK_OUT]``, one product or two with SiLU between, from column ``out`` on."""
+    first, *others = products
+    made = first if not others else first * jax.nn.sigmoid(first) * others[0]
+    is_out = (out + jnp.arange(BLOCK_OUT) < out_ref.shape[2])[None, :]
+    plgpu.store(
+        out_ref.at[block, :, pl.ds(out, BLOCK_OUT)],
+        made.astype(out_ref.dtype),
+        mask=jnp.broadcast_to(is_out, made.shape),
+    )
+
+
 def _kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
     """``[blocks, R, I]`` times one matrix, or two with SiLU between, to ``[blocks, R, O]``."""
     *w_refs, out_ref = refs
@@ -77,14 +90,7 @@ def _kernel(expert_ref: Any, x_ref: Any, *refs: Any) -> None:
 
     @pl.when(expert < w_refs[0].shape[0])
     def _():
-        first, *others = _products(x_ref, w_refs, block, expert, out)
-        made = first if not others else first * jax.nn.sigmoid(first) * others[0]
-        is_out = (out + jnp.arange(BLOCK_OUT) < out_ref.shape[2])[None, :]
-        plgpu.store(
-            out_ref.at[block, :, pl.ds(out, BLOCK_OUT)],
-            made.astype(out_ref.dtype),
-            mask=jnp.broadcast_to(is_out, made.shape),
-        )
+        store(_products(x_ref, w_refs, block, expert, out), out_ref, block, out)
 
 
 def _multiply(

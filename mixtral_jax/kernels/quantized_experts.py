@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from mixtral_jax.kernels.decode_experts import BLOCK_OUT, LEAST_ROWS, MOST_ROWS, PARAMS
+from mixtral_jax.kernels.decode_experts import BLOCK_OUT, LEAST_ROWS, MOST_ROWS, PARAMS, store
 from mixtral_jax.kernels.experts import ExpertWeights, expert_blocks, visit_experts
 from mixtral_jax.kernels.grouped_experts import Schedule, apply_schedule
 from mixtral_jax.kernels.widen import code_values, split_inputs
@@ -107,16 +107,8 @@ def _kernel(*refs: Any, tree: Any) -> None:
 
     @pl.when(expert < ws[0].codes.shape[0])
     def _():
-        first, *others = (
-            _product(x, w, table, block, expert, out) for x, w in zip(xs, ws, strict=True)
-        )
-        made = first if not others else first * jax.nn.sigmoid(first) * others[0]
-        is_out = (out + jnp.arange(BLOCK_OUT) < out_ref.shape[2])[None, :]
-        plgpu.store(
-            out_ref.at[block, :, pl.ds(out, BLOCK_OUT)],
-            made.astype(out_ref.dtype),
-            mask=jnp.broadcast_to(is_out, made.shape),
-        )
+        products = (_product(x, w, table, block, expert, out) for x, w in zip(xs, ws, strict=True))
+        store(products, out_ref, block, out)
 
 
 def _inputs(x: jax.Array, w: QTensor, block_expert: jax.Array) -> tuple[jax.Array, ...]:
