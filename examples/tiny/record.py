@@ -1,7 +1,8 @@
 """Keeps what the embedded model was made by: ``python -m examples.tiny.record STORED RUN...``.
 
 Writes curve.json, the logs of the runs one behind the other, and score.json, the exact answers of
-the last run's weights as they were trained and of the folder STORED in two dtypes.
+the last run's weights as they were trained and of the folder STORED in two dtypes, and how many
+answer tokens STORED gets right at which positions of long conversations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import jax
 import tyro
 
+from examples.tiny.positions import CONVERSATIONS, by_position, long_conversations
 from examples.tiny.score import MISSED, score
 from examples.tiny.score import Options as ScoreOptions
 from examples.tiny.text import held_out
@@ -96,11 +98,18 @@ def main(options: Options) -> int:
     ):
         scores[name] = score(load(folder, mesh="1x1", dtype=dtype), asked).record()
         print(f"{name}: {scores[name]['overall']:.2%} of {scores[name]['asked']:,}")
+    long = by_position(
+        load(options.stored, mesh="1x1", dtype="float32"), long_conversations(CONVERSATIONS)
+    )
+    for each in long:
+        print(
+            f"positions {each['from']} to {each['to']}: {each['right']:.2%} of {each['tokens']:,}"
+        )
     digest = hashlib.sha256((options.stored / "model.safetensors").read_bytes()).hexdigest()
     options.results.mkdir(parents=True, exist_ok=True)
     for name, found in (
         ("curve.json", {"curve": curve}),
-        ("score.json", {"sha256": digest, "scores": scores}),
+        ("score.json", {"sha256": digest, "scores": scores, "by_position": long}),
     ):
         text = json.dumps({**found, "made_by": by}, indent=1) + "\n"
         (options.results / name).write_text(text, encoding="utf-8")
