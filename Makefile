@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
-WORKERS ?= 2
+WORKERS ?= 3
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

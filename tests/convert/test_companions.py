@@ -14,6 +14,7 @@ from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.tokenizer import find_tokenizer
 from tests.convert import checkpoints
+from tests.slow import in_turn
 
 
 @pytest.fixture
@@ -48,8 +49,9 @@ def test_what_is_left_behind_is_noted_once(tmp_path, source):
     assert notes == ["not copied: 'old.model.v1', 'params.json', 'tokenizer.json'"]
 
 
-@pytest.mark.parametrize("name", ["config.json", "mistral_tok.model.v3"])
-@pytest.mark.parametrize("how", ["altered", "missing"])
+@pytest.mark.parametrize(
+    ("name", "how"), in_turn(["config.json", "mistral_tok.model.v3"], ["altered", "missing"])
+)
 def test_altered_companion_is_refused_naming_it(tmp_path, source, config, name, how):
     convert(source, tmp_path / "out")
     path = tmp_path / "out" / name

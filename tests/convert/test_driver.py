@@ -133,8 +133,9 @@ def test_small_file_that_links_elsewhere_is_not_copied(tmp_path, config, tensors
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("source", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "source"), in_turn(["float32", "float16", "bfloat16"], ["float32", "bfloat16"])
+)
 def test_dtypes_are_cast_as_numpy_casts(tmp_path, small_config, source, dtype):
     config = small_config(dtype=source, num_hidden_layers=1)
     tensors = checkpoints.random_tensors(config)

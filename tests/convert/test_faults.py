@@ -27,6 +27,7 @@ from mixtral_jax.model.transformer import leaf_specs
 from tests.convert import checkpoints, native
 from tests.convert.test_reader import CRAFTED, MAX_SECONDS
 from tests.kills import run_killed
+from tests.slow import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 Format: TypeAlias = Literal["orbax", "safetensors"]
@@ -84,7 +85,7 @@ def survive(folder: Path, src: Path, config, format: Format, num_kills: int) -> 
     assert read_manifest(out).leaves == read_manifest(folder / "whole").leaves
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", mostly_slow(FORMATS, FORMATS[:1]))
 def test_killed_at_any_moment_it_resumes_to_the_same_digest(tmp_path, original, config, format):
     survive(tmp_path, original, config, format, num_kills=3)
 

@@ -38,6 +38,7 @@ def test_table_names_the_tensors_of_an_independent_writer(config, tensors):
         assert named == {name: w.shape for name, w in written.items()}
 
 
+@pytest.mark.slow
 def test_half_a_million_names_are_refused_at_once(config, tensors):
     """No real model has so many; all of a real one's problems are listed."""
     crafted = {

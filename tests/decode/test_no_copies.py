@@ -19,6 +19,7 @@ from mixtral_jax.model.placement import LOCAL
 from mixtral_jax.model.transformer import assemble, leaf_specs
 from mixtral_jax.weights import slots_of
 from tests.environ import EMITTERS, HAS_OLDER_EMITTERS
+from tests.slow import mostly_slow
 
 # Widths whose weights and caches are far larger than any activation of a few rows.
 CONFIG = ModelConfig(
@@ -115,7 +116,7 @@ def test_no_copy_of_weights_or_cache(dtype, rows):
     assert temporaries < 16 * rows * CONFIG.vocab_size * 4 + 2**20
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["float32", "bfloat16"], ["bfloat16"]))
 def test_temporaries_of_the_benchmark_model(dtype):
     _, temporaries = decode_program(dtype, 1, BENCH)
     assert temporaries <= MOST_TEMPORARIES

@@ -15,6 +15,7 @@ from mixtral_jax.sharding.mesh import MeshSpec
 from mixtral_jax.sharding.place import place
 from mixtral_jax.sharding.placement import MeshPlacement
 from tests.models import forward, random_model
+from tests.slow import mostly_slow
 
 F32 = 1e-4
 NEW_TOKENS = 100
@@ -50,7 +51,7 @@ def rescored(model: Mixtral, prompt: tuple[int, ...], tokens: list[int]) -> np.n
     return np.asarray(logprobs)[where, tokens]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("temperature", mostly_slow([0.0, 1.0], [1.0]))
 @pytest.mark.parametrize(
     ("window", "prefill_chunk"),
     [(16, 512), (16, 16), (None, 16)],

@@ -45,6 +45,7 @@ def small(tmp_path_factory, small_config) -> Path:
     return small_checkpoint(tmp_path_factory.mktemp("small") / "hf", small_config)
 
 
+@pytest.mark.slow
 def test_schemes_with_options_are_made_in_a_temporary_folder(
     text, small, tmp_path, capsys, monkeypatch
 ):

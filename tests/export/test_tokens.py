@@ -16,6 +16,7 @@ from mixtral_jax.decode import steps
 from mixtral_jax.export.driver import Work
 from mixtral_jax.export.options import ExportOptions
 from tests.export.exported import generated, write_checkpoint, write_export
+from tests.slow import mostly_slow
 
 SEEDED = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
 NEW = {"max_new_tokens": 12}
@@ -76,9 +77,7 @@ def test_a_ring_is_written_around(tmp_path, small_config, run_py):
     assert plan["max_tokens"] == 128
 
 
-@pytest.mark.parametrize(
-    "scheme", ["int8", "fp8", *(pytest.param(s, marks=pytest.mark.slow) for s in ("int4", "nf4"))]
-)
+@pytest.mark.parametrize("scheme", mostly_slow(["int8", "fp8", "int4", "nf4"], ["int8"]))
 def test_quantized(tmp_path, small_config, run_py, scheme):
     config = small_config(hidden_size=64, head_dim=16, num_hidden_layers=1, num_local_experts=4)
     folder = write_checkpoint(tmp_path / "hf", config)

@@ -14,6 +14,7 @@ from mixtral_jax.finetune.losses import (
     router_z,
     score_tokens,
 )
+from tests.slow import mostly_slow
 
 RNG = np.random.default_rng(0)
 L, N, E, A = 3, 64, 8, 2
@@ -62,7 +63,11 @@ def test_padding_counts_nowhere(kind):
 
 
 @pytest.mark.parametrize(
-    "length", [1, 100, POSITIONS_AT_ONCE + 1, 3 * POSITIONS_AT_ONCE, 2 * POSITIONS_AT_ONCE + 64]
+    "length",
+    mostly_slow(
+        [1, 100, POSITIONS_AT_ONCE + 1, 3 * POSITIONS_AT_ONCE, 2 * POSITIONS_AT_ONCE + 64],
+        [100, POSITIONS_AT_ONCE + 1],
+    ),
 )
 def test_blocks_of_positions_change_nothing(length):
     x = jnp.asarray(RNG.standard_normal((2, length, 16)), jnp.float32)

@@ -27,7 +27,7 @@ from mixtral_jax.sharding.strategy import Strategy
 from mixtral_jax.weights import QTensor
 from tests.finetune.batches import batch_of, random_texts
 from tests.models import random_model
-from tests.slow import mostly_slow
+from tests.slow import in_turn, mostly_slow
 
 LENGTH = 7  # of 8 rows: few enough for experts without many branches, which compile slowly
 LORA = TrainOptions(
@@ -121,8 +121,7 @@ def test_only_what_trains_has_a_gradient_and_moments(config):
     assert len(routers) == 1
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-@pytest.mark.parametrize("mesh", ["1x1", "1x8"])
+@pytest.mark.parametrize(("method", "mesh"), in_turn(["sft", "dpo"], ["1x1", "1x8"]))
 def test_loaded_weights_make_room_for_those_that_train(small_config, mesh, method):
     """In bf16: what lives is a copy in f32 and two moments of each; of dpo the loaded, too."""
     config = small_config(num_hidden_layers=1, dtype="bfloat16")

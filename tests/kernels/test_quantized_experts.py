@@ -139,6 +139,7 @@ def test_many_rows_copy_no_codes(name):
     assert copies(taken_first), "a planted copy is seen"
 
 
+@pytest.mark.slow
 def test_blocks_equal_the_loop():
     experts = quantized_operands("nf4", "random", 1, 64, 128, "float32").experts
     x = jnp.asarray(np.random.default_rng(0).standard_normal((E, 19, 64)), jnp.float32)

@@ -180,7 +180,7 @@ def test_an_expert_that_nobody_chose_has_gradients_of_zero():
         assert (sizes[jnp.array([1, 3])] > 0).all()
 
 
-@pytest.mark.parametrize("is_jitted", [False, True], ids=["eager", "jitted"])
+@pytest.mark.parametrize("is_jitted", mostly_slow([False, True], [True]))
 def test_factors_on_a_mesh_with_a_tensor_axis(is_jitted):
     """A factor may lie whole along an axis that splits its matrix."""
     mesh = MeshSpec.parse("1x2x2").build()

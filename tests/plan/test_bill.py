@@ -194,6 +194,7 @@ def test_moments_in_8_bits_are_billed_as_they_are(small_config):
     assert same == whole
 
 
+@pytest.mark.slow
 def test_a_training_step_is_compiled(small_config):
     config = small_config(num_hidden_layers=1)
     work = Workload(config=config, mesh=MeshSpec.parse("1x2"), batch=4, context=8, train="lora")

@@ -86,7 +86,7 @@ KINDS = ["nf4", "gptq3", "gptq4 32 order unfused"]
 
 
 @pytest.mark.parametrize("mesh", mostly_slow(["1x1", "1x2x2", "1x4"], ["1x2x2"]))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, ["nf4"]))
 def test_a_folder_is_planned_as_it_lies_on_a_device(folders, kind, mesh):
     """Nested scales and activation orders, which a split matrix has not, among it."""
     folder = folders(kind)

@@ -19,6 +19,7 @@ from mixtral_jax.quantize.driver import QuantizeReport, quantize_checkpoint
 from mixtral_jax.quantize.makers import Recipe
 from tests.convert import checkpoints
 from tests.kills import run_killed
+from tests.slow import mostly_slow
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(scheme="int4", group_size=32)
@@ -90,13 +91,13 @@ def killed_at(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
     return calling
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("convert", 1), ("sync_folder", 1), ("sync_folder", 2)],
-    ids=["quantized", "exported", "moved"],
-)
-def test_the_same_call_resumes(tmp_path, small, monkeypatch, name, count):
+STEPS = [("convert", 1), ("sync_folder", 1), ("sync_folder", 2)]
+
+
+@pytest.mark.parametrize("step", mostly_slow(STEPS, STEPS[1:2]))
+def test_the_same_call_resumes(tmp_path, small, monkeypatch, step):
     """After each of its steps; what is quantized is not quantized again."""
+    name, count = step
     dst = tmp_path / "q"
     dst.mkdir()  # empty: as good as absent
     with monkeypatch.context() as patch:

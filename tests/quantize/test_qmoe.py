@@ -31,6 +31,7 @@ from mixtral_jax.ternary_code import coded_lengths
 from mixtral_jax.weights import QTensor, expert_matrices
 from tests.models import bytes_held
 from tests.quantize.gptq_text import small_checkpoint, write_text
+from tests.slow import mostly_slow
 
 DATA_FREE = Recipe(scheme="qmoe")
 PROMPTS = [[1, 7, 300, 41], [1, 90, 12, 5, 1200, 33, 8, 2, 77]]
@@ -71,7 +72,7 @@ def test_logits_are_the_same_on_every_mesh_of_whole_experts(made):
         np.testing.assert_array_equal(other.argmax(-1), found[0].argmax(-1))
 
 
-@pytest.mark.parametrize("kernels", ["visit", "gpu"])
+@pytest.mark.parametrize("kernels", mostly_slow(["visit", "gpu"], ["visit"]))
 def test_a_row_decodes_as_its_logits_say(made, kernels):
     """Few rows take other kernels than prompts do."""
     lm = mj.load(made, mesh="1x1", dtype="float32", kernels=kernels)
