@@ -67,7 +67,7 @@ def main(
 def _perplexity(options: PerplexityOptions) -> int:
     text = _check_text(options)
     if options.calibration is not None:
-        check_calibration(options.calibration, options.text, text.dataset.sha256)
+        check_calibration(options.calibration, options.text[0], text.dataset.sha256)
     questions = None if options.data is None else read_questions(options.data)
     configs = read_configs(
         options.checkpoints, terminal.note, sliding_window=options.load.sliding_window
@@ -284,7 +284,7 @@ def _check_text(options: PerplexityOptions) -> TextFile:
     """The text; and nothing is loaded for a picture that could not be drawn."""
     if options.plot is not None:
         check_plot(options.plot)
-    return TextFile(options.text)
+    return TextFile(options.text[0])
 
 
 def _load(options: Shared, checkpoint: str, scheme: str | None, bar: _Bar) -> LanguageModel:

@@ -54,6 +54,9 @@ class OnText(Shared):
             raise MixtralError(what, fix=fix, code=USAGE)
 
 
+_ONE_TEXT = "measure them one after another: perplexities of two texts are not one number"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerplexityOptions(OnText):
     """Exact windowed perplexity of a text; several checkpoints or schemes are compared.
@@ -62,7 +65,7 @@ class PerplexityOptions(OnText):
     loaded beside one other at a time.
     """
 
-    text: Path
+    text: tuple[Path, ...]
     """A UTF-8 text file."""
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CKPT ...]")
@@ -87,6 +90,9 @@ class PerplexityOptions(OnText):
 
     def __post_init__(self):
         super().__post_init__()
+        if len(self.text) != 1:
+            got = ", ".join(map(str, self.text))
+            raise MixtralError("--text", expected="one file", got=got, fix=_ONE_TEXT, code=USAGE)
         if self.schemes is not None and self.load.quantize is not None:
             fix = f"--schemes {self.schemes},{self.load.quantize}"
             raise MixtralError("--schemes and --quantize", fix=fix, code=USAGE)

@@ -260,6 +260,7 @@ def test_results_outlive_pictures_that_cannot_be_written(text, tmp_path, capsys,
     [
         ("", 64, "Expected one of"),
         ("perplexity", 64, "--text"),
+        ("perplexity --text a --text b", 64, "--text: expected one file, got a, b; fix: measure"),
         ("perplexity --text nowhere.txt", 66, "--text nowhere.txt: no such file"),
         ("perplexity --text .", 66, "--text .: a folder"),
         ("perplexity --text EMPTY", 65, "expected some text, got 0 bytes"),
