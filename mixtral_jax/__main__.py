@@ -29,27 +29,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     Only that module is imported, so help and version are instant.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("-h", "--help", "help") and len(words) == 2 and words[1] in VERBS:
+        words = [words[1], "--help"]
+    if words and words[0] in VERBS:
+        return importlib.import_module(VERBS[words[0]].module).run(words[1:])
+    try:
+        try:
+            return _own(words)
+        finally:
+            sys.stdout.flush()  # while what cannot be written can still be told
+    except MixtralError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except OSError as error:
+        from mixtral_jax import cli
+
+        return cli.failed_output(error)
+
+
+def _own(words: Sequence[str]) -> int:
+    """What no verb does: help, version and completion.
+
+    Raises:
+        MixtralError: exit code 64 for anything else.
+    """
     if not words:
         print(help_text(), file=sys.stderr)
         return USAGE
     verb, *rest = words
-    if verb in ("-h", "--help", "help"):
+    if verb == "completion":
+        return _complete(rest)
+    is_help = verb in ("-h", "--help", "help")
+    if not is_help and verb not in ("-V", "--version", "version"):
+        raise _unknown("no such command", [*VERBS, "completion"], verb)
+    if is_help and len(rest) == 1:
+        raise _unknown(f"{PROGRAM} help", [*VERBS], rest[0])
+    if rest:
+        what, fix = f"{PROGRAM} {verb}", f"{PROGRAM} {rest[0]} --help"
+        fix = fix if rest[0] in VERBS else "leave it out"
+        got = repr(" ".join(rest))
+        raise MixtralError(what, expected="nothing behind it", got=got, fix=fix, code=USAGE)
+    if is_help:
         print(help_text())
         return OK
-    if verb in ("-V", "--version", "version"):
-        from mixtral_jax import __version__
+    from mixtral_jax import __version__
 
-        print(f"{PROGRAM} {__version__}")
-        return OK
-    try:
-        if verb == "completion":
-            return _complete(rest)
-        if verb not in VERBS:
-            raise _unknown("no such command", [*VERBS, "completion"], verb)
-    except MixtralError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    return importlib.import_module(VERBS[verb].module).run(rest)
+    print(f"{PROGRAM} {__version__}")
+    return OK
 
 
 def help_text() -> str:

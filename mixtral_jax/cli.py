@@ -100,44 +100,52 @@ def _run(
                 config=markers,
                 compact_help="--help" not in words,  # -h fits a screen, --help tells all
             )
-    except BrokenPipeError:  # of --help
-        return _without_reader()
     except SystemExit as stop:
         if stop.code in (None, 0):
             try:
                 if examples and {"-h", "--help", "-H", "--help-verbose"} & {*words}:
                     print("\nexamples:", *(f"  {prog} {each}" for each in examples), sep="\n")
                 sys.stdout.flush()
-            except BrokenPipeError:
-                return _without_reader()
+            except OSError as error:
+                return failed_output(error)
             raise
         return _fail(None, _usage(refusal.getvalue(), prog), USAGE)
     except MixtralError as error:  # the options check themselves when they are made
         return _fail(None, str(error), error.code)
+    except OSError as error:  # of --help
+        return failed_output(error)
     try:
         environment.prepare()
-        return main(options)
+        code = main(options)
+        sys.stdout.flush()  # while what cannot be written can still be told
+        return code
     except MixtralError as error:
         return _fail(options, str(error), error.code)
     except KeyboardInterrupt:
         return _fail(options, "interrupted", INTERRUPTED)
-    except BrokenPipeError:
-        return _without_reader()
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            return _fail(options, f"the disk is full: {error}", IO_ERROR)
-        missing = isinstance(error, FileNotFoundError)
-        return _fail(options, _mendable(error), INPUT_NOT_FOUND if missing else IO_ERROR)
+        return failed_output(error, options)
     except Exception as error:
         hosts.await_verdict()
         return _fail(options, _internal(error), INTERNAL)
 
 
-def _without_reader() -> int:
-    """The reader of our output went away; leaves nothing for the interpreter to flush."""
-    with contextlib.suppress(OSError):
+def failed_output(error: OSError, options: object = None) -> int:
+    """The exit code of an error of the system, after its line; quiet where our reader went away.
+
+    What stdout does not take is left out: the interpreter would try again, and say so.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
         sys.stdout = io.StringIO()
-    return IO_ERROR
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = io.StringIO()
+        return IO_ERROR
+    if error.errno in _DISK_FULL:
+        return _fail(options, f"the disk is full: {error}", IO_ERROR)
+    missing = isinstance(error, FileNotFoundError)
+    return _fail(options, _mendable(error), INPUT_NOT_FOUND if missing else IO_ERROR)
 
 
 def _usage(box: str, prog: str) -> str:
@@ -145,7 +153,7 @@ def _usage(box: str, prog: str) -> str:
     text = "\n".join(line.strip(" │╭╮╰╯") for line in box.splitlines())
     parts = re.split(r"\n[─-]+\n", re.sub(r"^─ (.*) ─+$", r"\1\n-", text, flags=re.MULTILINE))
     what = " ".join(parts[min(1, len(parts) - 1)].split()).rstrip(".")  # its title is part 0
-    what = re.sub(r"^Error parsing \w+: ", "", what)
+    what = re.sub(r"^Error parsing [^\s:]+: ", "", what)
     if "; fix: " in what:  # options that check themselves say it in our own words
         return what
     meant = re.search(r"Perhaps you meant:\n(--[\w-]+)", text)

@@ -18,6 +18,12 @@ def note(line: str) -> None:
         print(f"note: {line}", file=sys.stderr, flush=True)
 
 
+def tell_dropped(whose: str, count: int) -> None:
+    """A note about expert assignments that were left out (``--overflow drop``), if any were."""
+    if count:
+        note(f"{whose}: dropped {count} expert assignments")
+
+
 def expert_load(counts: np.ndarray) -> str:
     """Bars of each layer's load.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ import pytest
 from mixtral_jax import __version__, commands
 from mixtral_jax.__main__ import SHELLS, help_text, main
 from mixtral_jax.commands import VERBS
-from mixtral_jax.errors import OK, USAGE
+from mixtral_jax.errors import IO_ERROR, OK, USAGE
 from tests.test_guards import HEAVY, ROOT
 
 
@@ -46,6 +48,8 @@ def test_a_verb_refuses_with_its_own_code(capsys):
     [
         (["smaple"], "got 'smaple'; fix: write sample"),
         (["nothing-like-it"], "fix: mixtral-jax --help"),
+        (["help", "smaple"], "fix: write sample"),
+        (["--version", "foo"], "mixtral-jax --version: expected nothing behind it, got 'foo'"),
         (["completion"], "expected bash, zsh, fish"),
         (["completion", "fsh"], "fix: write fish"),
         (["completion", "bash", "zsh"], "got 'bash zsh'"),
@@ -59,6 +63,30 @@ def test_what_is_no_command_is_refused_in_one_line(words, error, capsys):
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert error in captured.err
+
+
+def test_help_of_a_verb(capsys):
+    with pytest.raises(SystemExit):
+        main(["help", "sharding"])
+    assert "--mesh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["--help", "completion bash", "evaluate --help"])
+@pytest.mark.parametrize(("to", "line"), [("/dev/full", "error: "), ("a pipe", "")])
+def test_output_that_cannot_be_written_is_74(words, to, line):
+    """Nobody reads the pipe; the disk is full."""
+    command = [sys.executable, "-m", "mixtral_jax", *words.split()]
+    with contextlib.ExitStack() as stack:
+        if to == "a pipe":
+            reader, out = os.pipe()
+            os.close(reader)
+            stack.callback(os.close, out)
+        else:
+            out = stack.enter_context(open(to, "w", encoding="utf-8"))
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == IO_ERROR, done.stderr
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == bool(line)
 
 
 def test_help_lists_every_verb_on_one_screen(capsys):

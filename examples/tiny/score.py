@@ -117,9 +117,9 @@ def score(lm: LanguageModel, examples: Sequence[Example], watch: Watch = iter) -
     asked = collections.Counter(example.family for example in examples)
     right: collections.Counter[str] = collections.Counter(dict.fromkeys(asked, 0))
     questions = [Question(prompt=example.prompt, answer=example.answer) for example in examples]
-    answers = ask(lm, questions, chat=True, max_new_tokens=MAX_NEW_TOKENS, batch=ROWS, watch=watch)
+    asking = ask(lm, questions, chat=True, max_new_tokens=MAX_NEW_TOKENS, batch=ROWS, watch=watch)
     mistakes = []
-    for example, answer in zip(examples, answers, strict=True):
+    for example, answer in zip(examples, asking.answers, strict=True):
         if answer.generated_text == example.answer:
             right[example.family] += 1
         else:

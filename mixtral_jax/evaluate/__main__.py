@@ -31,11 +31,11 @@ from mixtral_jax.evaluate.pictures import draw_routing, draw_table
 from mixtral_jax.evaluate.quantized import Made, check_calibration
 from mixtral_jax.evaluate.routing_page import check_page, page
 from mixtral_jax.evaluate.routing_report import names_of, study_json, tables
-from mixtral_jax.evaluate.study import study
+from mixtral_jax.evaluate.study import Study, check_architecture, study
 from mixtral_jax.evaluate.table import Entry, Row, entries, read_configs, tabulate
-from mixtral_jax.evaluate.text import TextFile
+from mixtral_jax.evaluate.text import Dataset, TextFile
 from mixtral_jax.language_model import LanguageModel, load
-from mixtral_jax.plots import check_plot
+from mixtral_jax.plots import check_plot, replacing
 from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.mesh import MeshSpec, simulate_on_cpu
 from mixtral_jax.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def main(
 def _perplexity(options: PerplexityOptions) -> int:
     text = _check_text(options)
     if options.calibration is not None:
-        check_calibration(options.calibration, options.text, text.dataset.sha256)
+        check_calibration(options.calibration, options.text[0], text.dataset.sha256)
     questions = None if options.data is None else read_questions(options.data)
     configs = read_configs(
         options.checkpoints, terminal.note, sliding_window=options.load.sliding_window
@@ -98,7 +98,7 @@ def _perplexity(options: PerplexityOptions) -> int:
 
         def score(lm: LanguageModel) -> Any:
             assert questions is not None
-            return score_of(ask(lm, questions, chat=options.chat, watch=bar.watch("asking")))
+            return score_of(*ask(lm, questions, chat=options.chat, watch=bar.watch("asking")))
 
         found_rows = tabulate(
             wanted,
@@ -119,16 +119,23 @@ def _perplexity(options: PerplexityOptions) -> int:
                 print(json.dumps(line), flush=True)
     if not hosts.is_first():
         return OK
-    tokenizer, found = tokenizers[0], rows[0].found
-    _tell_dropped(rows)
-    if options.plot is not None:
+    for row in rows:
+        asked = 0 if row.exact is None else row.exact.dropped
+        terminal.tell_dropped(row.entry.name, row.found.dropped + asked)
+    if not options.json:
+        mesh = ", ".join(dict.fromkeys(meshes.values()))
+        _print_rows(rows, text.dataset, tokenizers[0], mesh)
+    if options.plot is not None:  # last: a picture that cannot be written costs no number
+        found = rows[0].found
         title = f"{text.dataset.file}: context {found.context}, stride {found.stride}"
         draw_table(rows, title, options.plot)
-    if options.json:
-        return OK
-    mesh = ", ".join(dict.fromkeys(meshes.values()))
+    return OK
+
+
+def _print_rows(rows: Sequence[Row], dataset: Dataset, tokenizer: Tokenizer, mesh: str) -> None:
+    found = rows[0].found
     lines = report.facts(
-        text.dataset,
+        dataset,
         tokenizer,
         context=found.context,
         stride=found.stride,
@@ -136,13 +143,12 @@ def _perplexity(options: PerplexityOptions) -> int:
         mesh=mesh,
     )
     if len(rows) == 1:
-        print(report.aligned(lines | report.one_row(rows[0], text.dataset)))
-        return OK
+        print(report.aligned(lines | report.one_row(rows[0], dataset)))
+        return
     print(report.aligned(lines | report.calibration(rows)))
     _print_table(report.comparison(rows))
     for line in report.notes(rows):
         print(line)
-    return OK
 
 
 def _prepare_devices(options: Shared, config: ModelConfig) -> None:
@@ -183,7 +189,7 @@ def _exact(options: ExactOptions) -> int:
     questions = read_questions(options.data)
     with _Bar() as bar:
         lm = _load(options, options.checkpoint, None, bar)
-        answers = ask(
+        asked = ask(
             lm,
             questions,
             chat=options.chat,
@@ -193,12 +199,13 @@ def _exact(options: ExactOptions) -> int:
         )
     if not hosts.is_first():
         return OK
-    score = score_of(answers)
+    score = score_of(*asked)
+    terminal.tell_dropped(options.checkpoint, score.dropped)
     if not options.json:
         print(f"{score.right} of {score.asked} right: {score.accuracy:.2%}", end="")
         print(f" ({score.exact} of them end with the answer)")
         return OK
-    for answer in answers:
+    for answer in asked.answers:
         line = dataclasses.asdict(answer)
         print(json.dumps(line.pop("question") | line))
     summary = {"checkpoint": options.checkpoint, "data": str(options.data), "chat": options.chat}
@@ -216,7 +223,10 @@ def _routing(options: RoutingOptions) -> int:
     texts = [TextFile(path) for path in options.text]
     wanted = [entry for entry in (options.entry, options.other_entry) if entry is not None]
     names = [entry.checkpoint for entry in wanted]
-    options.windowing.fit(read_configs(names, terminal.note, options.load.sliding_window))
+    configs = read_configs(names, terminal.note, options.load.sliding_window)
+    options.windowing.fit(configs)
+    for name, config in zip(names[1:], configs[1:], strict=False):
+        check_architecture(config, name, configs[0], names[0])
     with _Bar() as bar:
         models = [_load(options, entry.checkpoint, entry.scheme, bar) for entry in wanted]
         tokenizer = _tokenizer(models[0])
@@ -235,14 +245,24 @@ def _routing(options: RoutingOptions) -> int:
     if not hosts.is_first():
         return OK
     title = f"{options.entry.name} on {', '.join(names_of([text.dataset for text in texts]))}"
-    if options.plot is not None:
-        draw_routing(found, title, options.plot)
-    if options.html is not None:
-        options.html.write_text(page(found, title, tokenizer), encoding="utf-8")
+    terminal.tell_dropped(options.entry.name, found.total.dropped)
+    if options.other_entry is not None:
+        terminal.tell_dropped(options.other_entry.name, found.other_dropped)
     mesh = str(models[0].spec)
     if options.json:
         print(json.dumps(study_json(found, options.entry, options.other_entry, tokenizer, mesh)))
-        return OK
+    else:
+        _print_study(found, options, tokenizer, mesh)
+    sys.stdout.flush()  # before what may fail
+    if options.plot is not None:
+        draw_routing(found, title, options.plot)
+    if options.html is not None:
+        with replacing(options.html) as partial:
+            partial.write_text(page(found, title, tokenizer), encoding="utf-8")
+    return OK
+
+
+def _print_study(found: Study, options: RoutingOptions, tokenizer: Tokenizer, mesh: str) -> None:
     total = found.total
     for each in found.texts:
         lines = report.facts(
@@ -258,14 +278,13 @@ def _routing(options: RoutingOptions) -> int:
         print(f"\n{about}")
         _print_table(table)
     print(terminal.expert_load(total.counts), end="")
-    return OK
 
 
 def _check_text(options: PerplexityOptions) -> TextFile:
     """The text; and nothing is loaded for a picture that could not be drawn."""
     if options.plot is not None:
         check_plot(options.plot)
-    return TextFile(options.text)
+    return TextFile(options.text[0])
 
 
 def _load(options: Shared, checkpoint: str, scheme: str | None, bar: _Bar) -> LanguageModel:
@@ -296,12 +315,6 @@ def _tokenizer(lm: LanguageModel) -> Tokenizer:
     return lm.tokenizer
 
 
-def _tell_dropped(rows: Sequence[Row]) -> None:
-    for row in rows:
-        if row.found.dropped:
-            terminal.note(f"{row.entry.name}: dropped {row.found.dropped} expert assignments")
-
-
 def _print_table(table: Any) -> None:
     console = Console()
     (console if console.is_terminal else Console(width=_WIDTH)).print(table)
@@ -313,7 +326,7 @@ class _Bar:
     def __init__(self):
         console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),  # of files, by any name
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),

@@ -6,10 +6,11 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.evaluate.text import no_file
 from mixtral_jax.language_model import LanguageModel
 
 DEFAULT_BATCH = 128
@@ -41,13 +42,23 @@ class Answer:
     is_exact: bool
 
 
+class Asked(NamedTuple):
+    """Answers in the order of their questions, and the expert assignments left out on the way, over
+    all layers (0 unless overflow="drop").
+    """
+
+    answers: list[Answer]
+    dropped: int
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactScore:
-    """Right answers of all."""
+    """Right answers of all, and the expert assignments left out (0 unless overflow="drop")."""
 
     asked: int
     right: int
     exact: int
+    dropped: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -55,12 +66,13 @@ class ExactScore:
         return self.right / self.asked
 
 
-def score_of(answers: Sequence[Answer]) -> ExactScore:
+def score_of(answers: Sequence[Answer], dropped: int = 0) -> ExactScore:
     """Counts."""
     return ExactScore(
         asked=len(answers),
         right=sum(answer.is_right for answer in answers),
         exact=sum(answer.is_exact for answer in answers),
+        dropped=dropped,
     )
 
 
@@ -73,7 +85,7 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     path = Path(path)
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no such file"
+        what = no_file(path)
         fix = 'name a file of lines like {"prompt": "2+2=", "answer": "4"}'
         raise MixtralError(f"--data {path}: {what}", fix=fix, code=INPUT_NOT_FOUND)
     questions = []
@@ -112,7 +124,7 @@ def ask(
     max_new_tokens: int | None = None,
     batch: int = DEFAULT_BATCH,
     watch: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> list[Answer]:
+) -> Asked:
     """Asks every question, greedily.
 
     Texts are compared letter for letter; only where the answer does not begin with a space does one
@@ -127,7 +139,7 @@ def ask(
         watch: wraps the batches, to show progress.
 
     Returns:
-        Answers, in the order of the questions.
+        Answers, and how many assignments were dropped.
 
     Raises:
         MixtralError: exit code 64 for what cannot be asked (a batch below 1, a prompt too long),
@@ -145,16 +157,18 @@ def ask(
         key=lambda i: (len(questions[i].answer) // 8, len(questions[i].prompt)),
     )
     answers: dict[int, Answer] = {}
+    dropped = 0
     for chosen in watch([order[i : i + batch] for i in range(0, len(order), batch)]):
         texts = None if chat else [questions[i].prompt for i in chosen]
         rows = lm.batch([ids[i] for i in chosen], options, prompts=texts, is_answer=chat)
         completions = lm.complete(rows)
+        dropped += completions[0].dropped  # of the whole batch
         for i, completion in zip(chosen, completions, strict=True):
             if completion.error:
                 what = f"question {i + 1}: {completion.error.partition(': ')[2]}"
                 raise MixtralError(what, code=BAD_DATA)
             answers[i] = judge(questions[i], completion.generated_text or "")
-    return [answers[i] for i in range(len(questions))]
+    return Asked([answers[i] for i in range(len(questions))], dropped)
 
 
 def _encode(lm: LanguageModel, prompt: str, *, chat: bool) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mixtral_jax import language_model
+from mixtral_jax import language_model, terminal
 from mixtral_jax.chat import encode_chat
 from mixtral_jax.decode.sampling import SamplingOptions
 from mixtral_jax.errors import BAD_DATA, USAGE, MixtralError
@@ -28,11 +28,13 @@ from mixtral_jax.load_options import LoadOptions
 TemplateLM: Any = importlib.import_module("lm_eval.api.model").TemplateLM
 _harness: Any = importlib.import_module("lm_eval.models.utils")
 _windows: Any = importlib.import_module("lm_eval.utils")
+_TEXTS = ("mesh", "adapter", "device_memory")  # options that lm-eval may read as numbers
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class HarnessModel(TemplateLM):
-    """A model of this package as lm-eval sees one; arguments are those of ``--model_args``.
+    """A model of this package as lm-eval sees one; arguments are those of ``--model_args``,
+    which lm-eval may read as numbers or as texts: they are checked here.
 
     Args:
         pretrained: a checkpoint, as for ``load``.
@@ -55,10 +57,10 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int | str | None = DEFAULT_BATCH,
         max_batch_size: int | None = None,
-        max_length: int | None = None,
-        max_gen_toks: int = 256,
-        add_bos_token: bool = True,
-        seed: int = 0,
+        max_length: Any = None,
+        max_gen_toks: Any = 256,
+        add_bos_token: Any = True,
+        seed: Any = 0,
         device: str | None = None,
         **options: Any,
     ):
@@ -69,15 +71,23 @@ class HarnessModel(TemplateLM):
             fix = f"one of {', '.join(sorted(known))}"
             raise MixtralError(f"--model_args has no {unknown}", fix=fix, code=USAGE)
         self.batch_size = _batch_size(batch_size)
-        self.lm = language_model.load(str(pretrained), **options)
+        asked_length = None if max_length is None else _whole("max_length", max_length)
+        self.max_gen_toks = _whole("max_gen_toks", max_gen_toks)
+        self._seed = _whole("seed", seed)
+        if not isinstance(add_bos_token, bool):
+            expected, got = "True or False", repr(add_bos_token)
+            raise MixtralError("add_bos_token", expected=expected, got=got, code=USAGE)
+        self._add_bos = add_bos_token
+        options |= {name: str(options[name]) for name in _TEXTS if options.get(name) is not None}
+        if options.get("offload") is not None:
+            LoadOptions(offload=options["offload"]).refuse_offload("lm-eval")
+        self.lm = language_model.load(str(pretrained), note=terminal.note, **options)
         self.lm.encode("")  # an error unless there is a tokenizer
         longest = self.lm.config.max_position_embeddings
-        self.max_length = longest if max_length is None else int(max_length)
+        self.max_length = longest if asked_length is None else asked_length
         if not 2 <= self.max_length <= longest:
             expected = f"2 to {longest} (max_position_embeddings)"
             raise MixtralError("max_length", expected=expected, got=max_length, code=USAGE)
-        self.max_gen_toks = int(max_gen_toks)
-        self._add_bos, self._seed = bool(add_bos_token), int(seed)
 
     @property
     def _spelling(self) -> Any:
@@ -145,21 +155,35 @@ class HarnessModel(TemplateLM):
             raise MixtralError(f"{what}: {text[:60]!r}", fix=fix, code=BAD_DATA)
         return text
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of continuations behind contexts.
+
+        Raises:
+            MixtralError: exit code 65 for a continuation of no token, which would be certain.
+        """
+        for request in requests:
+            if not request.args[1]:
+                raise _nothing_to_score(request.args)
+        return super().loglikelihood(requests, disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         del kwargs
         cut = []
-        for _, context, continuation in requests:
+        for request, context, continuation in requests:
+            if not continuation:
+                raise _nothing_to_score(request)
             if len(continuation) > self.max_length:
                 what, got = "tokens of a continuation", len(continuation)
                 expected = f"at most {self.max_length}"
                 raise MixtralError(what, expected=expected, got=got, code=BAD_DATA)
-            ids = (context + continuation)[-(self.max_length + 1) :]
+            ids = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]
             cut.append(Window(0, len(ids) - len(continuation), ids))
         with tqdm(total=len(cut), desc="scoring", disable=disable_tqdm) as bar:
             found = likelihoods(self.lm, cut, batch=self.batch_size, watch=bar.update)
-        answers = [(each.logprob, each.is_greedy) for each in found]
+        terminal.tell_dropped("scoring", found.dropped)
+        answers = [(each.logprob, each.is_greedy) for each in found.each]
         for (request, _, _), answer in zip(requests, answers, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, answer)
@@ -190,11 +214,13 @@ class HarnessModel(TemplateLM):
         for place, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(place)
         found: dict[int, str] = {}
+        dropped = 0
         with tqdm(total=len(requests), desc="writing", disable=disable_tqdm) as bar:
             for places in groups.values():
                 kwargs = requests[places[0]].args[1]
                 options, room = self._sampling(kwargs)
-                ids = {i: self.tok_encode(requests[i].args[0])[-room:] for i in places}
+                encoded = {i: self.tok_encode(requests[i].args[0])[-room:] for i in places}
+                ids = {i: found or [self.prefix_token_id] for i, found in encoded.items()}
                 places.sort(key=lambda i: -len(ids[i]))
                 for start in range(0, len(places), self.batch_size):
                     taken = places[start : start + self.batch_size]
@@ -202,13 +228,16 @@ class HarnessModel(TemplateLM):
                     # A repeated request is another sample, in batches of any size.
                     rows = [ids[i] for i in taken]
                     batch = self.lm.batch(rows, options, is_answer=True, first_samples=taken)
-                    for i, done in zip(taken, self.lm.complete(batch), strict=True):
+                    completions = self.lm.complete(batch)
+                    dropped += completions[0].dropped  # of the whole batch
+                    for i, done in zip(taken, completions, strict=True):
                         if done.error:
                             raise MixtralError(done.error, code=BAD_DATA)
                         found[i] = done.generated_text or ""
                         args = requests[i].args
                         self.cache_hook.add_partial("generate_until", args, found[i])
                     bar.update(len(taken))
+        terminal.tell_dropped("writing", dropped)
         return [found[place] for place in range(len(requests))]
 
     def _sampling(self, kwargs: Mapping[str, Any]) -> tuple[SamplingOptions, int]:
@@ -224,11 +253,30 @@ class HarnessModel(TemplateLM):
             fields["temperature"] = 0.0
         room = self.max_length - tokens
         if room < 1:
-            expected, fix = f"below {self.max_length} (max_length)", "--gen_kwargs max_gen_toks=64"
+            expected = f"below {self.max_length} (max_length)"
+            fix = f"--gen_kwargs max_gen_toks={min(64, self.max_length // 2)}"
             raise MixtralError("max_gen_toks", expected=expected, got=tokens, fix=fix, code=USAGE)
         stop = tuple(text for text in until if text)
         sizes = {"max_new_tokens": tokens, "seed": self._seed, "stop": stop}
         return SamplingOptions(**sizes, **fields), room
+
+
+def _nothing_to_score(request: object) -> MixtralError:
+    return MixtralError(
+        f"request {str(request)[:200]}: nothing to score",
+        expected="a continuation of one token or more behind its context",
+        got="none: it is empty, or merges with the context's last token",
+        fix="end contexts, or begin choices, with a space (target_delimiter of the task)",
+        code=BAD_DATA,
+    )
+
+
+def _whole(name: str, given: object) -> int:
+    """A whole number, which lm-eval may give as a text."""
+    if isinstance(given, bool) or not str(given).isdecimal():
+        got = repr(given)
+        raise MixtralError(f"--model_args {name}", expected="a number", got=got, code=USAGE)
+    return int(str(given))
 
 
 def _batch_size(given: int | str | None) -> int:

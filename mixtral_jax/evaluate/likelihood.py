@@ -12,6 +12,7 @@ from mixtral_jax.evaluate import scores
 from mixtral_jax.evaluate.perplexity import batches_of, name_of
 from mixtral_jax.evaluate.windows import Rows, Window
 from mixtral_jax.language_model import LanguageModel
+from mixtral_jax.sharding import hosts
 
 
 class Likelihood(NamedTuple):
@@ -24,13 +25,22 @@ class Likelihood(NamedTuple):
     is_greedy: bool
 
 
+class Likelihoods(NamedTuple):
+    """Of each window, and the expert assignments left out while they were read, over all layers
+    (0 unless overflow="drop").
+    """
+
+    each: list[Likelihood]
+    dropped: int
+
+
 def likelihoods(
     lm: LanguageModel,
     cut: Sequence[Window],
     *,
     batch: int,
     watch: Callable[[int], Any] | None = None,
-) -> list[Likelihood]:
+) -> Likelihoods:
     """Likelihoods of the scored tokens of windows that are independent of each other.
 
     Windows of about one length are read together, so padding at most doubles what is read, and one
@@ -50,21 +60,25 @@ def likelihoods(
         longest = max(len(window.token_ids) - 1, scores.LENGTH_BUCKET)
         groups.setdefault((longest - 1).bit_length(), []).append(place)
     found: dict[int, Likelihood] = {}
+    dropped = 0
     for size in sorted(groups, reverse=True):  # what does not fit into the memory fails at once
         places = sorted(groups[size], key=lambda place: -len(cut[place].token_ids))
         ordered, at = [cut[place] for place in places], 0
         for rows, taken in batches_of(lm, ordered, batch):
             read = places[at : at + len(taken)]
-            found.update(zip(read, _score(lm, rows, len(taken)), strict=True))
+            scored = _score(lm, rows, len(taken))
+            found.update(zip(read, scored.each, strict=True))
+            dropped += scored.dropped
             at += len(taken)
             if watch is not None:
                 watch(len(taken))
-    return [found[place] for place in range(len(cut))]
+    return Likelihoods([found[place] for place in range(len(cut))], dropped)
 
 
-def _score(lm: LanguageModel, rows: Rows, count: int) -> list[Likelihood]:
+def _score(lm: LanguageModel, rows: Rows, count: int) -> Likelihoods:
     sums, greedy, at = np.zeros(len(rows.tokens)), np.ones(len(rows.tokens), bool), 0
-    for logits in scores.logits_in_parts(lm, scores.read(lm, rows).x):
+    read = scores.read(lm, rows)
+    for logits in scores.logits_in_parts(lm, read.x):
         part = slice(at, at := at + logits.shape[1])
         here, targets = rows.is_scored[:, part], rows.targets[:, part]
         judged = scores.judge(logits, targets)
@@ -74,4 +88,5 @@ def _score(lm: LanguageModel, rows: Rows, count: int) -> list[Likelihood]:
         sums += np.where(here, judged.logprobs, 0).sum(axis=1, dtype=np.float64)
         greedy &= ((judged.best == targets) | ~here).all(axis=1)
     pairs = zip(sums[:count].tolist(), greedy[:count].tolist(), strict=True)
-    return [Likelihood(*pair) for pair in pairs]
+    dropped = int(hosts.fetch(read.dropped).sum())
+    return Likelihoods([Likelihood(*pair) for pair in pairs], dropped)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from mixtral_jax.config import DTYPES
 from mixtral_jax.convert.hub import EMBEDDED
 from mixtral_jax.errors import USAGE, MixtralError
 from mixtral_jax.evaluate import exact, perplexity
@@ -16,6 +17,7 @@ from mixtral_jax.evaluate.routing_page import DEFAULT_TOKENS
 from mixtral_jax.evaluate.table import NO_SCHEME, Entry, is_made, parse_schemes
 from mixtral_jax.evaluate.windows import Windowing
 from mixtral_jax.load_options import LoadOptions
+from mixtral_jax.quantize import spelling
 from mixtral_jax.quantize.driver import Calibration
 from mixtral_jax.quantize.spelling import is_calibrated
 from mixtral_jax.sharding.cluster import ProcessOptions
@@ -52,6 +54,9 @@ class OnText(Shared):
             raise MixtralError(what, fix=fix, code=USAGE)
 
 
+_ONE_TEXT = "measure them one after another: perplexities of two texts are not one number"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerplexityOptions(OnText):
     """Exact windowed perplexity of a text; several checkpoints or schemes are compared.
@@ -60,7 +65,7 @@ class PerplexityOptions(OnText):
     loaded beside one other at a time.
     """
 
-    text: Path
+    text: tuple[Path, ...]
     """A UTF-8 text file."""
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CKPT ...]")
@@ -85,6 +90,9 @@ class PerplexityOptions(OnText):
 
     def __post_init__(self):
         super().__post_init__()
+        if len(self.text) != 1:
+            got = ", ".join(map(str, self.text))
+            raise MixtralError("--text", expected="one file", got=got, fix=_ONE_TEXT, code=USAGE)
         if self.schemes is not None and self.load.quantize is not None:
             fix = f"--schemes {self.schemes},{self.load.quantize}"
             raise MixtralError("--schemes and --quantize", fix=fix, code=USAGE)
@@ -197,12 +205,13 @@ class RoutingOptions(OnText):
         if self.load.quantize is not None:
             what, fix = "--other-scheme and --quantize", "leave --quantize out"
             raise MixtralError(what, fix=fix, code=USAGE)
-        if len(parse_schemes(self.other_scheme)) != 1 or is_made(self.other_scheme, has_text=False):
+        at_load = [name for name in spelling.names() if not is_made(name, has_text=False)]
+        if self.other_scheme not in (NO_SCHEME, *DTYPES, *at_load):
             raise MixtralError(
                 "--other-scheme",
-                expected="one scheme that is made while a checkpoint loads",
+                expected=f"one of {', '.join((NO_SCHEME, *DTYPES, *at_load))}",
                 got=repr(self.other_scheme),
-                fix="python -m mixtral_jax.quantize, and --other with its folder",
+                fix="--other-scheme int8, or quantize to a folder and name it with --other",
                 code=USAGE,
             )
 

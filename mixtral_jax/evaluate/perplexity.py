@@ -23,6 +23,12 @@ from mixtral_jax.sharding import hosts
 from mixtral_jax.sharding.agreement import short
 
 DEFAULT_BATCH = 8
+# What two models must have alike for their routing to be compared: in words, and in a config.
+ROUTED = {
+    "layers": "num_hidden_layers",
+    "experts": "num_local_experts",
+    "experts per token": "num_experts_per_tok",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +184,7 @@ def name_of(lm: LanguageModel) -> str:
 
 def routes_alike(first: LanguageModel, other: LanguageModel) -> bool:
     """Whether the routing of two models can be compared: layers, experts, experts per token."""
-    fields = ("num_hidden_layers", "num_local_experts", "num_experts_per_tok")
+    fields = ROUTED.values()
     return all(getattr(first.config, name) == getattr(other.config, name) for name in fields)
 
 
@@ -221,6 +227,26 @@ def _check_ids(taken: list[Window], vocab_size: int) -> None:
             raise MixtralError("token id", expected=expected, got=wrong, fix=fix, code=BAD_DATA)
 
 
+def refuse_nan(lm: LanguageModel, what: str, is_bad: np.ndarray, rows: Rows) -> None:
+    """Refuses numbers of a model that are NaN or infinite.
+
+    Args:
+        lm: whose they are.
+        what: they are.
+        is_bad: bools ``[B, T]``, places of the rows.
+        rows: that were read.
+
+    Raises:
+        MixtralError: exit code 65.
+    """
+    if is_bad.any():
+        # A NaN token spoils the earlier ones of its window too, where it is masked only.
+        begin = rows.begin[is_bad.any(axis=1)].min()
+        what = f"{name_of(lm)}: {what} are NaN in the window that begins at token {begin}"
+        fix = "the weights are damaged: convert or download them again"
+        raise MixtralError(what, fix=fix, code=BAD_DATA)
+
+
 class _Total:
     """Sums of one model."""
 
@@ -235,12 +261,7 @@ class _Total:
     def judge(self, judged: scores.Judged, rows: Rows, part: slice) -> None:
         here = rows.is_scored[:, part]
         is_bad = here & ~(judged.is_finite & np.isfinite(judged.logprobs))
-        if is_bad.any():
-            # A NaN token spoils the earlier ones of its window too, where it is masked only.
-            begin = rows.begin[is_bad.any(axis=1)].min()
-            what = f"{name_of(self._lm)}: logits are NaN in the window that begins at token {begin}"
-            fix = "the weights are damaged: convert or download them again"
-            raise MixtralError(what, fix=fix, code=BAD_DATA)
+        refuse_nan(self._lm, "logits", is_bad, rows)
         self._nll -= judged.logprobs[here].sum(dtype=np.float64)
         self._scored += int(here.sum())
 

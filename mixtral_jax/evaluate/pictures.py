@@ -42,17 +42,18 @@ def draw_table(rows: Sequence[Row], title: str, path: Path) -> None:
         left, right = figure.subplots(1, 2)
         left.axhline(perplexities[0], color="gray", linestyle="--", linewidth=1)
         _label_points(left, bits, perplexities, names, color="tab:blue")
-        left.set(title="perplexity")
+        left.set_title("perplexity")
         left.yaxis.set_major_formatter("{x:g}")
         left.yaxis.set_minor_formatter("{x:g}")
         divergences = [getattr(rows[i].divergence, "kl", 0.0) for i in apart]
         named = [names[i] for i in apart]
         _label_points(right, [bits[i] for i in apart], divergences, named, color="tab:orange")
-        right.set(title=f"mean KL divergence from {rows[0].entry.name}, nats")
+        apart_from = f"mean KL divergence from {rows[0].entry.name}, nats"
+        right.set_title(apart_from, parse_math=False)
         for axes in (left, right):
             axes.set(xlabel="bits per weight of the experts")
             axes.grid(alpha=0.3)
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
 
 
 def _label_points(
@@ -74,6 +75,7 @@ def _label_points(
             textcoords="axes fraction",
             va="center",
             fontsize=8,
+            parse_math=False,  # a name may hold $ or ^
             arrowprops={
                 "arrowstyle": "-", "color": "gray", "linewidth": 0.5, "alpha": 0.6,
                 "relpos": (0, 0.5), "shrinkA": 2,
@@ -108,11 +110,11 @@ def draw_routing(study: Study, title: str, path: Path) -> None:
             image = _heat(axes, shares, most)
             if shares.size * len(panels) <= _MOST_NUMBERS:
                 _write_shares(axes, shares, most)
-            axes.set_title(name, fontsize=9)
+            axes.set_title(name, fontsize=9, parse_math=False)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
         figure.colorbar(image, ax=list(grid), label="share of the layer's assignments")
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
 
 
 def _heat(axes: Any, shares: Float[np.ndarray, "L E"], most: float) -> Any:

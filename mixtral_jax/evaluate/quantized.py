@@ -17,6 +17,7 @@ from typing import Any
 from mixtral_jax.convert.hub import resolve
 from mixtral_jax.convert.manifest import file_sha256
 from mixtral_jax.errors import INPUT_NOT_FOUND, USAGE, MixtralError
+from mixtral_jax.evaluate.text import no_file
 from mixtral_jax.quantize import spelling
 from mixtral_jax.quantize.calibration import read_windows
 from mixtral_jax.quantize.driver import Calibration
@@ -147,7 +148,7 @@ def check_calibration(path: Path, text: Path, sha256: str) -> None:
         MixtralError: exit code 64 for the same text, under any name; 66 without the file.
     """
     if not path.is_file():
-        what, fix = f"--calibration {path}: no such file", "name a .txt or .jsonl file"
+        what, fix = f"--calibration {path}: {no_file(path)}", "name a .txt or .jsonl file"
         raise MixtralError(what, fix=fix, code=INPUT_NOT_FOUND)
     if file_sha256(path) == sha256:
         raise MixtralError(

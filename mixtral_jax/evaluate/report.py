@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from mixtral_jax.evaluate.quantized import Made
@@ -147,8 +148,8 @@ def comparison(rows: Sequence[Row]) -> Table:
     table = Table(*columns, *(["right"] if with_exact else []))
     for row in rows:
         cells = [
-            row.entry.checkpoint,
-            row.entry.scheme or NO_SCHEME,
+            escape(row.entry.checkpoint),
+            escape(row.entry.scheme or NO_SCHEME),
             row.dtype,
             f"{row.experts.bits:.3f}",
             f"{row.weight_bytes:,}",

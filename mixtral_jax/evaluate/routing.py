@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from mixtral_jax.config import ModelConfig
 from mixtral_jax.evaluate import scores
-from mixtral_jax.evaluate.perplexity import DEFAULT_BATCH, batches_of
+from mixtral_jax.evaluate.perplexity import DEFAULT_BATCH, batches_of, refuse_nan
 from mixtral_jax.evaluate.windows import Windowing, windows
 from mixtral_jax.language_model import LanguageModel
 from mixtral_jax.sharding import hosts
@@ -22,13 +22,16 @@ class Choices(NamedTuple):
     """Tokens in the order of the text, and the experts that each went to.
 
     ``positions`` count from the beginning of a token's document; ``expert_ids`` stand first choice
-    first, beside the weights with which the experts' outputs are summed.
+    first, beside the weights with which the experts' outputs are summed. ``dropped`` counts the
+    assignments that were left out while these tokens were read, in all layers, those of tokens read
+    as context only among them (0 unless overflow="drop").
     """
 
     token_ids: Int[np.ndarray, " N"]
     positions: Int[np.ndarray, " N"]
     expert_ids: Int[np.ndarray, "L N A"]
     weights: Float[np.ndarray, "L N A"]
+    dropped: int = 0
 
 
 def entropy_bits(shares: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"]:
@@ -51,6 +54,8 @@ class RoutingCounts:
         tokens: that were routed: all of each document but the last, once each.
         context: tokens of a window.
         stride: tokens between the beginnings of two windows.
+        dropped: assignments left out, over all layers (0 unless overflow="drop"). They are counted
+            above too, where the router sent them.
     """
 
     by_choice: Int[np.ndarray, "L A E"]
@@ -61,6 +66,7 @@ class RoutingCounts:
     tokens: int
     context: int
     stride: int
+    dropped: int = 0
 
     @property
     def counts(self) -> Int[np.ndarray, "L E"]:
@@ -85,7 +91,7 @@ class RoutingCounts:
 
     def __add__(self, other: RoutingCounts) -> RoutingCounts:
         """Of two texts together."""
-        summed = ("by_choice", "by_class", "same_first", "same_any", "pairs", "tokens")
+        summed = ("by_choice", "by_class", "same_first", "same_any", "pairs", "tokens", "dropped")
         sums = {name: getattr(self, name) + getattr(other, name) for name in summed}
         return dataclasses.replace(self, **sums)
 
@@ -110,13 +116,14 @@ class RoutingCounter:
         self._by_choice = np.zeros((L, A, E), np.int64)
         self._by_class = np.zeros((L, num_classes, E), np.int64)
         self._same_first, self._same_any = np.zeros((2, L), np.int64)
-        self._pairs = self._tokens = 0
+        self._pairs = self._tokens = self._dropped = 0
         self._last: Choices | None = None
 
     def add(self, choices: Choices) -> None:
         """Counts the choices that follow those before."""
         L, N, _ = choices.expert_ids.shape
         self._tokens += N
+        self._dropped += choices.dropped
         layers = np.arange(L)[:, None]
         for choice in range(self._by_choice.shape[1]):
             np.add.at(self._by_choice[:, choice], (layers, choices.expert_ids[..., choice]), 1)
@@ -149,6 +156,7 @@ class RoutingCounter:
             tokens=self._tokens,
             context=context,
             stride=stride,
+            dropped=self._dropped,
         )
 
 
@@ -163,7 +171,7 @@ def choices_of(
 
     A token is counted where the next one would be scored by ``perplexity``, so the last token of a
     document is not; documents are read apart from each other. Arguments and errors are those of
-    ``perplexity``, without those of logits, which are not computed.
+    ``perplexity``; logits are not computed, but hidden states that are NaN are refused as they are.
 
     Yields:
         The choices of each model.
@@ -177,9 +185,11 @@ def choices_of(
         found = []
         for lm in models:
             read = scores.read(lm, rows)
-            ids, weights = hosts.fetch((read.expert_ids, read.expert_weights))
-            ids, weights = (np.asarray(each)[:, rows.is_scored] for each in (ids, weights))
-            found.append(Choices(tokens, positions, ids, weights))
+            parts = (read.expert_ids, read.expert_weights, read.dropped, read.is_finite)
+            ids, weights, dropped, is_finite = map(np.asarray, hosts.fetch(parts))
+            refuse_nan(lm, "hidden states", rows.is_scored & ~is_finite, rows)
+            ids, weights = (each[:, rows.is_scored] for each in (ids, weights))
+            found.append(Choices(tokens, positions, ids, weights, int(dropped.sum())))
         yield tuple(found)
 
 

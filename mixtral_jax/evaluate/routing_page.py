@@ -26,7 +26,7 @@ def check_page(path: Path) -> None:
     """Refuses a page that could not be written, before anything is computed.
 
     Raises:
-        MixtralError: exit code 64 for another kind of file, 66 for a folder that is not there.
+        MixtralError: as ``check_file``.
     """
     check_file("--html", path, (".html", ".htm"))
 
@@ -107,7 +107,7 @@ def _data(shown: Sequence[Choices], tokenizer: Tokenizer, num_layers: int) -> di
 
 def _json(value: Any) -> str:
     """JSON that cannot end the element that it stands in."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _style(expert: int, num_experts: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from rich.markup import escape
 from rich.table import Table
 
 from mixtral_jax.evaluate.report import tokenizer_line
@@ -64,6 +65,7 @@ def study_json(
             "checkpoint": other.checkpoint,
             "scheme": other.scheme,
             "tokens": study.agreement.tokens,
+            "dropped": study.other_dropped,
             "same_first": _rounded(study.agreement.same_first),
             "same_set": _rounded(study.agreement.same_set),
         }
@@ -92,6 +94,7 @@ def _counts_json(counts: RoutingCounts) -> dict[str, Any]:
         },
         "class_information": _rounded(mutual_information(counts.by_class)),
         "tokens": counts.tokens,
+        "dropped": counts.dropped,
     }
 
 
@@ -150,7 +153,9 @@ def text_table(study: Study) -> Table:
     assert study.divergence is not None
     assert study.by_chance is not None
     names = names_of([each.dataset for each in study.texts])
-    table = Table("layer", *names, f"divergence, bits ({study.by_chance:.4f} by chance)")
+    table = Table(
+        "layer", *map(escape, names), f"divergence, bits ({study.by_chance:.4f} by chance)"
+    )
     for layer, divergence in enumerate(study.divergence):
         loads = [each.counts.shares[layer] for each in study.texts]
         cells = [most_of(load) for load in loads]

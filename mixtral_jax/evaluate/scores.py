@@ -29,13 +29,15 @@ class Read(NamedTuple):
     """What a model makes of a batch of windows.
 
     ``expert_ids`` are those chosen by every layer, the first choice first, and ``expert_weights``
-    what they count; ``dropped`` counts the expert assignments left out, per layer.
+    what they count; ``dropped`` counts the expert assignments left out, per layer; ``is_finite``
+    marks places where neither ``x`` nor what a router weighs is NaN or infinite.
     """
 
     x: Float[Array, "B T D"]
     expert_ids: Int[Array, "L B T A"]
     expert_weights: Float[Array, "L B T A"]
     dropped: Int[Array, " L"]
+    is_finite: Bool[Array, "B T"]
 
 
 class Judged(NamedTuple):
@@ -54,7 +56,8 @@ def _read(
     shape = (len(hidden.routing), *tokens.shape, -1)
     expert_ids = jnp.stack([layer.expert_ids for layer in hidden.routing]).reshape(shape)
     weights = jnp.stack([layer.expert_weights for layer in hidden.routing]).reshape(shape)
-    return Read(hidden.x, expert_ids, weights, hidden.dropped)
+    is_finite = jnp.isfinite(hidden.x).all(axis=-1) & jnp.isfinite(weights).all(axis=(0, -1))
+    return Read(hidden.x, expert_ids, weights, hidden.dropped, is_finite)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "placement"))

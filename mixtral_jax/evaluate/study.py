@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
 
+from mixtral_jax.config import ModelConfig
 from mixtral_jax.errors import BAD_DATA, MixtralError
 from mixtral_jax.evaluate.perplexity import (
     DEFAULT_BATCH,
+    ROUTED,
     check_vocabulary,
     name_of,
-    routes_alike,
 )
 from mixtral_jax.evaluate.routing import Choices, RoutingCounter, RoutingCounts, choices_of
 from mixtral_jax.evaluate.specialisation import (
@@ -49,6 +51,7 @@ class Study:
         divergence: per layer, ``jensen_shannon`` of the loads of the texts; None of one text.
         by_chance: what it would be if all texts were alike, about.
         agreement: with the other model; None without one.
+        other_dropped: assignments left out by the other model, as ``RoutingCounts.dropped``.
     """
 
     texts: tuple[TextRouting, ...]
@@ -56,6 +59,7 @@ class Study:
     divergence: Float[np.ndarray, " L"] | None
     by_chance: float | None
     agreement: Agreement | None
+    other_dropped: int = 0
 
 
 def documents_of(
@@ -67,13 +71,24 @@ def documents_of(
     model's chat format); any other file is one document.
 
     Raises:
-        MixtralError: exit code 65 for a line that is neither, or what is not UTF-8.
+        MixtralError: exit code 65 for a line that is neither, what is not UTF-8, or not the text
+            that it was before.
     """
-    if text.path.suffix != ".jsonl":
+    if text.path.suffix.lower() != ".jsonl":
         yield text.token_ids(tokenizer, progress)
         return
-    for document in jsonl_documents(text.path, tokenizer):
+    digest, size = hashlib.sha256(), 0
+
+    def read(line: bytes) -> None:
+        nonlocal size
+        digest.update(line)
+        size += len(line)
+        if progress is not None:
+            progress(size)
+
+    for document in jsonl_documents(text.path, tokenizer, read):
         yield [tokenizer.bos_id, *document]
+    text.check_unchanged(digest.hexdigest())
 
 
 def study(
@@ -103,15 +118,11 @@ def study(
     """
     for other in models[1:]:
         check_vocabulary(models[0], other)
-        if not routes_alike(models[0], other):
-            what, expected = name_of(other), "the layers, experts and experts per token"
-            expected += f" of {name_of(models[0])}"
-            fix = "compare checkpoints of one architecture"
-            raise MixtralError(what, expected=expected, got="others", fix=fix, code=BAD_DATA)
+        check_architecture(other.config, name_of(other), models[0].config, name_of(models[0]))
     sizes = (windowing or Windowing()).fit([lm.config for lm in models])
     classes = token_classes(tokenizer)
     agreement = AgreementCounter(models[0].config.num_hidden_layers)
-    found = []
+    found, other_dropped = [], 0
     for text in texts:
         counter, kept = RoutingCounter(models[0].config, classes, len(CLASSES)), _Kept(keep)
         documents = documents_of(text, tokenizer, watch(text) if watch else None)
@@ -120,6 +131,7 @@ def study(
             kept.add(ours)
             for choices in theirs:
                 agreement.add(ours, choices)
+                other_dropped += choices.dropped
         counts = counter.result(*sizes)
         found.append(TextRouting(dataset=text.dataset, counts=counts, kept=kept.choices))
     total = found[0].counts
@@ -138,7 +150,23 @@ def study(
         divergence=divergence,
         by_chance=by_chance,
         agreement=agreement.result() if len(models) > 1 else None,
+        other_dropped=other_dropped,
     )
+
+
+def check_architecture(config: ModelConfig, name: str, first: ModelConfig, first_name: str) -> None:
+    """Refuses a model whose routing cannot be compared with the first's.
+
+    Raises:
+        MixtralError: exit code 65.
+    """
+    ours, theirs = (
+        ", ".join(f"{getattr(each, field)} {word}" for word, field in ROUTED.items())
+        for each in (first, config)
+    )
+    if theirs != ours:
+        fix, expected = "compare checkpoints of one architecture", f"{ours}, as {first_name}"
+        raise MixtralError(name, expected=expected, got=theirs, fix=fix, code=BAD_DATA)
 
 
 class _Kept:
@@ -151,7 +179,7 @@ class _Kept:
         count = min(self._room, len(choices.token_ids))
         if count:
             self._room -= count
-            ids, positions, experts, weights = choices
+            ids, positions, experts, weights, _ = choices
             part = (ids[:count], positions[:count], experts[:, :count], weights[:, :count])
             self._parts.append(Choices(*part))
 
@@ -159,6 +187,10 @@ class _Kept:
     def choices(self) -> Choices | None:
         if not self._parts:
             return None
-        ids, positions, experts, weights = zip(*self._parts, strict=True)
-        joined = (np.concatenate(each, axis=1) for each in (experts, weights))
-        return Choices(np.concatenate(ids), np.concatenate(positions), *joined)
+        ids, positions, experts, weights, _ = zip(*self._parts, strict=True)
+        return Choices(
+            np.concatenate(ids),
+            np.concatenate(positions),
+            np.concatenate(experts, axis=1),
+            np.concatenate(weights, axis=1),
+        )

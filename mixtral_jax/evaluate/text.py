@@ -31,6 +31,14 @@ class Dataset:
     sha256: str
 
 
+def no_file(path: Path) -> str:
+    """What a path is that is no file."""
+    if path.is_dir():
+        return "a folder"
+    is_there = path.exists()
+    return "no file that can be read more than once" if is_there else "no such file"
+
+
 class TextFile:
     """A UTF-8 text on the disk, taken as it is: line ends are not translated.
 
@@ -44,9 +52,8 @@ class TextFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_file():
-            what = "a folder" if self.path.is_dir() else "no such file"
-            fix = "name a UTF-8 text file"
-            raise MixtralError(f"--text {self.path}: {what}", fix=fix, code=INPUT_NOT_FOUND)
+            what, fix = f"--text {self.path}: {no_file(self.path)}", "name a UTF-8 text file"
+            raise MixtralError(what, fix=fix, code=INPUT_NOT_FOUND)
         digest, size = hashlib.sha256(), 0
         for block in self._blocks():
             digest.update(block)
@@ -90,10 +97,14 @@ class TextFile:
             if progress is not None:
                 progress(size)
         held += self._decoded(decoder, b"", size, is_last=True)
-        if digest.hexdigest() != self.dataset.sha256:
+        self.check_unchanged(digest.hexdigest())
+        yield from _encode_behind(tokenizer, before, held)
+
+    def check_unchanged(self, sha256: str) -> None:
+        """Refuses what was read if it is not the text that it was before (exit code 65)."""
+        if sha256 != self.dataset.sha256:
             fix = "run again when nobody writes to it"
             raise MixtralError(f"--text {self.path} changed while read", fix=fix, code=BAD_DATA)
-        yield from _encode_behind(tokenizer, before, held)
 
     def _blocks(self) -> Iterator[bytes]:
         with self.path.open("rb") as file:

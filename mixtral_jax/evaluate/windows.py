@@ -118,6 +118,8 @@ def stack(batch: Sequence[Window], num_rows: int, length: int) -> Rows:
     valid, is_scored = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
     begin = np.zeros((num_rows,), np.int64)
     for row, window in enumerate(batch):
+        # Nothing stands before its first token: a slice from -1 would score none of it.
+        assert window.begin < window.first, window
         count = len(window.token_ids) - 1
         tokens[row, :count] = window.token_ids[:-1]
         # A masked NaN is NaN still, so no row may meet another's tokens.

@@ -187,6 +187,10 @@ class Work:
                 fix=fix,
                 code=OUTPUT_EXISTS,
             )
+        missing = sorted({"programs", "model", "weights", "tokenizer", "sha256"} - about.keys())
+        if missing:
+            what, fix = f"{dst / NAME} lacks {', '.join(missing)}", "export to another folder"
+            raise MixtralError(what, fix=fix, code=BAD_DATA)
         if self.backend in about["programs"] and not self.options.overwrite:
             raise MixtralError(
                 f"{dst} has programs for {self.options.platform}",
@@ -205,10 +209,11 @@ class Work:
         had, own = about["model"], json.loads(json.dumps(config_to_dict(self.config)))
         fields = sorted(k for k in {*had, *own} if had.get(k) != own.get(k))
         if fields:
+            shown = fields[:3]  # of all that there are in a config
             raise MixtralError(
-                f"{dst} holds a model of another config",
-                expected={name: had.get(name) for name in fields},
-                got={name: own.get(name) for name in fields},
+                f"{dst} holds a model of another config: it differs in {', '.join(fields)}",
+                expected={name: had.get(name) for name in shown},
+                got={name: own.get(name) for name in shown},
                 fix="choose another folder",
                 code=OUTPUT_EXISTS,
             )

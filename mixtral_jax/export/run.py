@@ -21,17 +21,24 @@ import numpy as np
 from safetensors import safe_open
 
 here = Path(__file__).resolve().parent
-plan = json.loads((here / "export.json").read_text())["programs"][jax.default_backend()]
+programs = json.loads((here / "export.json").read_text())["programs"]
+none = f"error: no programs for {jax.default_backend()}, only for {', '.join(programs)}"
+plan = programs.get(jax.default_backend()) or sys.exit(f"{none}; fix: export them")
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("prompts", nargs="+", type=lambda ids: [int(i) for i in ids.split(",")])
+parser.add_argument(
+    "prompts", nargs="+", type=lambda ids: [*map(int, filter(None, ids.split(",")))]
+)
 for name, value in {"max-new-tokens": 64, "temperature": 0.0, "top-p": 1.0, "seed": 0}.items():
     parser.add_argument(f"--{name}", type=type(value), default=value)
 asked = vars(parser.parse_args())
 prompts = asked.pop("prompts")
 longest = max(map(len, prompts)) + asked["max_new_tokens"]
 is_known = {i for ids in prompts for i in ids} <= {*range(plan["vocab_size"])}
-if not is_known or len(prompts) > plan["rows"] or longest > plan["max_tokens"]:
-    parser.error("at most {rows} prompts, {max_tokens} tokens, ids < {vocab_size}".format(**plan))
+if not is_known or not all(prompts) or len(prompts) > plan["rows"] or longest > plan["max_tokens"]:
+    parser.error("1 to {rows} prompts, {max_tokens} tokens, ids < {vocab_size}".format(**plan))
+least, most = {"max_new_tokens": 1, "top_p": 1e-9}, {"top_p": 1, "seed": 2**32 - 1}
+if not all(least.get(n, 0) <= value <= most.get(n, 1e9) for n, value in asked.items()):
+    parser.error(f"options from {least} (else 0) to {most} (else 1e9)")
 for name, digest in plan["sha256"].items():
     if hashlib.sha256(np.memmap(here / name, mode="r").data).hexdigest() != digest:
         sys.exit(f"error: {here / name} was altered; fix: copy or export it again")

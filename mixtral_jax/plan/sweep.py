@@ -183,4 +183,4 @@ def draw(bills: list[Bill], title: str, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.grid(alpha=0.3)
         speed.legend()
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ def read_windows(
             code=USAGE,
         )
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         expected = " or ".join(SUFFIXES)
         raise MixtralError("--calibration", expected=expected, got=repr(path.name), code=USAGE)
-    read = jsonl_documents if path.suffix == ".jsonl" else _text
+    read = jsonl_documents if path.suffix.lower() == ".jsonl" else _text
     documents = read(path, tokenizer)
     found: list[np.ndarray] = []
     for window in _cut(documents, tokenizer.bos_id, length):
@@ -86,12 +86,15 @@ def _cut(documents: Iterator[Iterator[int]], bos: int, length: int) -> Iterator[
             yield window
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(
+    path: Path, watch: Callable[[bytes], Any] = lambda line: None
+) -> Iterator[tuple[int, str]]:
     try:
         with open(path, "rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
+                watch(line)
                 if len(line) > MAX_LINE_BYTES:
                     raise _bad(path, number, f"at most {MAX_LINE_BYTES} bytes", "more")
                 try:
@@ -117,9 +120,14 @@ def _text(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[int]]:
     yield tokens()
 
 
-def jsonl_documents(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[int]]:
-    """Token ids without <s> of each line of a .jsonl file, read as by ``read_windows``."""
-    for number, line in _lines(path):
+def jsonl_documents(
+    path: Path, tokenizer: Tokenizer, watch: Callable[[bytes], Any] = lambda line: None
+) -> Iterator[Iterator[int]]:
+    """Token ids without <s> of each line of a .jsonl file, read as by ``read_windows``.
+
+    ``watch`` is given every line as it is read.
+    """
+    for number, line in _lines(path, watch):
         if line.strip():
             yield iter(_document(path, number, line, tokenizer))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import mixtral_jax as mj
 from mixtral_jax import cli
@@ -51,14 +54,21 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory) -> Path:
     """The embedded model with a little noise in its head."""
+
+    def noise(head: np.ndarray) -> np.ndarray:
+        return head + np.random.default_rng(0).standard_normal(head.shape) * 0.1 * head.std()
+
+    return _copy(tmp_path_factory.mktemp("models") / "noisy", "lm_head.weight", noise)
+
+
+def _copy(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """The embedded model with one tensor changed."""
     from safetensors.numpy import load_file, save_file
 
-    folder = tmp_path_factory.mktemp("models") / "noisy"
     shutil.copytree(EMBEDDED_FOLDER, folder)
     tensors = load_file(folder / "model.safetensors")
-    head = tensors["lm_head.weight"].astype(np.float32)
-    noise = np.random.default_rng(0).standard_normal(head.shape) * 0.1 * head.std()
-    tensors["lm_head.weight"] = (head + noise).astype(tensors["lm_head.weight"].dtype)
+    kind = tensors[name].dtype
+    tensors[name] = change(tensors[name].astype(np.float32)).astype(kind)
     (folder / "model.safetensors").unlink()
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -119,7 +129,8 @@ def test_comparison(text, noisy, tmp_path, capsys):
     assert (first["kl"], first["difference"]) == (None, 0)
     assert other["routing_agreement"] == 1, "the head alone differs"
     assert other["kl"] > 1e-4
-    assert first["exact"] == {"asked": 2, "right": 1, "exact": 1, "accuracy": 0.5}
+    counts = {"asked": 2, "right": 1, "exact": 1, "dropped": 0, "accuracy": 0.5}
+    assert first["exact"] == counts
     plain, far = (mj.load(name, mesh="1x1", dtype="float32") for name in ("tiny", noisy))
     wanted = compare(plain, far, plain.encode(TEXT), windowing=Windowing(context=32))
     assert other["kl"] == pytest.approx(wanted.divergence.kl, rel=1e-5)
@@ -214,11 +225,42 @@ def test_routing_of_two_texts_and_two_checkpoints(text, noisy, tmp_path, capsys)
     assert "Jensen-Shannon" in out
 
 
+def test_dropped_assignments_are_told_alike(tmp_path, capsys):
+    """Windows of 64 tokens on 8 devices, and room for a quarter of a balanced load."""
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 6)
+    shared = ["tiny", "--text", path, "--context", 64, "--mesh", "1x8", "--json"]
+    shared += ["--overflow", "drop", "--capacity-factor", 0.25]
+    code, out, err = here(capsys, "routing", *shared, "--other", "tiny")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["dropped"] == found["texts"][0]["dropped"] == found["other"]["dropped"] > 0
+    assert err.count(f"note: tiny: dropped {found['dropped']} expert assignments") == 2
+    code, out, err = here(capsys, "perplexity", *shared)
+    assert json.loads(out)["dropped"] == found["dropped"]
+    assert f"note: tiny: dropped {found['dropped']} expert assignments" in err
+
+
+def test_results_outlive_pictures_that_cannot_be_written(text, tmp_path, capsys, monkeypatch):
+    def full(*given: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    shared = ["--text", text, "--mesh", "1x1", "--context", 32, "--plot", tmp_path / "a.svg"]
+    for command, line in (("perplexity", "bits/byte"), ("routing", "evenness")):
+        code, out, err = here(capsys, command, *shared)
+        assert code == 74
+        assert line in out
+        assert "error: the disk is full" in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
         ("", 64, "Expected one of"),
         ("perplexity", 64, "--text"),
+        ("perplexity --text a --text b", 64, "--text: expected one file, got a, b; fix: measure"),
         ("perplexity --text nowhere.txt", 66, "--text nowhere.txt: no such file"),
         ("perplexity --text .", 66, "--text .: a folder"),
         ("perplexity --text EMPTY", 65, "expected some text, got 0 bytes"),
@@ -261,9 +303,15 @@ def test_routing_of_two_texts_and_two_checkpoints(text, noisy, tmp_path, capsys)
         ("routing --text TEXT --html-tokens 0", 64, "--html-tokens: expected at least 1"),
         ("routing --text TEXT --other nowhere", 66, "no such folder: nowhere"),
         ("routing --text TEXT --other-scheme gptq4", 64, "gptq4"),
-        ("routing --text TEXT --other-scheme rtn3", 64, "--other-scheme: expected one scheme"),
+        ("routing --text TEXT --other-scheme rtn3", 64, "--other-scheme: expected one of none,"),
         ("routing --text TEXT --other-scheme int8 --quantize int8", 64, "leave --quantize out"),
+        ("routing --text TEXT --other-scheme foo", 64, "fix: --other-scheme int8, or"),
+        ("routing --text TEXT --other-scheme int8,int4", 64, "expected one of none,"),
         ("routing --text TEXT --other OTHER", 65, "expected the vocabulary of"),
+        ("routing --text TEXT --other FEW", 65, "4 layers, 8 experts, 2 experts per token, as ti"),
+        ("routing --text TEXT --plot FOLDER.SVG", 73, "folder.svg is a folder"),
+        ("routing --text TEXT --html FOLDER.HTML", 73, "folder.html is a folder"),
+        ("routing NAN --text TEXT", 65, "hidden states are NaN"),
     ],
 )
 def test_refusals(arguments, code, line, text, others, capsys):
@@ -294,8 +342,14 @@ def others(tmp_path_factory) -> dict[str, Path]:
     config = json.loads((folder / "larger" / "config.json").read_text())
     (folder / "larger" / "config.json").write_text(json.dumps(config | {"vocab_size": 4096}))
     (folder / "bare" / "tokenizer.model").unlink()
-    names = {"OTHER": "other", "LARGER": "larger", "BARE": "bare", "EMPTY": "empty"}
-    return {key: folder / name for key, name in names.items()}
+    shutil.copytree(EMBEDDED_FOLDER, folder / "few")  # refused by its config: weights do not fit
+    config = json.loads((folder / "few" / "config.json").read_text())
+    (folder / "few" / "config.json").write_text(json.dumps(config | {"num_local_experts": 4}))
+    _copy(folder / "nan", "model.layers.1.block_sparse_moe.gate.weight", lambda w: w * np.nan)
+    for name in ("folder.svg", "folder.html"):
+        (folder / name).mkdir()
+    names = ("other", "larger", "bare", "empty", "few", "nan", "folder.svg", "folder.html")
+    return {name.upper(): folder / name for name in names}
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -44,26 +46,37 @@ def test_judge(answer, text, is_right, is_exact):
 
 @pytest.mark.slow
 def test_the_embedded_model_answers(lm, questions):
-    answers = ask(lm, questions, chat=True)
+    answers = ask(lm, questions, chat=True).answers
     assert [answer.question for answer in answers] == questions
     score = score_of(answers)
     assert score.asked == len(questions)
     assert score.accuracy >= 0.9
     assert score.exact == score.right  # it ends where the answer does
-    again = ask(lm, questions, chat=True, batch=5, max_new_tokens=64)
+    again = ask(lm, questions, chat=True, batch=5, max_new_tokens=64).answers
     assert [a.generated_text for a in again] == [a.generated_text for a in answers]
 
 
 def test_wrong_answers_are_counted(lm, questions):
     wrong = [Question(prompt=q.prompt, answer="a" + q.answer) for q in questions[:4]]
-    score = score_of(ask(lm, wrong, chat=True))
+    score = score_of(*ask(lm, wrong, chat=True))
     assert (score.right, score.exact, score.accuracy) == (0, 0, 0.0)
 
 
 def test_texts_are_continued(lm):
-    (answer,) = ask(lm, [Question(prompt="1, 2, 3, 4, 5, 6,", answer="7, 8")])
+    (answer,) = ask(lm, [Question(prompt="1, 2, 3, 4, 5, 6,", answer="7, 8")]).answers
     assert answer.is_right
     assert answer.generated_text.startswith(" 7, 8")
+
+
+def test_dropped_assignments_are_counted_once_per_batch(lm, questions, monkeypatch):
+    def complete(self: LanguageModel, rows: Any) -> list[Any]:
+        answer = SimpleNamespace(error=None, generated_text="", dropped=5)
+        return [answer] * 2
+
+    monkeypatch.setattr(LanguageModel, "complete", complete)
+    asked = ask(lm, questions[:6], batch=2)
+    assert asked.dropped == 15
+    assert score_of(*asked).dropped == 15
 
 
 def test_questions_are_read(tmp_path):

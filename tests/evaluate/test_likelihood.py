@@ -43,7 +43,8 @@ def cut(lm) -> list[Window]:
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_sums_of_log_probabilities(lm, cut, batch):
     told: list[int] = []
-    found = likelihoods(lm, cut, batch=batch, watch=told.append)
+    found, dropped = likelihoods(lm, cut, batch=batch, watch=told.append)
+    assert dropped == 0
     assert sum(told) == len(cut)
     for window, likelihood in zip(cut, found, strict=True):
         logits = lm.logits([window.token_ids])[0].astype(np.float64)
@@ -61,7 +62,7 @@ def test_ids_outside_are_refused(lm):
     with pytest.raises(MixtralError, match="0 to 31, got 32") as caught:
         likelihoods(lm, [Window(0, 1, [1, 32])], batch=2)
     assert caught.value.code == BAD_DATA
-    assert likelihoods(lm, [], batch=2) == []
+    assert likelihoods(lm, [], batch=2) == ([], 0)
 
 
 def test_without_lm_eval(monkeypatch):

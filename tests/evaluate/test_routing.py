@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import html.parser
+import io
 import json
 import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mixtral_jax.config import PRESETS
+from mixtral_jax.evaluate.pictures import draw_routing
 from mixtral_jax.evaluate.routing import Choices, RoutingCounter, RoutingCounts
 from mixtral_jax.evaluate.routing_page import page, spelled
-from mixtral_jax.evaluate.routing_report import names_of, study_json, tables
+from mixtral_jax.evaluate.routing_report import names_of, study_json, tables, text_table
 from mixtral_jax.evaluate.specialisation import (
     AgreementCounter,
     expected_by_chance,
@@ -56,7 +59,7 @@ def counted(*parts: Choices, num_classes: int = 5) -> RoutingCounts:
 
 
 def cut(choices: Choices, *places: int) -> list[Choices]:
-    ids, positions, experts, weights = choices
+    ids, positions, experts, weights, _ = choices
     return [
         Choices(ids[a:b], positions[a:b], experts[:, a:b], weights[:, a:b])
         for a, b in pairwise([0, *places, len(ids)])
@@ -292,6 +295,50 @@ def test_one_text_has_no_divergence(tokenizer):
         sums = np.sum(found["shares"], axis=1)
         np.testing.assert_allclose(sums, 1, atol=1e-5, err_msg=name)
     assert [len(list(tables(each, entry, None))) for each in (one, two)] == [2, 3]
+
+
+def test_dropped_assignments_add_up(tokenizer):
+    one, other = (even(10)._replace(dropped=n) for n in (3, 4))
+    found = counted(one, other) + counted(one)
+    assert found.dropped == 10
+    study = studied(tokenizer, "1 2 3")
+    study = dataclasses.replace(study, total=dataclasses.replace(study.total, dropped=10))
+    assert study_json(study, Entry(checkpoint="tiny"), None, tokenizer, "1x1")["dropped"] == 10
+
+
+def test_the_page_holds_no_numbers_that_json_has_not(tokenizer):
+    study = studied(tokenizer, "1 2 3")
+    kept = study.texts[0].kept
+    assert kept is not None
+    kept.weights[1, 2, 0] = np.nan
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        page(study, "title", tokenizer)
+
+
+def test_names_are_no_markup(tokenizer):
+    study = studied(tokenizer, "1 2 3", "a b")
+    texts = [
+        dataclasses.replace(each, dataset=dataclasses.replace(each.dataset, file=f"m[{name}].txt"))
+        for each, name in zip(study.texts, ("red", "b"), strict=True)
+    ]
+    console = Console(width=140, file=io.StringIO())
+    console.print(text_table(dataclasses.replace(study, texts=tuple(texts))))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "m[red].txt" in shown
+    assert "m[b].txt" in shown
+
+
+@pytest.mark.parametrize("name", ["d$x^{$.txt", "$\\frac$.txt", "a_b^c.txt"])
+def test_names_are_no_mathematics(tokenizer, tmp_path, name):
+    study = studied(tokenizer, "1 2 3")
+    dataset = dataclasses.replace(study.texts[0].dataset, file=name)
+    study = dataclasses.replace(
+        study, texts=(dataclasses.replace(study.texts[0], dataset=dataset),)
+    )
+    draw_routing(study, f"tiny on {name}", tmp_path / "loads.svg")
+    drawn = (tmp_path / "loads.svg").read_text()
+    assert drawn.count(f">{name}<") == 1
+    assert f"tiny on {name}" in drawn
 
 
 def test_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tracemalloc
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mixtral_jax.errors import BAD_DATA, INPUT_NOT_FOUND, MixtralError
 from mixtral_jax.evaluate import text as module
+from mixtral_jax.evaluate.study import documents_of
 from mixtral_jax.evaluate.text import TextFile
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from mixtral_jax.tokenizer import Tokenizer
@@ -124,3 +126,24 @@ def test_refusals(embedded, tmp_path):
     with pytest.raises(MixtralError, match="changed while read") as caught:
         list(text.token_ids(embedded))
     assert caught.value.code == BAD_DATA
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL"])
+def test_documents_of_lines_are_those_of_the_digest(embedded, tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    text, told = TextFile(path), list[int]()
+    found = [list(ids) for ids in documents_of(text, embedded, told.append)]
+    assert found == [embedded.encode("one"), embedded.encode("two")]
+    assert told[-1] == text.dataset.bytes
+    path.write_text('{"text": "one"}\n\n{"text": "six"}\n')
+    with pytest.raises(MixtralError, match="changed while read") as caught:
+        list(documents_of(text, embedded))
+    assert caught.value.code == BAD_DATA
+
+
+def test_what_can_be_read_once_is_no_text(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(MixtralError, match="no file that can be read more than once") as caught:
+        TextFile(tmp_path / "pipe.txt")
+    assert caught.value.code == INPUT_NOT_FOUND

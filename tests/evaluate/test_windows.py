@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mixtral_jax.config import PRESETS
 from mixtral_jax.errors import USAGE, MixtralError
-from mixtral_jax.evaluate.windows import DEFAULT_CONTEXT, Windowing, stack, windows
+from mixtral_jax.evaluate.windows import DEFAULT_CONTEXT, Window, Windowing, stack, windows
 
 
 def published(num_tokens: int, context: int, stride: int) -> list[tuple[int, int, int]]:
@@ -89,3 +89,9 @@ def test_refusals(fields, line):
         Windowing(**fields).fit([PRESETS["tiny"]])
     assert caught.value.code == USAGE
     assert line in str(caught.value)
+
+
+def test_nothing_stands_before_the_first_token():
+    """A window that scores its own first token would score none at all."""
+    with pytest.raises(AssertionError):
+        stack([Window(0, 0, [1, 2, 3])], 1, 16)

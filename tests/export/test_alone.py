@@ -21,7 +21,7 @@ from tests.export.exported import arguments, generated, parse
 NEEDED = ("jax", "jaxlib", "flatbuffers", "safetensors")
 OF_JAX = ("numpy", "ml_dtypes", "scipy", "opt_einsum")
 ABSENT = ("mixtral_jax", "flax", "orbax", "sentencepiece", "jaxtyping", "tyro", "tests")
-MAX_LINES = 40
+MAX_LINES = 46
 PROMPTS = [[1, 733, 16, 289], [1, 5]]
 
 
@@ -95,6 +95,16 @@ def test_all_that_it_reads_is_proved(exported_tiny, tmp_path, run_py):
             run_py(copy, PROMPTS)
 
 
+def test_a_platform_without_programs_is_told(exported_tiny, tmp_path, run_py):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported_tiny, copy)
+    about = json.loads((copy / "export.json").read_text())
+    about["programs"] = {"gpu": about["programs"]["cpu"]}
+    (copy / "export.json").write_text(json.dumps(about))
+    with pytest.raises(SystemExit, match="error: no programs for cpu, only for gpu; fix: "):
+        run_py(copy, PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("prompts", "given"),
     [
@@ -104,6 +114,16 @@ def test_all_that_it_reads_is_proved(exported_tiny, tmp_path, run_py):
         ([[1] * 65], {}),
         ([[1]], {"max_new_tokens": 128}),
         ([[1]], {"seed": "x"}),
+        ([[1]], {"seed": -1}),
+        ([[1]], {"seed": 2**32}),
+        ([[1]], {"max_new_tokens": 0}),
+        ([[1]], {"max_new_tokens": -4}),
+        ([[1]], {"temperature": -1.0}),
+        ([[1]], {"temperature": "nan"}),
+        ([[1]], {"temperature": "inf"}),
+        ([[1]], {"top_p": 0.0}),
+        ([[1]], {"top_p": 7.0}),
+        ([[]], {}),
     ],
 )
 def test_it_refuses_what_the_programs_cannot_take(exported_tiny, run_py, prompts, given):

@@ -172,6 +172,13 @@ def test_folders_that_are_refused(hf, tmp_path, dst, capfd):
     assert about(dst)["programs"].keys() == {"cpu"}
 
 
+@pytest.mark.parametrize("text", ['{"version": 1}', '{"version": 1, "programs": {}}'])
+def test_a_damaged_record_is_refused(hf, tmp_path, dst, capfd, text):
+    (dst / "export.json").write_text(text)
+    assert run(hf, dst, "--platform", "cpu") == BAD_DATA
+    assert "export.json lacks " in capfd.readouterr().err
+
+
 def test_programs_are_replaced_where_that_is_asked_for(hf, dst):
     write_export(hf, dst, rows=3, overwrite=True)
     assert about(dst)["programs"]["cpu"]["rows"] == 4
