@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "performance.md"
 # Name of a record -> its heading, in the order of the page; a record that is not here is refused.
 HEADINGS = {
     "vs_transformers": "Decoding and prompts beside transformers",
-    "vs_transformers_prefill": "Longer prompts beside transformers",
+    "vs_transformers_prefill": "Prompts beside transformers on a quiet machine, five rounds",
     "decode_schemes": "Quantized decoding",
     "moe_layer_float32": "The expert layer alone, float32",
     "moe_layer_bfloat16": "The expert layer alone, bfloat16",
@@ -40,10 +40,9 @@ HEADINGS = {
 INTRODUCTION = """\
 # Performance
 
-Every number that a benchmark recorded, with the command that made it. This page is written by
-`python docs/make_performance.py` from `benchmarks/results/`; a test compares it with them. What
-bounds a number, and what was tried, is in [log.md](log.md).
-No number was measured on a GPU or TPU yet.
+What benchmarks recorded, with the command where the record has it (lists within a row are in the
+JSON alone). Written by `python docs/make_performance.py` from `benchmarks/results/`; a test
+compares both. What bounds a number, and what was tried: [log.md](log.md). None is of a GPU or TPU.
 """
 
 
@@ -74,11 +73,10 @@ def section(heading: str, record: dict[str, Any]) -> Iterator[str]:
     yield ""
     rows = record.get("rows")
     if not rows:
-        figures = {name: value for name, value in record.items() if type(value) in (int, float)}
+        figures = {name: value for name, value in record.items() if isinstance(value, int | float)}
         rows = [{"figure": name, "value": value} for name, value in figures.items()]
-    columns = [
-        name for name in rows[0] if not any(isinstance(row.get(name), dict | list) for row in rows)
-    ]
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [n for n in names if not any(isinstance(row.get(n), dict | list) for row in rows)]
     yield f"| {' | '.join(map(cell, columns))} |"
     yield "|" + "---|" * len(columns)
     for row in rows:
