@@ -31,6 +31,7 @@ def by_position(lm: LanguageModel, conversations: Sequence[Conversation]) -> lis
         For each stretch of positions ``from`` .. ``to`` (not included) the number of answer tokens
         and the share that is right; stretches without any are left out.
     """
+    assert lm.tokenizer is not None
     right, asked = np.zeros(len(EDGES)), np.zeros(len(EDGES))
     for conversation in conversations:
         encoded = encode(conversation, lm.tokenizer)

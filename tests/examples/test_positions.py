@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 
 def test_answers_stay_right_where_the_context_is_nearly_full():
     lm = mj.load("tiny", mesh="1x1")
+    assert lm.tokenizer is not None
     (conversation,) = positions.long_conversations(1)
     num_answers = sum(encode(conversation, lm.tokenizer).is_answer)
     found = positions.by_position(lm, [conversation])

@@ -94,7 +94,7 @@ def test_what_is_empty_is_what_will_be_written():
     assert isinstance(empty_kv((2, 3, 4, 5), jnp.bfloat16), jax.Array)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), in_turn(DTYPES, KV_DTYPES))
+@pytest.mark.parametrize(("dtype", "kv_dtype"), in_turn(DTYPES, [*KV_DTYPES]))
 @pytest.mark.parametrize(("T", "S", "window"), [(1, 300, None), (64, 1000, 50), (130, 256, None)])
 def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, kv_dtype, dtype):
     monkeypatch.setattr(kernels, "WIDENED_BYTES", 1)  # the least block, 128 keys
