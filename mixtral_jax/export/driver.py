@@ -96,6 +96,7 @@ def export(
         stack.callback(work.leaves.close)
         about = work.read_existing(dst) if is_addition else None
         made = work.programs.serialize(options.platform)
+        work.name_files(made, dst)
         work.tell_unstable(made)
         values = _watched(work.reading, work.files, progress, stop)
         if about is None:
@@ -111,7 +112,7 @@ def export(
         platform=options.platform,
         kernels=work.kernels,
         mesh=str(work.mesh),
-        program_bytes={work.file_name(name): len(p.content) for name, p in made.items()},
+        program_bytes={work.file_names[name]: len(p.content) for name, p in made.items()},
         weight_bytes=work.files.num_bytes,
         digest=fold(work.reading.records),
         seconds=time.monotonic() - started,
@@ -128,6 +129,7 @@ class Work:
 
     def __init__(self, checkpoint: str | Path, folder: Path, options: ExportOptions, note: Note):
         self.options, self.folder, self.note = options, folder, note
+        self.file_names: dict[str, str] = {}
         self.config = read_config(folder, sliding_window=options.sliding_window, note=note)
         self.mesh = MeshSpec.parse(options.mesh).fit(self.config)
         simulate_on_cpu(self.mesh, lambda line: None)  # nothing runs: programs are lowered for it
@@ -163,9 +165,16 @@ class Work:
         """What the platform is called by ``jax.default_backend``."""
         return "gpu" if self.options.platform == "cuda" else self.options.platform
 
-    def file_name(self, program: str) -> str:
-        """Of a serialized program."""
-        return f"{program}.{self.options.platform}.bin"
+    def name_files(self, made: dict[str, Program], dst: Path) -> None:
+        """Of programs, for ``file_names``. What they replace stays until export.json tells of them,
+        so that a kill between two files leaves the old programs or the new ones.
+        """
+        for program, content in made.items():
+            name = f"{program}.{self.options.platform}.bin"
+            if (dst / name).exists():
+                digest = hashlib.sha256(content.content).hexdigest()[:8]
+                name = f"{program}.{self.options.platform}.{digest}.bin"
+            self.file_names[program] = name
 
     def tell_unstable(self, made: dict[str, Program]) -> None:
         """Says where programs hold what another release of jax may not run."""
@@ -252,7 +261,7 @@ class Work:
     def describe(self, made: dict[str, Program], about: dict[str, Any]) -> dict[str, Any]:
         """The entry of ``programs`` in export.json: all that the loader reads."""
         programs = self.programs
-        files = [self.file_name(name) for name in made]
+        files = [self.file_names[name] for name in made]
         read = {*files, *self.files.groups, *filter(None, [about["tokenizer"]])}
         return {
             "platform": self.options.platform,
@@ -300,7 +309,9 @@ def _watched(
 
 def _write(dst: Path, about: dict[str, Any], work: Work, made: dict[str, Program]) -> None:
     """Writes all but the weights, export.json last; each file appears whole."""
-    contents = {work.file_name(name): program.content for name, program in made.items()}
+    contents = {work.file_names[name]: program.content for name, program in made.items()}
+    replaced = {*about["programs"].get(work.backend, {}).get("files", ())} - contents.keys()
+    about["sha256"] = {n: digest for n, digest in about["sha256"].items() if n not in replaced}
     if not about["programs"]:
         contents[LOADER.name] = LOADER.read_bytes()
         if about["tokenizer"] is not None:
@@ -316,6 +327,8 @@ def _write(dst: Path, about: dict[str, Any], work: Work, made: dict[str, Program
         finally:
             partial.unlink(missing_ok=True)
     sync_folder(dst)
+    for name in replaced:
+        (dst / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -59,6 +59,7 @@ class Sandbox:
         }
         files = {"questions.jsonl": "questions.jsonl", "text.txt": "text.txt"}
         files |= {"wiki.test.raw": "text.txt", "other.jsonl": "calibration.jsonl"}
+        files |= {"de.txt": "text.txt", "code.txt": "text.txt"}
         for name, source in files.items():
             self._makers[name] = lambda at, source=source: shutil.copy(
                 self.kept("FOLDER") / source, at

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from mixtral_jax import cli
 from mixtral_jax.convert import ConvertOptions, convert
-from mixtral_jax.convert.manifest import read_manifest
+from mixtral_jax.convert.manifest import file_sha256, read_manifest
 from mixtral_jax.errors import (
     BAD_CONFIG,
     BAD_DATA,
@@ -182,6 +182,33 @@ def test_a_damaged_record_is_refused(hf, tmp_path, dst, capfd, text):
 def test_programs_are_replaced_where_that_is_asked_for(hf, dst):
     write_export(hf, dst, rows=3, overwrite=True)
     assert about(dst)["programs"]["cpu"]["rows"] == 4
+    whole(dst)
+    write_export(hf, dst, rows=1, overwrite=True)
+    whole(dst)
+
+
+def whole(dst: Path) -> None:
+    """Each file but the record is told of, with its digest, and no other is."""
+    told = about(dst)["sha256"]
+    assert {*told} == {path.name for path in dst.iterdir()} - {"export.json"}
+    assert told == {name: file_sha256(dst / name) for name in told}
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_kill_while_programs_are_replaced_leaves_the_old_ones(hf, dst, monkeypatch, last):
+    before, replaced = about(dst), []
+
+    def replace(source: Path, target: Path) -> None:
+        if len(replaced) == last:
+            raise KeyboardInterrupt
+        replaced.append(target)
+        os.rename(source, target)
+
+    monkeypatch.setattr("mixtral_jax.export.driver.os.replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write_export(hf, dst, rows=3, overwrite=True)
+    assert about(dst) == before
+    assert before["sha256"] == {name: file_sha256(dst / name) for name in before["sha256"]}
 
 
 def test_weights_that_are_not_finite_are_refused(hf, tmp_path, capfd):
