@@ -40,7 +40,8 @@ HEADINGS = {
 INTRODUCTION = """\
 # Performance
 
-Every number that a benchmark recorded, with the command that made it. This page is written by
+What benchmarks recorded, with the commands that made it: a table for each record, without its
+nested lists, and of a record without rows the numbers alone; the files have all. It is written by
 `python docs/make_performance.py` from `benchmarks/results/`; a test compares it with them. What
 bounds a number, and what was tried, is in [log.md](log.md).
 No number was measured on a GPU or TPU yet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -179,9 +180,46 @@ def test_a_damaged_record_is_refused(hf, tmp_path, dst, capfd, text):
     assert "export.json lacks " in capfd.readouterr().err
 
 
+def files_are_whole(dst: Path) -> bool:
+    plan = about(dst)["programs"]["cpu"]
+    return all(
+        hashlib.sha256((dst / name).read_bytes()).hexdigest() == digest
+        for name, digest in plan["sha256"].items()
+    )
+
+
 def test_programs_are_replaced_where_that_is_asked_for(hf, dst):
-    write_export(hf, dst, rows=3, overwrite=True)
-    assert about(dst)["programs"]["cpu"]["rows"] == 4
+    for rows in (4, 2):
+        report = write_export(hf, dst, rows=rows - 1, overwrite=True)
+        assert about(dst)["programs"]["cpu"]["rows"] == rows
+        assert files_are_whole(dst)
+        programs = {path.name for path in dst.iterdir() if path.suffix == ".bin"}
+        assert programs == {*report.program_bytes} == {*about(dst)["programs"]["cpu"]["files"]}
+        assert {*about(dst)["sha256"]} == {p.name for p in dst.iterdir()} - {"export.json"}
+
+
+def test_a_killed_replacement_leaves_programs_that_run(hf, dst, monkeypatch):
+    """Killed between two files: export.json still names the old ones, which are all there."""
+    before, replace, done = about(dst), os.replace, list[Path]()
+
+    def killed(source: Path, target: Path) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_export(hf, dst, rows=3, overwrite=True)
+    assert len(done) == 2
+    assert about(dst) == before
+    assert files_are_whole(dst)
+
+
+def test_kernels_of_another_platform_are_told(hf, tmp_path, capfd):
+    assert run(hf, tmp_path / "dst", "--platform", "cuda", "--kernels", "visit") == OK
+    told = "note: kernels visit are not those of cuda: they may be slow there, or not compile"
+    assert told in capfd.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused(hf, tmp_path, capfd):
