@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from examples.tiny.text import documents
 from examples.tiny.tokens import make_tokenizer
 from mixtral_jax import cli
 from mixtral_jax.config import PRESETS, config_to_dict
+from mixtral_jax.convert.output import new_folder
 from mixtral_jax.errors import OK, OUTPUT_EXISTS, MixtralError
 
 MODEL, TRAIN, LONG = "model", "train.jsonl", "long.jsonl"
@@ -47,11 +49,24 @@ class Options:
 
 def main(options: Options) -> int:
     """Writes the folder."""
-    folder, model = options.folder, options.folder / MODEL
+    folder = Path(os.path.abspath(options.folder))
     if folder.exists():
-        raise MixtralError(f"{folder} exists", fix="name another folder", code=OUTPUT_EXISTS)
+        what = f"{options.folder} exists"
+        raise MixtralError(what, fix="name another folder", code=OUTPUT_EXISTS)
     tokenizer = make_tokenizer(options.seed)
-    model.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder, 0) as new:
+        _write(new, options, tokenizer)
+    print(
+        f"{options.documents:,} documents and {options.long_documents:,} long ones "
+        f"in {options.folder}"
+    )
+    return OK
+
+
+def _write(folder: Path, options: Options, tokenizer: bytes) -> None:
+    model = folder / MODEL
+    model.mkdir()
     config = json.dumps(config_to_dict(PRESETS["tiny"]), indent=2)
     (model / "config.json").write_text(config + "\n", encoding="utf-8")
     (model / "tokenizer.model").write_bytes(tokenizer)
@@ -65,8 +80,6 @@ def main(options: Options) -> int:
         with open(folder / name, "w", encoding="utf-8") as file:
             for document in text:
                 file.write(json.dumps(as_row(document), ensure_ascii=False) + "\n")
-    print(f"{options.documents:,} documents and {options.long_documents:,} long ones in {folder}")
-    return OK
 
 
 if __name__ == "__main__":

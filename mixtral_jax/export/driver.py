@@ -96,7 +96,7 @@ def export(
         stack.callback(work.leaves.close)
         about = work.read_existing(dst) if is_addition else None
         made = work.programs.serialize(options.platform)
-        work.name_files(made, dst)
+        work.name_files(made, about)
         work.tell_unstable(made)
         values = _watched(work.reading, work.files, progress, stop)
         if about is None:
@@ -112,7 +112,7 @@ def export(
         platform=options.platform,
         kernels=work.kernels,
         mesh=str(work.mesh),
-        program_bytes={work.file_names[name]: len(p.content) for name, p in made.items()},
+        program_bytes={work.file_name(name): len(p.content) for name, p in made.items()},
         weight_bytes=work.files.num_bytes,
         digest=fold(work.reading.records),
         seconds=time.monotonic() - started,
@@ -129,12 +129,13 @@ class Work:
 
     def __init__(self, checkpoint: str | Path, folder: Path, options: ExportOptions, note: Note):
         self.options, self.folder, self.note = options, folder, note
-        self.file_names: dict[str, str] = {}
         self.config = read_config(folder, sliding_window=options.sliding_window, note=note)
         self.mesh = MeshSpec.parse(options.mesh).fit(self.config)
         simulate_on_cpu(self.mesh, lambda line: None)  # nothing runs: programs are lowered for it
         self.sizes: Sizes = options.sizes(self.config, self.mesh)
         self.kernels = options.kernels or kernels_for(options.platform)
+        self._files: dict[str, str] = {}
+        self.tell_foreign()
         placement = MeshPlacement(self.mesh.build(), DispatchOptions(), self.kernels)
         specs = leaf_specs(self.config)
         opened = open_leaves(folder, specs, head_dim=self.config.head_dim, note=note)
@@ -165,16 +166,26 @@ class Work:
         """What the platform is called by ``jax.default_backend``."""
         return "gpu" if self.options.platform == "cuda" else self.options.platform
 
-    def name_files(self, made: dict[str, Program], dst: Path) -> None:
-        """Of programs, for ``file_names``. What they replace stays until export.json tells of them,
-        so that a kill between two files leaves the old programs or the new ones.
-        """
-        for program, content in made.items():
-            name = f"{program}.{self.options.platform}.bin"
-            if (dst / name).exists():
-                digest = hashlib.sha256(content.content).hexdigest()[:8]
-                name = f"{program}.{self.options.platform}.{digest}.bin"
-            self.file_names[program] = name
+    def name_files(self, made: dict[str, Program], about: dict[str, Any] | None) -> None:
+        """Chooses the files of programs: none of a folder's own, whose programs run until then."""
+        had = {} if about is None else about["sha256"]
+        for name, program in made.items():
+            digest, plain = _sha256(program.content), f"{name}.{self.options.platform}.bin"
+            other = f"{name}.{self.options.platform}.{digest[:8]}.bin"
+            self._files[name] = plain if had.get(plain, digest) == digest else other
+
+    def file_name(self, program: str) -> str:
+        """Of a serialized program."""
+        return self._files[program]
+
+    def tell_foreign(self) -> None:
+        """Says where kernels are asked for that were made for another platform."""
+        own = kernels_for(self.options.platform)
+        if self.kernels in ("visit", "gpu") and self.kernels != own:
+            self.note(
+                f"kernels {self.kernels} are not those of {self.options.platform}: they may be "
+                f"slow there, or not compile; leave out --kernels for {own}"
+            )
 
     def tell_unstable(self, made: dict[str, Program]) -> None:
         """Says where programs hold what another release of jax may not run."""
@@ -261,7 +272,7 @@ class Work:
     def describe(self, made: dict[str, Program], about: dict[str, Any]) -> dict[str, Any]:
         """The entry of ``programs`` in export.json: all that the loader reads."""
         programs = self.programs
-        files = [self.file_names[name] for name in made]
+        files = [self.file_name(name) for name in made]
         read = {*files, *self.files.groups, *filter(None, [about["tokenizer"]])}
         return {
             "platform": self.options.platform,
@@ -308,15 +319,19 @@ def _watched(
 
 
 def _write(dst: Path, about: dict[str, Any], work: Work, made: dict[str, Program]) -> None:
-    """Writes all but the weights, export.json last; each file appears whole."""
-    contents = {work.file_names[name]: program.content for name, program in made.items()}
-    replaced = {*about["programs"].get(work.backend, {}).get("files", ())} - contents.keys()
-    about["sha256"] = {n: digest for n, digest in about["sha256"].items() if n not in replaced}
+    """Writes all but the weights, export.json last; each file appears whole.
+
+    Programs that are replaced lie beside the new ones until export.json names these: a process
+    that is killed at any time leaves a folder that runs.
+    """
+    contents = {work.file_name(name): program.content for name, program in made.items()}
     if not about["programs"]:
         contents[LOADER.name] = LOADER.read_bytes()
         if about["tokenizer"] is not None:
             contents[about["tokenizer"]] = (work.folder / about["tokenizer"]).read_bytes()
-    about["sha256"] |= {name: hashlib.sha256(c).hexdigest() for name, c in contents.items()}
+    replaced = {*about["programs"].get(work.backend, {}).get("files", [])} - contents.keys()
+    about["sha256"] = {k: v for k, v in about["sha256"].items() if k not in replaced}
+    about["sha256"] |= {name: _sha256(content) for name, content in contents.items()}
     about["programs"][work.backend] = work.describe(made, about)
     contents[NAME] = json.dumps(about, indent=1).encode()
     for name, content in contents.items():
@@ -329,6 +344,10 @@ def _write(dst: Path, about: dict[str, Any], work: Work, made: dict[str, Program
     sync_folder(dst)
     for name in replaced:
         (dst / name).unlink(missing_ok=True)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextlib.contextmanager

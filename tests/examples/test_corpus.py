@@ -14,6 +14,7 @@ from examples.tiny.text import Conversation, documents
 from examples.tiny.tokens import encode
 from mixtral_jax import cli
 from mixtral_jax.config import PRESETS, read_config
+from mixtral_jax.errors import INTERRUPTED
 from mixtral_jax.finetune.data.encode import encode_sft
 from mixtral_jax.language_model import EMBEDDED_FOLDER
 from mixtral_jax.tokenizer import Tokenizer
@@ -51,6 +52,20 @@ def test_files(tmp_path, no_tokenizer, capsys):
     capsys.readouterr()
     assert run(folder) == 73
     assert "exists; fix: name another folder" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_early_leaves_no_folder(tmp_path, no_tokenizer, monkeypatch, capsys):
+    def fail(document: object) -> None:
+        assert not (tmp_path / "new" / "a").exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(corpus, "as_row", fail)
+        assert run(tmp_path / "new" / "a", "--documents", "3") == INTERRUPTED
+    assert not list((tmp_path / "new").iterdir())
+    assert run(tmp_path / "new" / "a", "--documents", "3", "--long-documents", "1") == 0
+    assert (tmp_path / "new" / "a" / "model" / "config.json").is_file()
+    capsys.readouterr()
 
 
 def test_the_trainer_reads_the_ids_that_sampling_has():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from mixtral_jax import cli
 from mixtral_jax.convert import ConvertOptions, convert
-from mixtral_jax.convert.manifest import file_sha256, read_manifest
+from mixtral_jax.convert.manifest import read_manifest
 from mixtral_jax.errors import (
     BAD_CONFIG,
     BAD_DATA,
@@ -179,36 +180,46 @@ def test_a_damaged_record_is_refused(hf, tmp_path, dst, capfd, text):
     assert "export.json lacks " in capfd.readouterr().err
 
 
+def files_are_whole(dst: Path) -> bool:
+    plan = about(dst)["programs"]["cpu"]
+    return all(
+        hashlib.sha256((dst / name).read_bytes()).hexdigest() == digest
+        for name, digest in plan["sha256"].items()
+    )
+
+
 def test_programs_are_replaced_where_that_is_asked_for(hf, dst):
-    write_export(hf, dst, rows=3, overwrite=True)
-    assert about(dst)["programs"]["cpu"]["rows"] == 4
-    whole(dst)
-    write_export(hf, dst, rows=1, overwrite=True)
-    whole(dst)
+    for rows in (4, 2):
+        report = write_export(hf, dst, rows=rows - 1, overwrite=True)
+        assert about(dst)["programs"]["cpu"]["rows"] == rows
+        assert files_are_whole(dst)
+        programs = {path.name for path in dst.iterdir() if path.suffix == ".bin"}
+        assert programs == {*report.program_bytes} == {*about(dst)["programs"]["cpu"]["files"]}
+        assert {*about(dst)["sha256"]} == {p.name for p in dst.iterdir()} - {"export.json"}
 
 
-def whole(dst: Path) -> None:
-    """Each file but the record is told of, with its digest, and no other is."""
-    told = about(dst)["sha256"]
-    assert {*told} == {path.name for path in dst.iterdir()} - {"export.json"}
-    assert told == {name: file_sha256(dst / name) for name in told}
+def test_a_killed_replacement_leaves_programs_that_run(hf, dst, monkeypatch):
+    """Killed between two files: export.json still names the old ones, which are all there."""
+    before, replace, done = about(dst), os.replace, list[Path]()
 
-
-@pytest.mark.parametrize("last", [0, 1, 2])
-def test_a_kill_while_programs_are_replaced_leaves_the_old_ones(hf, dst, monkeypatch, last):
-    before, replaced = about(dst), []
-
-    def replace(source: Path, target: Path) -> None:
-        if len(replaced) == last:
+    def killed(source: Path, target: Path) -> None:
+        if len(done) == 2:
             raise KeyboardInterrupt
-        replaced.append(target)
-        os.rename(source, target)
+        done.append(target)
+        replace(source, target)
 
-    monkeypatch.setattr("mixtral_jax.export.driver.os.replace", replace)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write_export(hf, dst, rows=3, overwrite=True)
+    assert len(done) == 2
     assert about(dst) == before
-    assert before["sha256"] == {name: file_sha256(dst / name) for name in before["sha256"]}
+    assert files_are_whole(dst)
+
+
+def test_kernels_of_another_platform_are_told(hf, tmp_path, capfd):
+    assert run(hf, tmp_path / "dst", "--platform", "cuda", "--kernels", "visit") == OK
+    told = "note: kernels visit are not those of cuda: they may be slow there, or not compile"
+    assert told in capfd.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_refused(hf, tmp_path, capfd):
