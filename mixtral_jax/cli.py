@@ -153,7 +153,7 @@ def _usage(box: str, prog: str) -> str:
     text = "\n".join(line.strip(" │╭╮╰╯") for line in box.splitlines())
     parts = re.split(r"\n[─-]+\n", re.sub(r"^─ (.*) ─+$", r"\1\n-", text, flags=re.MULTILINE))
     what = " ".join(parts[min(1, len(parts) - 1)].split()).rstrip(".")  # its title is part 0
-    what = re.sub(r"^Error parsing [^\s:]+: ", "", what)
+    what = re.sub(r"^Error parsing (?!--)[^\s:]+: ", "", what)
     if "; fix: " in what:  # options that check themselves say it in our own words
         return what
     meant = re.search(r"Perhaps you meant:\n(--[\w-]+)", text)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from mixtral_jax.kernels import attention as kernels
 from mixtral_jax.kernels.attention import EMPTY, attends, attention, blocked_attention
 from tests.kernels.routings import DTYPES
-from tests.slow import in_turn
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
@@ -49,7 +48,8 @@ def check_blocks(inputs, window: int | None, tolerance: float) -> None:
     np.testing.assert_allclose(got[sees], want[sees], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("dtype", "window"), in_turn(DTYPES, [None, 50]))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("T", "S"), [(1, 300), (5, 256), (64, 1000), (200, 520)])
 def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, dtype):
     monkeypatch.setattr(kernels, "SCORE_BYTES", 1)  # the least block, 128 keys

@@ -17,7 +17,6 @@ from mixtral_jax.kernels.attention import attention, blocked_attention
 from mixtral_jax.kernels.scaled_kv import KV_DTYPES, KVDtype, ScaledKV, empty_kv, quantize_kv
 from tests.kernels.routings import DTYPES
 from tests.kernels.test_attention import check_blocks, operands
-from tests.slow import in_turn
 
 C = 8
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}  # and of the number: one bf16 step
@@ -94,7 +93,8 @@ def test_what_is_empty_is_what_will_be_written():
     assert isinstance(empty_kv((2, 3, 4, 5), jnp.bfloat16), jax.Array)
 
 
-@pytest.mark.parametrize(("dtype", "kv_dtype"), in_turn(DTYPES, [*KV_DTYPES]))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize(("T", "S", "window"), [(1, 300, None), (64, 1000, 50), (130, 256, None)])
 def test_blocks_equal_all_keys_at_once(monkeypatch, T, S, window, kv_dtype, dtype):
     monkeypatch.setattr(kernels, "WIDENED_BYTES", 1)  # the least block, 128 keys
