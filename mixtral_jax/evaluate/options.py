@@ -66,7 +66,7 @@ class PerplexityOptions(OnText):
     """
 
     text: tuple[Path, ...]
-    """A UTF-8 text file."""
+    """A UTF-8 text file, one."""
     checkpoints: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[CKPT ...]")
     ] = (EMBEDDED,)
@@ -90,7 +90,9 @@ class PerplexityOptions(OnText):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.text) != 1:
+        if not self.text:
+            raise MixtralError("--text: expected a file", fix="--text FILE.txt", code=USAGE)
+        if len(self.text) > 1:
             got = ", ".join(map(str, self.text))
             raise MixtralError("--text", expected="one file", got=got, fix=_ONE_TEXT, code=USAGE)
         if self.schemes is not None and self.load.quantize is not None:

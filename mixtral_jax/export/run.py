@@ -25,9 +25,7 @@ programs = json.loads((here / "export.json").read_text())["programs"]
 none = f"error: no programs for {jax.default_backend()}, only for {', '.join(programs)}"
 plan = programs.get(jax.default_backend()) or sys.exit(f"{none}; fix: export them")
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument(
-    "prompts", nargs="+", type=lambda ids: [*map(int, filter(None, ids.split(",")))]
-)
+parser.add_argument("prompts", nargs="+", type=lambda ids: [int(i) for i in ids.split(",") if ids])
 for name, value in {"max-new-tokens": 64, "temperature": 0.0, "top-p": 1.0, "seed": 0}.items():
     parser.add_argument(f"--{name}", type=type(value), default=value)
 asked = vars(parser.parse_args())

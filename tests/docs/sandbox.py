@@ -164,7 +164,8 @@ def _run(
             with serving(rest, dict(assignments)):
                 return ""
         capfd.readouterr()
-        is_apart = call.is_script or target == "finetune"
+        # plan simulates devices of its own, before JAX starts.
+        is_apart = call.is_script or target in ("finetune", "plan")
         code = _apart(target, rest) if is_apart else in_process([target, *rest])
         out, err = capfd.readouterr()
         assert code in (0, None), f"{command}\n{err[-2000:]}"

@@ -259,7 +259,7 @@ def test_results_outlive_pictures_that_cannot_be_written(text, tmp_path, capsys,
     ("arguments", "code", "line"),
     [
         ("", 64, "Expected one of"),
-        ("perplexity", 64, "--text"),
+        ("perplexity", 64, "--text: expected a file; fix: --text FILE.txt"),
         ("perplexity --text a --text b", 64, "--text: expected one file, got a, b; fix: measure"),
         ("perplexity --text nowhere.txt", 66, "--text nowhere.txt: no such file"),
         ("perplexity --text .", 66, "--text .: a folder"),

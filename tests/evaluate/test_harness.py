@@ -22,6 +22,7 @@ from mixtral_jax.tokenizer import Tokenizer
 from tests.models import REFERENCE, random_model
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.parity  # which has lm-eval
 module: Any = importlib.import_module("mixtral_jax.evaluate.harness_model")
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1)
 
